@@ -1,0 +1,231 @@
+"""Attention, found by what the graph does between its projections and its products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from corp_onnx.blocks.logits import Anchor, match_logits, match_mixing
+from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Path, move
+from corp_onnx.blocks.readers import size_readers
+from corp_onnx.blocks.records import (
+    Attention,
+    Axis,
+    Mask,
+    Output,
+    Refusal,
+    SizeReader,
+    Vector,
+)
+from corp_onnx.blocks.routes import Traced, trace
+from corp_onnx.blocks.view import View
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """The tensors that an attention operator multiplies, however it is written."""
+
+    anchor: gs.Node
+    query: gs.Tensor
+    key: gs.Tensor
+    key_axis: int
+    """The axis of the key operand that holds a head's channels."""
+    value: gs.Tensor
+    context: gs.Tensor
+    products: tuple[gs.Node, ...]
+    frozen: tuple[Vector, ...]
+    mask: Mask | None
+    bent: str | None
+
+
+def match_attention(view: View, anchor: Anchor) -> Parts | Refusal:
+    """Read the products above and below a Softmax."""
+    mixing = match_mixing(view, anchor.probabilities)
+    if isinstance(mixing, str):
+        return Refusal(anchor.node.name, anchor.node.op, mixing)
+    logits = match_logits(view, anchor.logits)
+    if isinstance(logits, str):
+        return Refusal(anchor.node.name, anchor.node.op, logits)
+    query, key = logits.product.inputs
+    rank = len(view.shape(key) or ())
+    return Parts(
+        anchor.node,
+        query,
+        key,
+        rank - 2,
+        mixing.inputs[1],
+        mixing.outputs[0],
+        (logits.product, mixing),
+        logits.frozen,
+        logits.mask,
+        logits.bent,
+    )
+
+
+def match_operator(view: View, node: gs.Node) -> Parts | Refusal:
+    """Read the standard Attention operator of opset 23."""
+    inputs = [*node.inputs, *[gs.Variable.empty()] * (6 - len(node.inputs))]
+    query, key, value, mask, *cache = inputs
+    if any(tensor.name for tensor in cache) or any(
+        tensor.name and tensor.outputs for tensor in node.outputs[1:3]
+    ):
+        return Refusal(node.name, node.op, "keys and values are kept in a cache, an interface")
+    if len(view.shape(query) or ()) != 4:
+        return Refusal(
+            node.name, node.op, "its inputs are 3-D; heads are split inside the operator"
+        )
+    padding = None
+    if mask.name and view.known(mask) is None:
+        padding = Mask(mask.name, "keeps" if mask.dtype == np.bool_ else "added")
+    bent = "its logits are capped (softcap)" if node.attrs.get("softcap", 0.0) else None
+    return Parts(node, query, key, 3, value, node.outputs[0], (node,), (), padding, bent)
+
+
+def attention_of(view: View, parts: Parts, block_id: str) -> Attention | Refusal:
+    """The block made of an attention's parts, with the reason for every axis it cannot offer."""
+    query = trace(view, parts.query, axis=len(view.shape(parts.query) or ()) - 1, name="the query")
+    key = trace(view, parts.key, axis=parts.key_axis, name="the key")
+    value = trace(view, parts.value, axis=len(view.shape(parts.value) or ()) - 1, name="the value")
+    output = _output(view, parts.context, value) if isinstance(value, Traced) else value
+    refused = _refusals(view, parts, query, key, output)
+    traced = {
+        name: t
+        for name, t in (("query", query), ("key", key), ("value", value))
+        if isinstance(t, Traced)
+    }
+    if not traced:
+        reasons = "; ".join(dict.fromkeys(refused.values()))
+        return Refusal(parts.anchor.name, parts.anchor.op, reasons)
+    readers = _readers(view, parts, list(traced.values()), refused, output)
+    shapes = {name: item.route.channels.shape for name, item in traced.items()}
+    qk = shapes.get("query") or shapes.get("key") or (0, 0)
+    vo = shapes.get("value") or (0, 0)
+    return Attention(
+        block_id,
+        parts.anchor.name,
+        query.route if isinstance(query, Traced) else None,
+        key.route if isinstance(key, Traced) else None,
+        value.route if isinstance(value, Traced) else None,
+        output if isinstance(output, Output) else None,
+        heads=qk[0] or vo[0],
+        kv_heads=(shapes.get("key") or vo or qk)[0],
+        head_width=qk[1],
+        value_width=vo[1],
+        frozen=parts.frozen,
+        readers=readers,
+        padding=parts.mask,
+        refused=refused,
+    )
+
+
+def _refusals(
+    view: View, parts: Parts, query: Traced | str, key: Traced | str, output: Output | str
+) -> dict[Axis, str]:
+    """Why an axis cannot be cut exactly, for those that cannot."""
+    refused: dict[Axis, str] = {}
+    if isinstance(query, str):
+        refused["qk"] = query
+    elif isinstance(key, str):
+        refused["qk"] = key
+    elif parts.bent is not None:
+        refused["qk"] = parts.bent
+    elif any(
+        not np.array_equal(q.heads, k.heads)
+        for q, k in zip(query.landings, key.landings, strict=True)
+    ):
+        refused["qk"] = "several query heads share one key head"
+    if isinstance(output, str):
+        refused["vo"] = output
+    return refused
+
+
+def _readers(
+    view: View,
+    parts: Parts,
+    traced: Sequence[Traced],
+    refused: dict[Axis, str],
+    output: Output | str,
+) -> tuple[SizeReader, ...]:
+    """Shape nodes to be kept truthful; refuse every axis if anything else reads a projection."""
+    inside = {id(node) for item in traced for node in item.path.nodes}
+    inside |= {id(node) for node in parts.products}
+    readers = size_readers(view, [item.path for item in traced], inside)
+    if isinstance(readers, str):
+        for axis in ("qk", "vo"):
+            refused.setdefault(axis, readers)
+        return ()
+    return readers
+
+
+def _output(view: View, context: gs.Tensor, value: Traced) -> Output | str:
+    """Follow the mixed values through movement to the output projection."""
+    path = _descend(view, context)
+    if isinstance(path, str):
+        return path
+    linear = next(item for item in view.linears.values() if item.input == path.target.name)
+    found: list[np.ndarray] = []
+    reshapes: tuple[tuple[str, int, int], ...] = ()
+    for facts, landing in zip(view.probes, value.landings, strict=True):
+        shape = facts.shape(context)
+        if shape is None or int(np.prod(shape[:-2])) != landing.heads.size:
+            return "the mixed values have other heads than the values"
+        moved = move(
+            path, np.arange(np.prod(shape)).reshape(shape), facts, view.opset, scaled=False
+        )
+        if moved is None:
+            return "the mixed values are moved by sizes that depend on the data"
+        places = _places(moved[path.target.name], shape, landing.heads)
+        if places is None:
+            return "the output projection reads heads in an order that changes from token to token"
+        found.append(places)
+        reshapes = _channel_entries(path, moved, shape[-1])
+    if any(not np.array_equal(found[0], places) for places in found):
+        return "the output projection reads other channels when a size changes"
+    return Output(linear, found[0], reshapes)
+
+
+def _descend(view: View, context: gs.Tensor) -> Path | str:
+    """The movement from mixed values to the only linear layer that reads them."""
+    nodes: list[gs.Node] = []
+    tensor = context
+    while True:
+        readers = [node for node in tensor.outputs if node.op not in {"Shape", "Size"}]
+        if view.is_output(tensor) or len(readers) != 1:
+            return (
+                f"the mixed values {tensor.name!r} are read {len(readers)} times, or by the caller"
+            )
+        (node,) = readers
+        is_linear = any(
+            item.node == node.name and item.input == tensor.name for item in view.linears.values()
+        )
+        if is_linear:
+            return Path(context, tensor, tuple(nodes))
+        if node.op not in MOVING_OPS | PASSING_OPS or len(node.outputs) != 1 or node.op == "Concat":
+            return f"{node.op} ({node.name}) stands between the mixed values and a linear layer"
+        nodes.append(node)
+        tensor = node.outputs[0]
+
+
+def _places(target: np.ndarray, shape: tuple[int, ...], heads: np.ndarray) -> np.ndarray | None:
+    """Head and position of every input channel of the output projection, the same for all tokens."""
+    flat = target.reshape(-1, target.shape[-1])
+    lead, position = flat // (shape[-1] * shape[-2]), flat % shape[-1]
+    places = np.stack([heads[lead], position], axis=-1)
+    return places[0] if (places == places[:1]).all() else None
+
+
+def _channel_entries(
+    path: Path, moved: Mapping[str, np.ndarray], width: int
+) -> tuple[tuple[str, int, int], ...]:
+    """For each Reshape of the path: the entry that holds value channels, of how many heads."""
+    entries = []
+    for node in path.nodes:
+        if node.op != "Reshape":
+            continue
+        position = moved[node.outputs[0].name] % width
+        axis = next(a for a in reversed(range(position.ndim)) if np.diff(position, axis=a).any())
+        entries.append((node.name, axis, position.shape[axis] // width))
+    return tuple(entries)

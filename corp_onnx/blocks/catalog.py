@@ -1,0 +1,190 @@
+"""The catalog: every block of a model, and a refusal for everything large that is in none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import onnx_graphsurgeon as gs
+
+from corp_onnx.blocks.attention import attention_of, match_attention, match_operator
+from corp_onnx.blocks.linear import match_linear
+from corp_onnx.blocks.logits import match_softmax
+from corp_onnx.blocks.mlp import match_mlp, why_not_hidden
+from corp_onnx.blocks.records import (
+    Attention,
+    Block,
+    Catalog,
+    Linear,
+    Mask,
+    Mlp,
+    Refusal,
+    axes_of,
+    linears_of,
+)
+from corp_onnx.blocks.view import View
+from corp_onnx.graph import Model, nodes_of_subgraphs
+from corp_onnx.macs import Counts, count
+from corp_onnx.shapes import Facts, Sizes, evaluate, input_sizes, tensor_count, usual_facts
+
+PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)))
+"""Pairs of (batch, sequence) at which data movement is run; larger where smaller do not fit."""
+
+SMALL_SHARE = 0.01
+"""Linear layers below this share of all MACs go unmentioned."""
+
+FUSED_ATTENTION_OPS = frozenset(
+    {
+        "MultiHeadAttention",
+        "GroupQueryAttention",
+        "PackedAttention",
+        "DecoderMaskedMultiHeadAttention",
+    }
+)
+
+
+def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
+    """Every block of a model, and a refusal for every Softmax and large linear layer outside.
+
+    Args:
+        model: The model; it is not changed.
+        sizes: Dimensions of inputs for counting, by name; others take their defaults.
+
+    Raises:
+        PlanError: If ``sizes`` do not fit the inputs.
+    """
+    view, unmatched = view_of(model, sizes)
+    counts = count(model.graph, usual_facts(model.graph, sizes))
+    attentions, refusals = _attentions(view)
+    mlps, hidden = _mlps(view, {linear.node for item in attentions for linear in linears_of(item)})
+    blocks = _in_order(view, [*attentions, *mlps])
+    taken = {linear.node for block in blocks for linear in linears_of(block)}
+    refusals += [item for item in (*hidden, *unmatched) if item.node not in taken]
+    said = taken | {item.node for item in refusals}
+    refusals += _large_leftovers(view, counts, said)
+    refusals += _in_subgraphs(model.graph)
+    return Catalog(
+        blocks,
+        tuple(refusals),
+        counts.sizes,
+        counts.total,
+        counts.params,
+        _prunable_macs(blocks, counts),
+    )
+
+
+def view_of(model: Model, sizes: Sizes | None = None) -> tuple[View, tuple[Refusal, ...]]:
+    """The graph with its linear layers, and products with constants that are none."""
+    graph, opset = model.graph, model.fingerprint.opset
+    order = {id(node): index for index, node in enumerate(graph.nodes)}
+    linears, refusals = {}, []
+    for node in graph.nodes:
+        linear = match_linear(node, opset)
+        if isinstance(linear, Linear):
+            linears[linear.output] = linear
+        elif isinstance(linear, Refusal):
+            refusals.append(linear)
+    return View(graph, opset, _probe(graph, sizes), order, linears), tuple(refusals)
+
+
+def _probe(graph: gs.Graph, sizes: Sizes | None) -> tuple[Facts, ...]:
+    """Facts at two batch and two sequence sizes: the pair at which most shapes can be inferred.
+
+    Dimensions that the caller gives are those of his data; only their first axis varies.
+    """
+    best: tuple[Facts, ...] = ()
+    for pair in PROBED_SIZES:
+        probes = tuple(evaluate(graph, _probe_sizes(graph, *size, sizes)) for size in pair)
+        if not best or len(probes[0].shapes) > len(best[0].shapes):
+            best = probes
+        if all(len(facts.shapes) >= tensor_count(graph) for facts in probes):
+            break
+    return best
+
+
+def _probe_sizes(
+    graph: gs.Graph, batch: int, sequence: int, given: Sizes | None
+) -> dict[str, tuple[int, ...]]:
+    by_place = input_sizes(graph, batch=batch, sequence=sequence)
+    for name, shape in (given or {}).items():
+        by_place[name] = (*by_place[name][:1], *shape[1:])
+    return by_place
+
+
+def _attentions(view: View) -> tuple[list[Attention], list[Refusal]]:
+    found: list[Attention] = []
+    refusals: list[Refusal] = []
+    for node in view.graph.nodes:
+        if node.op in FUSED_ATTENTION_OPS or (node.op == "Attention" and node.domain):
+            reason = "a fused operator; export the model without fusing attention"
+            refusals.append(Refusal(node.name, node.op, reason))
+            continue
+        anchor = match_softmax(view, node)
+        if node.op == "Attention":
+            parts = match_operator(view, node)
+        elif anchor is None:
+            continue
+        else:
+            parts = anchor if isinstance(anchor, Refusal) else match_attention(view, anchor)
+        block = (
+            parts
+            if isinstance(parts, Refusal)
+            else attention_of(view, parts, f"attention.{len(found)}")
+        )
+        (found if isinstance(block, Attention) else refusals).append(block)  # type: ignore[arg-type]
+    return found, refusals
+
+
+def _mlps(view: View, taken: set[str]) -> tuple[list[Mlp], list[Refusal]]:
+    found: list[Mlp] = []
+    refusals: list[Refusal] = []
+    nodes = {node.name: node for node in view.graph.nodes}
+    for linear in view.linears.values():
+        if linear.node in taken:
+            continue
+        block = match_mlp(view, linear, nodes[linear.node].inputs[0], f"mlp.{len(found)}")
+        if isinstance(block, Mlp):
+            found.append(block)
+        elif isinstance(block, Refusal):
+            refusals.append(block)
+    return found, refusals
+
+
+def _in_order(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Blocks in the order of the graph, each with the mask of the attention before it."""
+    place = {node.name: index for index, node in enumerate(view.graph.nodes)}
+    ordered = sorted(
+        blocks,
+        key=lambda block: place[block.down.node if isinstance(block, Mlp) else block.anchor],
+    )
+    mask: Mask | None = None
+    result: list[Block] = []
+    for block in ordered:
+        if isinstance(block, Attention):
+            mask = block.padding
+        result.append(replace(block, padding=mask))
+    return tuple(result)
+
+
+def _large_leftovers(view: View, counts: Counts, said: set[str]) -> list[Refusal]:
+    """A refusal for every linear layer of more than a hundredth of all MACs that is in no block."""
+    nodes = {node.name: node for node in view.graph.nodes}
+    return [
+        Refusal(linear.node, "Linear", why_not_hidden(view, linear, nodes[linear.node].inputs[0]))
+        for linear in view.linears.values()
+        if linear.node not in said
+        and counts.by_node.get(linear.node, 0) > SMALL_SHARE * counts.total
+    ]
+
+
+def _in_subgraphs(graph: gs.Graph) -> Iterator[Refusal]:
+    for node in nodes_of_subgraphs(graph):
+        if node.op in {"Softmax", "Attention", "MatMul", "Gemm"}:
+            reason = "it lies inside the body of an If, Loop or Scan, which is left as it is"
+            yield Refusal(node.name, node.op, reason)
+
+
+def _prunable_macs(blocks: Sequence[Block], counts: Counts) -> int:
+    """MACs of the linear layers of blocks that can be cut."""
+    nodes = {linear.node for block in blocks if axes_of(block) for linear in linears_of(block)}
+    return sum(counts.by_node.get(node, 0) for node in nodes)

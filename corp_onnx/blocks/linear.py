@@ -1,0 +1,85 @@
+"""Linear layers: products with a constant matrix, whatever the exporter wrote them as."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from jaxtyping import Float64
+
+from corp_onnx.blocks.records import Linear, Refusal
+from corp_onnx.blocks.view import constant_value
+
+
+def match_linear(node: gs.Node, opset: int) -> Linear | Refusal | None:
+    """Read a MatMul or Gemm as a linear layer; None if it is another operator or has no weight."""
+    if node.op not in {"MatMul", "Gemm"}:
+        return None
+    if constant_value(node.inputs[0], opset) is not None:
+        return Refusal(node.name, node.op, "the constant matrix multiplies from the left")
+    weight = constant_value(node.inputs[1], opset)
+    if weight is None:
+        return None
+    if weight.ndim != 2:
+        return Refusal(
+            node.name, node.op, f"the weight {node.inputs[1].name!r} is {weight.ndim}-D, no matrix"
+        )
+    if node.attrs.get("transA", 0):
+        return Refusal(node.name, node.op, "the activation enters transposed (transA = 1)")
+
+    width_in, width_out = weight.T.shape if node.attrs.get("transB", 0) else weight.shape
+    bias_node = _bias_node(node, width_out, opset) if node.op == "MatMul" else None
+    last = bias_node or node
+    return Linear(
+        node.name,
+        bias_node.name if bias_node else None,
+        node.inputs[0].name,
+        last.outputs[0].name,
+        width_in,
+        width_out,
+    )
+
+
+def weight_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> Float64[np.ndarray, "i o"]:
+    """The matrix ``W [in, out]`` of ``y = x W + b``, with a Gemm's alpha and transB applied."""
+    node = nodes[linear.node]
+    weight = constant_value(node.inputs[1], opset)
+    assert weight is not None, f"{linear.node} has no constant weight"
+    if node.attrs.get("transB", 0):
+        weight = weight.T
+    return weight.astype(np.float64) * node.attrs.get("alpha", 1.0)
+
+
+def bias_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> Float64[np.ndarray, " o"]:
+    """The vector ``b`` of ``y = x W + b``; zeros where the layer has none."""
+    node = nodes[linear.node]
+    bias = None
+    if linear.bias_node is not None:
+        bias = _vector(nodes[linear.bias_node], linear.width_out, opset)
+    elif node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2].name:
+        value = constant_value(node.inputs[2], opset)
+        assert value is not None, f"{linear.node} has a bias that is not constant"
+        bias = np.broadcast_to(value.reshape(-1), linear.width_out) * node.attrs.get("beta", 1.0)
+    return np.zeros(linear.width_out) if bias is None else bias.astype(np.float64)
+
+
+def dtype_of(nodes: dict[str, gs.Node], linear: Linear) -> np.dtype:
+    """The type in which the layer's weight is stored."""
+    return np.dtype(nodes[linear.node].inputs[1].dtype)
+
+
+def _bias_node(node: gs.Node, width: int, opset: int) -> gs.Node | None:
+    """The Add of a constant vector that is the only reader of a product."""
+    (output,) = node.outputs
+    if len(output.outputs) != 1 or output.outputs[0].op != "Add":
+        return None
+    add = output.outputs[0]
+    return add if _vector(add, width, opset) is not None else None
+
+
+def _vector(add: gs.Node, width: int, opset: int) -> np.ndarray | None:
+    """The constant vector of ``width`` entries that an Add adds, else None."""
+    for tensor in add.inputs:
+        value = constant_value(tensor, opset)
+        if value is not None and value.size == width == value.shape[-1]:
+            return value.reshape(-1)
+    return None

@@ -1,0 +1,143 @@
+"""Data movement is understood by running it on channel numbers.
+
+A tensor that holds its own element numbers goes in at a linear layer's output; what comes out at the
+other end says which (head, position) holds which channel, and what became of batch and sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from corp_onnx import shapes
+from corp_onnx.blocks.view import View, producer
+from corp_onnx.shapes import Facts
+
+PASSING_OPS = frozenset({"Identity", "Cast", "Dropout"})
+MOVING_OPS = frozenset(
+    {
+        "Reshape",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Split",
+        "Slice",
+        "Gather",
+        "Expand",
+        "Concat",
+    }
+)
+AFFINE_OPS = frozenset({"Mul", "Div", "Add", "Sub"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Path:
+    """Nodes, in order, through which ``target`` follows from ``source`` by movement and scaling."""
+
+    source: gs.Tensor
+    target: gs.Tensor
+    nodes: tuple[gs.Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """A path that ends at an operator which is neither movement nor a constant scale."""
+
+    node: gs.Node | None
+    tensor: str
+
+
+def climb(view: View, target: gs.Tensor) -> Path | Blocked:
+    """The path from a linear layer's output up to ``target``, or what blocks it."""
+    stack, nodes, sources = [target], [], {}
+    while stack:
+        tensor = stack.pop()
+        if tensor.name in view.linears:
+            sources[tensor.name] = tensor
+            continue
+        node = producer(tensor)
+        carried = None if node is None else carried_inputs(view, node)
+        if node is None or not carried:
+            return Blocked(node, tensor.name)
+        nodes.append(node)
+        stack.extend(carried)
+    if len(sources) != 1:
+        return Blocked(nodes[0] if nodes else None, target.name)
+    (source,) = sources.values()
+    return Path(source, target, tuple(view.in_order(nodes)))
+
+
+def carried_inputs(view: View, node: gs.Node) -> list[gs.Tensor]:
+    """The inputs whose elements a node moves or scales; empty if it does anything else."""
+    if node.domain not in {"", "ai.onnx", None}:
+        return []
+    if node.op in PASSING_OPS or (node.op in MOVING_OPS and node.op != "Concat"):
+        return [node.inputs[0]]
+    if node.op == "Concat":
+        return list(node.inputs)
+    if node.op in AFFINE_OPS:
+        open_inputs = [tensor for tensor in node.inputs if view.known(tensor) is None]
+        inverted = node.op == "Div" and open_inputs == [node.inputs[1]]
+        return open_inputs if len(open_inputs) == 1 and not inverted else []
+    return []
+
+
+def move(
+    path: Path, start: np.ndarray, facts: Facts, opset: int, *, scaled: bool
+) -> dict[str, np.ndarray] | None:
+    """What ``start`` at the path's source becomes at every tensor on the way.
+
+    With ``scaled`` the constants that are multiplied and added take part; without, elements only
+    move. None if an operand of the movement is not known.
+    """
+    arrays = {path.source.name: start}
+    for node in path.nodes:
+        inputs = _inputs(node, arrays, facts)
+        if inputs is None:
+            return None
+        outputs = _apply(node, inputs, arrays, opset, scaled=scaled)
+        for tensor, value in zip(node.outputs, outputs, strict=False):
+            arrays[tensor.name] = value
+    return arrays
+
+
+def _inputs(
+    node: gs.Node, arrays: Mapping[str, np.ndarray], facts: Facts
+) -> list[np.ndarray] | None:
+    values = [
+        arrays[tensor.name] if tensor.name in arrays else facts.value(tensor)
+        for tensor in node.inputs
+        if tensor.name
+    ]
+    return None if any(value is None for value in values) else values  # type: ignore[return-value]
+
+
+def _apply(
+    node: gs.Node,
+    inputs: Sequence[np.ndarray],
+    arrays: Mapping[str, np.ndarray],
+    opset: int,
+    *,
+    scaled: bool,
+) -> Sequence[np.ndarray]:
+    if node.op in PASSING_OPS:
+        return [inputs[0]]
+    if node.op in AFFINE_OPS:
+        if scaled:
+            return [_ARITHMETIC[node.op](inputs[0], inputs[1])]
+        moved = [tensor.name in arrays for tensor in node.inputs].index(True)
+        shape = np.broadcast_shapes(inputs[0].shape, inputs[1].shape)
+        return [np.broadcast_to(inputs[moved], shape)]
+    names = [tensor.name for tensor in node.inputs if tensor.name]
+    return shapes.run(node, dict(zip(names, inputs, strict=True)), opset)
+
+
+def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.asarray(a, dtype=np.float64) / b
+
+
+_ARITHMETIC = {"Mul": np.multiply, "Div": _divide, "Add": np.add, "Sub": np.subtract}

@@ -1,0 +1,66 @@
+"""Who else reads a tensor whose width will change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from corp_onnx.blocks.movement import Path, move
+from corp_onnx.blocks.records import SizeReader
+from corp_onnx.blocks.view import View, serves_only
+
+
+def size_readers(
+    view: View, paths: Sequence[Path], inside: set[int]
+) -> tuple[SizeReader, ...] | str:
+    """Shape nodes outside that read tensors of the paths, or who else reads one of them.
+
+    Nodes in ``inside`` (by ``id``) belong to the block. A Shape node whose result serves only them
+    goes with the old path and is left out.
+    """
+    readers: dict[str, SizeReader] = {}
+    for path in paths:
+        for tensor in _tensors(path):
+            if view.is_output(tensor):
+                return f"{tensor.name!r} is an output of the model"
+            for node in tensor.outputs:
+                if id(node) in inside or (node.op == "Shape" and serves_only(node, inside)):
+                    continue
+                reader = _size_reader(view, path, tensor, node) if node.op == "Shape" else None
+                if reader is None:
+                    return f"{tensor.name!r} is also read by {node.op} ({node.name})"
+                readers[node.name] = reader
+    return tuple(readers.values())
+
+
+def _tensors(path: Path) -> list[gs.Tensor]:
+    """The source and everything that moves on the path."""
+    return [path.source, *(tensor for node in path.nodes for tensor in node.outputs)]
+
+
+def _size_reader(view: View, path: Path, tensor: gs.Tensor, node: gs.Node) -> SizeReader | None:
+    """Every axis of the tensor as a number or as a token axis of the projection; None if neither."""
+    sizes: list[int | str] = []
+    shapes = [facts.shape(tensor) for facts in view.probes]
+    first, source = shapes[0], view.shape(path.source)
+    if first is None or source is None or node.attrs.get("start") or node.attrs.get("end"):
+        return None
+    numbers = np.arange(np.prod(source)).reshape(source)
+    moved = move(path, numbers, view.probes[0], view.opset, scaled=False)
+    assert moved is not None, "the path was traced with the same facts"
+    coordinates = np.unravel_index(moved[tensor.name] // source[-1], source[:-1])
+    for axis, size in enumerate(first):
+        if all(shape is not None and shape[axis] == size for shape in shapes):
+            sizes.append(size)
+            continue
+        found = [
+            token
+            for token, coordinate in enumerate(coordinates)
+            if source[token] == size and np.diff(coordinate, axis=axis).any()
+        ]
+        if len(found) != 1:
+            return None
+        sizes.append(f"t{found[0]}")
+    return SizeReader(node.name, tuple(sizes), view.linears[path.source.name].input)

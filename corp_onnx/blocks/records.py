@@ -1,0 +1,204 @@
+"""What the recognisers say: blocks that can be cut, and refusals with their reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from corp_onnx.shapes import Sizes
+
+Axis = Literal["mlp", "qk", "vo"]
+"""MLP hidden channels, query-key width of every head, value-output width of every head."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A product with a constant matrix, ``y = scale · x W + b``, by node and tensor name."""
+
+    node: str
+    bias_node: str | None
+    """The Add behind a MatMul that adds a constant vector; a Gemm holds its bias itself."""
+    input: str
+    output: str
+    """The tensor after the bias."""
+    width_in: int
+    width_out: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """A linear layer whose output feeds a hidden axis: channel ``channels[j]`` is hidden ``j``."""
+
+    linear: Linear
+    channels: Int64[np.ndarray, " d"]
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A constant with one entry per hidden channel, read by ``node`` at input ``slot``."""
+
+    node: str
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """A tensor that says which tokens nobody may attend to: padding counts in no statistic."""
+
+    tensor: str
+    kind: Literal["added", "keeps", "drops"]
+    """Added to the logits; true where a token is seen; true where it is masked."""
+
+
+@dataclass(frozen=True, slots=True)
+class SizeReader:
+    """A Shape node that reads a tensor whose width will change, and what it must go on saying."""
+
+    node: str
+    sizes: tuple[int | str, ...]
+    """Per axis a number, or ``"t<j>"``: the size of axis ``j`` of ``like``."""
+    like: str
+    """A tensor that stays, with the same token axes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mlp:
+    """A hidden axis between linear layers with nothing but per-channel operators in between."""
+
+    id: str
+    sources: tuple[Source, ...]
+    hidden: str
+    """The tensor that enters the down projection, channels last."""
+    vectors: tuple[Vector, ...]
+    reshapes: tuple[str, ...]
+    """Reshape nodes inside, whose last target dimension is the width."""
+    down: Linear
+    width: int
+    readers: tuple[SizeReader, ...] = ()
+    padding: Mask | None = None
+    refused: Mapping[Axis, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a plain projection is laid out as the operand of a product.
+
+    The projection ``[t0, …, tk, h·r]`` is reshaped to ``[t0, …, tk, h, r]``, its axes are permuted by
+    ``perm``, and neighbours are merged as ``groups`` says.
+    """
+
+    split: str | None
+    """Reshape node whose leading targets split the token axes first; None where none are split."""
+    tokens: int
+    """How many token axes there are after that split."""
+    perm: tuple[int, ...]
+    groups: tuple[int, ...]
+    """How many permuted axes each operand axis merges (0 for an axis of one)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """How channels of a linear layer reach an operand of a product.
+
+    Entry ``(h, i)`` of the operand is ``gain[h, i] · y[channels[h, i]] + offset[h, i]``, where ``y``
+    is the layer's output.
+    """
+
+    linear: Linear
+    channels: Int64[np.ndarray, "h e"]
+    gain: Float64[np.ndarray, "h e"]
+    offset: Float64[np.ndarray, "h e"]
+    operand: str
+    """The tensor that enters the product."""
+    layout: Layout
+    axis: int
+    """The operand's axis that holds a head's channels."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """The way from mixed values to the output projection, whose input ``j`` is ``places[j]``."""
+
+    linear: Linear
+    places: Int64[np.ndarray, "d 2"]
+    """Head and position within the head, for every input channel of the layer."""
+    reshapes: tuple[tuple[str, int, int], ...]
+    """Reshape nodes on the way, the target entry that holds value channels, of how many heads."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attention:
+    """Scaled dot-product attention, anchored at its Softmax or at an Attention operator."""
+
+    id: str
+    anchor: str
+    query: Route | None
+    key: Route | None
+    value: Route | None
+    output: Output | None
+    heads: int
+    kv_heads: int
+    head_width: int
+    value_width: int
+    frozen: tuple[Vector, ...] = ()
+    """Scalars computed at run time from shapes, which surgery replaces by their dense value."""
+    readers: tuple[SizeReader, ...] = ()
+    padding: Mask | None = None
+    refused: Mapping[Axis, str] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """Channels of all query heads together."""
+        return self.heads * self.head_width
+
+
+Block = Mlp | Attention
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A node that looked prunable and is not, with a reason that a user understands."""
+
+    node: str
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Catalog:
+    """Every block of a model in the order of the graph, and every refusal."""
+
+    blocks: tuple[Block, ...]
+    refusals: tuple[Refusal, ...]
+    sizes: Sizes
+    macs: int
+    params: int
+    macs_prunable: int
+
+
+def axes_of(block: Block) -> tuple[Axis, ...]:
+    """The axes of a block that can be cut."""
+    axes: tuple[Axis, ...] = ("mlp",) if isinstance(block, Mlp) else ("qk", "vo")
+    return tuple(axis for axis in axes if axis not in block.refused)
+
+
+def width_of(block: Block, axis: Axis) -> int:
+    """The dense width of an axis: hidden channels, or channels per head."""
+    if isinstance(block, Mlp):
+        return block.width
+    return block.head_width if axis == "qk" else block.value_width
+
+
+def linears_of(block: Block) -> tuple[Linear, ...]:
+    """The linear layers of a block: those that feed its axes and the one that they end in."""
+    if isinstance(block, Mlp):
+        return (*(source.linear for source in block.sources), block.down)
+    routes = (block.query, block.key, block.value)
+    found = [route.linear for route in routes if route is not None]
+    if block.output is not None:
+        found.append(block.output.linear)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,86 @@
+"""A graph as the recognisers see it: who feeds whom, what is constant, where the linear layers are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from corp_onnx import shapes
+from corp_onnx.blocks.records import Linear
+from corp_onnx.shapes import COMPUTED_OPS, Facts
+
+FOLDED_OPS = frozenset({"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze"})
+"""Operators on a constant that leave it a constant: a weight behind them is read through."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """A graph with what is known of it at two sets of input sizes and its linear layers."""
+
+    graph: gs.Graph
+    opset: int
+    probes: tuple[Facts, ...]
+    order: dict[int, int]
+    """Position of every node, by its ``id``."""
+    linears: dict[str, Linear]
+    """Linear layers by the name of their output."""
+
+    def known(self, tensor: gs.Tensor) -> np.ndarray | None:
+        """The value of a tensor that is the same for all data and sizes, else None."""
+        return shapes.constant_across(self.probes, tensor)
+
+    def shape(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
+        """The shape of a tensor at the first set of sizes."""
+        return self.probes[0].shape(tensor)
+
+    def is_output(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is an output of the graph."""
+        return any(tensor is output for output in self.graph.outputs)
+
+    def in_order(self, nodes: Iterable[gs.Node]) -> list[gs.Node]:
+        """Nodes without repetition, in the order of the graph."""
+        return sorted({id(node): node for node in nodes}.values(), key=lambda n: self.order[id(n)])
+
+
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that computes a tensor; None for inputs and constants."""
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+def constant_value(tensor: gs.Tensor, opset: int) -> np.ndarray | None:
+    """The value of a constant, read through Identity, Transpose, Cast and reshapes; else None."""
+    if isinstance(tensor, gs.Constant):
+        return np.asarray(tensor.values)
+    node = producer(tensor)
+    if node is None or node.op not in FOLDED_OPS or node.domain not in {"", "ai.onnx", None}:
+        return None
+    values = {}
+    for source in node.inputs:
+        value = constant_value(source, opset)
+        if value is None:
+            return None
+        values[source.name] = value
+    return shapes.run(node, values, opset)[0]
+
+
+def serves_only(start: gs.Node, served: set[int]) -> bool:
+    """Whether all that follows from ``start`` is shape arithmetic that ends in ``served`` nodes."""
+    stack, seen = [start], set()
+    while stack:
+        node = stack.pop()
+        if id(node) in served or id(node) in seen:
+            continue
+        seen.add(id(node))
+        readers = list(_readers(node))
+        if node.op not in COMPUTED_OPS or not readers:
+            return False
+        stack.extend(readers)
+    return True
+
+
+def _readers(node: gs.Node) -> Iterator[gs.Node]:
+    for tensor in node.outputs:
+        yield from tensor.outputs

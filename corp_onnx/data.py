@@ -1,0 +1,288 @@
+"""Batches for a model, from whatever holds its inputs: pictures, arrays, the user's own code."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from corp_onnx.errors import DataError
+from corp_onnx.fitting import fitted, listed, require_batchable, require_fit, shape_text
+from corp_onnx.loaders import is_loader, open_loader
+from corp_onnx.preprocessing import Preprocessing
+from corp_onnx.sources import (
+    InputSpec,
+    Layout,
+    Store,
+    open_images,
+    open_noise,
+    open_npy,
+    open_npz,
+)
+
+__all__ = ["Dataset", "InputSpec", "open_data"]
+
+_log = logging.getLogger(__name__)
+
+RANDOM_SAMPLES = 128
+FORMS = (
+    "a folder of images, a .npz (its keys are input names), a .npy (one input), script.py:function "
+    "(yields dicts of arrays) or module:Class (with get_next)"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dataset:
+    """Samples that fit a model, in a fixed order, read when they are taken.
+
+    Attributes:
+        store: Where the samples are.
+        inputs: The model's inputs, which every batch is fitted to.
+        indices: The numbers of these samples in the store.
+        source: What the user called the data.
+        preprocessing: How whole numbers in uint8 become the model's image input.
+    """
+
+    store: Store
+    inputs: tuple[InputSpec, ...]
+    indices: Int[np.ndarray, " n"]
+    source: str
+    preprocessing: Preprocessing | None = None
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are."""
+        return len(self.indices)
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The class of every sample, in order, where the source has classes."""
+        labels = self.store.labels
+        return None if labels is None else tuple(labels[index] for index in self.indices)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size that the model takes; None if it takes any."""
+        return next((spec.shape[0] for spec in self.inputs if spec.shape[0] is not None), None)
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, Shaped[np.ndarray, "b ..."]]]:
+        """All samples in order, in batches of at most ``batch_size``.
+
+        A batch holds neighbours of equal shape only, so sequences of different length are never
+        merged. A model with a fixed batch size gets batches of just that size; samples that do not
+        fill one are left out, and logged.
+
+        Raises:
+            DataError: If the samples fill no batch of a fixed size, hold values that the model's
+                dtype does not, are not finite, or cannot be read.
+        """
+        if batch_size < 1:
+            raise DataError(f"a batch needs at least one sample, not {batch_size}")
+        pieces = self._pieces(batch_size)
+        left_out = self.samples - sum(map(len, pieces))
+        if left_out:
+            _log.warning(
+                "the model takes batches of exactly %d samples: %d of the %d in %s fill none and "
+                "are left out",
+                *(self.fixed_batch, left_out, self.samples, self.source),
+            )
+        return map(self._read, pieces)
+
+    def arrays(self) -> dict[str, Shaped[np.ndarray, "n ..."]]:
+        """All samples at once, for small sets.
+
+        Raises:
+            DataError: If they differ in shape, or for what `batches` raises.
+        """
+        if len({self.store.layout(index) for index in self.indices}) > 1:
+            raise DataError(
+                f"the samples of {self.source} differ in shape and make no single array; take "
+                "batches, or pad them all alike"
+            )
+        return self._read(self.indices)
+
+    def take(self, indices: Sequence[int] | Int[np.ndarray, " k"]) -> Dataset:
+        """The samples at these places, in the order given."""
+        chosen = self.indices[np.asarray(indices, np.intp)]
+        chosen.flags.writeable = False
+        return replace(self, indices=chosen)
+
+    def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
+        """Two random parts with no sample in common, each in this order.
+
+        Args:
+            share: Of the samples, for the first part, between 0 and 1; each part gets at least one.
+            seed: Of the draw.
+
+        Raises:
+            DataError: If the share is not between 0 and 1, or there are fewer than two samples.
+        """
+        if not 0 < share < 1 or self.samples < 2:
+            raise DataError(
+                f"{self.samples} samples of {self.source} cannot be split with a share of {share}; "
+                "it takes at least two samples and a share between 0 and 1"
+            )
+        first = min(max(round(share * self.samples), 1), self.samples - 1)
+        order = np.random.default_rng(seed).permutation(self.samples)
+        return self.take(np.sort(order[:first])), self.take(np.sort(order[first:]))
+
+    def _pieces(self, batch_size: int) -> list[Int[np.ndarray, " b"]]:
+        """The samples of every batch."""
+        fixed = self.fixed_batch
+        size = fixed or batch_size
+        pieces = [
+            np.array(run[start : start + size], np.intp)
+            for _, group in itertools.groupby(self.indices.tolist(), key=self.store.layout)
+            for run in [list(group)]
+            for start in range(0, len(run), size)
+        ]
+        if fixed is None:
+            return pieces
+        full = [piece for piece in pieces if len(piece) == fixed]
+        if not full:
+            raise DataError(
+                f"the model takes batches of exactly {fixed} samples, which the {self.samples} of "
+                f"{self.source} do not fill; give more samples of one shape, or export the model "
+                "with a dynamic batch"
+            )
+        return full
+
+    def _read(self, piece: Int[np.ndarray, " b"]) -> dict[str, Shaped[np.ndarray, "b ..."]]:
+        raw = self.store.read(piece)
+        return {
+            spec.name: fitted(
+                spec,
+                raw[spec.name],
+                preprocessing=self.preprocessing,
+                name=lambda row: f"{self.store.name(int(piece[row]))} of {self.source}",
+            )
+            for spec in self.inputs
+        }
+
+
+def open_data(
+    source: str,
+    inputs: Sequence[InputSpec],
+    *,
+    preprocessing: Preprocessing | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    allow_random: bool = False,
+) -> Dataset:
+    """Open the data that a user named, and check that they fit the model.
+
+    Args:
+        source: A folder of images, a ``.npz``, a ``.npy``, ``script.py:function``,
+            ``module:Class``, or ``random``. Folders and uncompressed arrays are read as batches are
+            taken; a function or a class is run to its end, here and once.
+        inputs: The model's inputs.
+        preprocessing: How pictures become the model's image input.
+        samples: Use a random subset of this many, where there are more.
+        seed: Of the subset, and of random data.
+        allow_random: Let ``random`` stand for random numbers.
+
+    Returns:
+        At least one sample, and at least one full batch for a model with a fixed batch size.
+
+    Raises:
+        DataError: If there are no such data, or they do not fit; says what to do.
+    """
+    if samples is not None and samples < 1:
+        raise DataError(f"at least one sample is needed, not {samples}")
+    specs = tuple(inputs)
+    require_batchable(specs)
+    check = partial(require_fit, source, inputs=specs, preprocessing=preprocessing)
+    if source == "random":
+        store: Store = _open_random(specs, samples=samples, seed=seed, allowed=allow_random)
+    elif is_loader(source) and not Path(source).exists():
+        store = open_loader(source, check=check, samples=samples, seed=seed)
+    else:
+        store = _open_path(source, specs, preprocessing)
+        check(store.layout(0))
+    indices = _subset(source, len(store), samples, seed)
+    dataset = Dataset(store, specs, indices, source, preprocessing)
+    dataset._pieces(1)  # raises if a fixed batch size is never filled
+    return dataset
+
+
+def _open_random(specs: Layout, *, samples: int | None, seed: int, allowed: bool) -> Store:
+    if not allowed:
+        raise DataError(
+            "random numbers are no calibration data: their channels have none of the correlations "
+            "that the repair is computed from, so the statistics describe no input the model will "
+            "ever see; give real inputs, or --allow-random if only the mechanics are of interest"
+        )
+    return open_noise(specs, samples=samples or RANDOM_SAMPLES, seed=seed)
+
+
+def _open_path(source: str, specs: Layout, preprocessing: Preprocessing | None) -> Store:
+    path = Path(source)
+    if not source or not path.exists():
+        raise DataError(f"there are no data at {source!r}; give {FORMS}")
+    if path.is_dir():
+        return _open_folder(path, specs, preprocessing)
+    match path.suffix.lower():
+        case ".npz":
+            return open_npz(path)
+        case ".npy":
+            return open_npy(path, _only_input(source, "a .npy holds", specs))
+    raise DataError(f"{source} is not of a kind that can be read; give {FORMS}")
+
+
+def _open_folder(path: Path, specs: Layout, preprocessing: Preprocessing | None) -> Store:
+    name = _only_input(str(path), "a folder of images holds", specs)
+    if preprocessing is None:
+        raise DataError(_how_to_preprocess(path, specs[0]))
+    if preprocessing.input != name:
+        raise DataError(
+            f"the preprocessing is for an input {preprocessing.input!r}, but the model's input is "
+            f"{name!r}; correct `input` in its .preprocessing.json"
+        )
+    return open_images(path, preprocessing)
+
+
+def _only_input(source: str, what: str, specs: Layout) -> str:
+    if len(specs) == 1:
+        return specs[0].name
+    raise DataError(
+        f"{source}: {what} one input, but the model has {listed([spec.name for spec in specs])}; "
+        "save all of them in a .npz under these names"
+    )
+
+
+def _how_to_preprocess(folder: Path, spec: InputSpec) -> str:
+    if len(spec.shape) != 4:
+        return (
+            f"{folder} holds images, but the model's input {spec.name!r} has the shape "
+            f"{shape_text(spec)} and takes none; give arrays in a .npz"
+        )
+    height, width = (size or 224 for size in spec.shape[2:])
+    example = Preprocessing(
+        *(spec.name, (height, width), 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        interpolation="bicubic",
+        crop_pct=0.9,
+    )
+    return (
+        f"{folder} holds images, but there is no <model>.preprocessing.json beside the model that "
+        "says how a picture becomes its input; write one. For a model trained with ImageNet's mean "
+        f"and standard deviation it holds {json.dumps(asdict(example))}"
+    )
+
+
+def _subset(source: str, available: int, samples: int | None, seed: int) -> Int[np.ndarray, " n"]:
+    """Which samples to use, in their order."""
+    indices = np.arange(available)
+    if samples is not None and samples > available:
+        _log.warning("%s has %d samples, not the %d asked for", source, available, samples)
+    elif samples is not None:
+        drawn = np.random.default_rng(seed).choice(available, samples, replace=False)
+        indices = np.sort(drawn)
+    indices.flags.writeable = False
+    return indices

@@ -1,0 +1,249 @@
+"""An ONNX model as a graph of nodes: load, canonicalise, clone, save, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError, EncodeError
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+from onnx.inliner import inline_local_functions
+
+from corp_onnx.errors import GraphError, OutputError, QuantisedModel
+
+OLDEST_OPSET = 11
+LARGEST_PROTOBUF_BYTES = 2**31 - 1
+QUANTISED_OPS = frozenset(
+    {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "QLinearMatMul",
+        "QLinearConv",
+        "MatMulInteger",
+        "ConvInteger",
+        "MatMulNBits",
+        "QAttention",
+        "DynamicQuantizeMatMul",
+        "MatMulIntegerToFloat",
+        "QGemm",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What identifies a model file: its content's SHA-256, its opset and who wrote it."""
+
+    sha256: str
+    opset: int
+    producer: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A graph in canonical form, with what surrounds it in the file.
+
+    Canonical means: constants are ``gs.Constant`` tensors and never nodes, model-local functions are
+    inlined, and every node has a name of its own. ``graph`` is never edited: stages copy it.
+    """
+
+    graph: gs.Graph
+    fingerprint: Fingerprint
+    header: onnx.ModelProto
+
+    def with_graph(self, graph: gs.Graph) -> Model:
+        """The same surroundings with another graph."""
+        return Model(graph, self.fingerprint, self.header)
+
+    def proto(self) -> onnx.ModelProto:
+        """The model as protobuf: metadata, producer and opsets as they were in the file."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.header)
+        model.graph.CopyFrom(gs.export_onnx(self.graph).graph)
+        return model
+
+
+def load(path: Path) -> Model:
+    """Read an ONNX file, with its external data, into canonical form.
+
+    Raises:
+        GraphError: If it is not a complete ONNX model of a known opset.
+        QuantisedModel: If its weights or activations are quantised already.
+    """
+    proto = _read(path)
+    opset = _require_known_opset(proto, path)
+    _require_float(proto, path)
+    if proto.functions:
+        proto = inline_local_functions(proto)
+    digest = _sha256(path, proto)
+    try:
+        onnx.external_data_helper.load_external_data_for_model(proto, str(path.parent))
+    except (FileNotFoundError, onnx.checker.ValidationError, ValueError) as error:
+        raise GraphError(
+            f"{path} keeps weights in another file that cannot be read ({_first_line(error)}); "
+            "put the external data file back beside the model"
+        ) from error
+    return from_proto(proto, Fingerprint(digest, opset, _producer(proto)))
+
+
+def from_proto(proto: onnx.ModelProto, fingerprint: Fingerprint | None = None) -> Model:
+    """Bring a model that is already in memory into canonical form."""
+    if fingerprint is None:
+        digest = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+        fingerprint = Fingerprint(digest, opset_of(proto), _producer(proto))
+    header = onnx.ModelProto()
+    for field, value in proto.ListFields():
+        if field.name not in {"graph", "functions"}:
+            getattr(header, field.name).extend(value) if field.is_repeated else setattr(
+                header, field.name, value
+            )
+    graph = gs.import_onnx(proto)
+    _constants_from_nodes(graph)
+    _name_every_node(graph)
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    return Model(graph, fingerprint, header)
+
+
+def save(model: Model, path: Path) -> None:
+    """Write a model whole or not at all: to a temporary name beside ``path``, then by rename.
+
+    Models beyond protobuf's 2 GB get their weights in ``<name>.data`` beside them.
+
+    Raises:
+        OutputError: If the folder cannot be written to.
+    """
+    require_writable(path)
+    proto = model.proto()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        draft = Path(folder) / path.name
+        data = f"{path.name}.data"
+        large = _size_bytes(proto) > LARGEST_PROTOBUF_BYTES
+        onnx.save(proto, draft, save_as_external_data=large, location=data if large else None)
+        if large:
+            os.replace(draft.with_name(data), path.with_name(data))  # noqa: PTH105 (as one pair)
+        draft.replace(path)
+
+
+def require_writable(path: Path) -> None:
+    """Fail before the work, not after it, when a result could not be written to ``path``."""
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; name a file")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """The version of the standard operator set that a model imports; 0 if it imports none."""
+    versions = [entry.version for entry in proto.opset_import if entry.domain in {"", "ai.onnx"}]
+    return max(versions, default=0)
+
+
+def nodes_of_subgraphs(graph: gs.Graph) -> Iterator[gs.Node]:
+    """Every node inside If, Loop and Scan bodies, at any depth."""
+    for subgraph in graph.subgraphs(recursive=True):
+        yield from subgraph.nodes
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        raise GraphError(f"{path} does not exist or is not a file; give the path of an .onnx file")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise GraphError(
+            f"{path} ({path.stat().st_size} bytes) is not an ONNX model, or it is truncated: "
+            f"{_first_line(error)}; export or download it again"
+        ) from error
+    if not proto.graph.node or not proto.ir_version:
+        raise GraphError(f"{path} holds no ONNX graph; export or download it again")
+    return proto
+
+
+def _require_known_opset(proto: onnx.ModelProto, path: Path) -> int:
+    opset, newest = opset_of(proto), onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise GraphError(
+            f"{path} uses opset {opset}, but the installed onnx package knows opsets up to "
+            f"{newest}; upgrade it with `pip install --upgrade onnx`"
+        )
+    if opset < OLDEST_OPSET:
+        raise GraphError(
+            f"{path} uses opset {opset}; opset {OLDEST_OPSET} or later is needed: convert it with "
+            "onnx.version_converter.convert_version, or export it again"
+        )
+    return opset
+
+
+def _require_float(proto: onnx.ModelProto, path: Path) -> None:
+    found = sorted({node.op_type for node in proto.graph.node} & QUANTISED_OPS)
+    if found:
+        raise QuantisedModel(
+            f"{path} is quantised already (it holds {', '.join(found)}): rounded weights cannot be "
+            "repaired exactly; prune the floating-point model first and quantise the result"
+        )
+
+
+def _constants_from_nodes(graph: gs.Graph) -> None:
+    """Turn every Constant node into a constant tensor of the same name."""
+    outputs = {id(tensor) for tensor in graph.outputs}
+    for node in graph.nodes:
+        value = node.attrs.get("value")
+        if node.op != "Constant" or not isinstance(value, gs.Constant):
+            continue
+        (output,) = node.outputs
+        if id(output) not in outputs:
+            node.outputs.clear()
+            output.to_constant(value.values)
+
+
+def _name_every_node(graph: gs.Graph) -> None:
+    """Give nodes without a name, or with a name already taken, one of their own."""
+    taken = {node.name for node in graph.nodes}
+    seen: set[str] = {""}
+    for index, node in enumerate(graph.nodes):
+        if node.name in seen:
+            name = f"{node.name or node.op}_{index}"
+            while name in taken:
+                name += "_"
+            node.name = name
+            taken.add(name)
+        seen.add(node.name)
+
+
+def _sha256(path: Path, proto: onnx.ModelProto) -> str:
+    """Digest of the file and of the external data files that it names."""
+    names = {
+        ExternalDataInfo(tensor).location
+        for tensor in proto.graph.initializer
+        if uses_external_data(tensor)
+    }
+    digest = hashlib.sha256()
+    for file in [path, *(path.parent / name for name in sorted(names))]:
+        if file.is_file():
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _size_bytes(proto: onnx.ModelProto) -> int:
+    try:
+        return int(proto.ByteSize())
+    except (EncodeError, ValueError):
+        return LARGEST_PROTOBUF_BYTES + 1
+
+
+def _producer(proto: onnx.ModelProto) -> str:
+    return f"{proto.producer_name} {proto.producer_version}".strip() or "unknown"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

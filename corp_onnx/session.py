@@ -1,0 +1,152 @@
+"""The one place that opens an ONNX Runtime session."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+
+from corp_onnx.data import InputSpec
+from corp_onnx.errors import BackendUnavailable, GraphError
+from corp_onnx.graph import LARGEST_PROTOBUF_BYTES, Model, save
+
+CPU: tuple[str, ...] = ("CPUExecutionProvider",)
+
+NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint64)": np.uint64,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """How models are run: execution providers in order, threads, a library of custom operators."""
+
+    providers: tuple[str, ...] = CPU
+    threads: int = 0
+    custom_op_library: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Session:
+    """A model that is loaded and can be run."""
+
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str, ...]
+    _session: Any
+
+    def run(
+        self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Output arrays by name; inputs that the model does not have are left out."""
+        names = list(self.outputs if outputs is None else outputs)
+        taken = {spec.name: feeds[spec.name] for spec in self.inputs}
+        return dict(zip(names, self._session.run(names, taken), strict=True))
+
+
+def open_session(source: Model | Path, runtime: Runtime | None = None) -> Session:
+    """Load a model into ONNX Runtime.
+
+    Raises:
+        BackendUnavailable: If ONNX Runtime, or an execution provider asked for, is missing.
+        GraphError: If ONNX Runtime cannot load the model.
+    """
+    runtime = runtime or Runtime()
+    ort = _onnxruntime()
+    _require_providers(ort, runtime.providers)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = runtime.threads
+    if runtime.custom_op_library is not None:
+        _register(options, runtime.custom_op_library)
+    try:
+        session = _open(ort, source, options, list(runtime.providers))
+    except _load_failures(ort) as error:
+        raise GraphError(
+            f"ONNX Runtime {ort.__version__} cannot load the model: {str(error)[:500]}; operators "
+            "that it does not know can be brought with --custom-op-library"
+        ) from error
+    inputs = tuple(
+        InputSpec(
+            value.name,
+            np.dtype(NUMPY_TYPES.get(value.type, np.float32)),
+            tuple(size if isinstance(size, int) else None for size in value.shape),
+        )
+        for value in session.get_inputs()
+    )
+    return Session(inputs, tuple(value.name for value in session.get_outputs()), session)
+
+
+def version() -> str:
+    """The version of ONNX Runtime that is installed."""
+    return str(_onnxruntime().__version__)
+
+
+def _open(ort: ModuleType, source: Model | Path, options: Any, providers: list[str]) -> Any:  # noqa: ANN401 (ONNX Runtime ships no types)
+    if isinstance(source, Path):
+        return ort.InferenceSession(str(source), options, providers=providers)
+    proto: onnx.ModelProto = source.proto()
+    if proto.ByteSize() <= LARGEST_PROTOBUF_BYTES:
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=providers)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save(source, path)
+        return ort.InferenceSession(str(path), options, providers=providers)
+
+
+def _onnxruntime() -> ModuleType:
+    """The onnxruntime module, or an error that says how to get it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailable(
+            "ONNX Runtime is not installed; install it with `pip install 'corp_onnx[cpu]'`, or on "
+            "a machine with an NVIDIA GPU with `pip install 'corp_onnx[gpu]'`"
+        ) from error
+    return onnxruntime  # type: ignore[no-any-return]
+
+
+def _require_providers(ort: ModuleType, providers: Sequence[str]) -> None:
+    available = ort.get_available_providers()
+    missing = [name for name in providers if name not in available]
+    if missing:
+        raise BackendUnavailable(
+            f"execution provider {', '.join(missing)} is not in the installed ONNX Runtime, which "
+            f"has {', '.join(available)}; choose one of these with --providers"
+        )
+
+
+def _register(options: Any, library: Path) -> None:  # noqa: ANN401 (ONNX Runtime ships no types)
+    if not library.is_file():
+        raise BackendUnavailable(f"the custom operator library {library} does not exist")
+    options.register_custom_ops_library(str(library))
+
+
+def _load_failures(ort: ModuleType) -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a model that it cannot load."""
+    state = ort.capi.onnxruntime_pybind11_state
+    return (
+        state.Fail,
+        state.InvalidGraph,
+        state.InvalidArgument,
+        state.InvalidProtobuf,
+        state.NoSuchFile,
+        state.NotImplemented,
+        state.RuntimeException,
+    )

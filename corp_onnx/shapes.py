@@ -1,0 +1,261 @@
+"""What is known of every tensor at given input sizes, without running the model.
+
+Small tensors that follow from constants and shapes alone (the shape arithmetic that exporters write)
+are computed; of all others the shape is inferred. Nothing the size of an activation is allocated.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx.reference import ReferenceEvaluator
+
+from corp_onnx.errors import PlanError
+
+log = logging.getLogger(__name__)
+
+LARGEST_KNOWN_VALUE = 1 << 16
+"""Elements of the largest tensor whose value is computed rather than only its shape."""
+
+COMPUTED_OPS = frozenset(
+    """Abs Add And Cast CastLike Ceil Clip Concat ConstantOfShape Cos CumSum Div Equal Exp Expand
+    Flatten Floor Gather Greater GreaterOrEqual Identity Less LessOrEqual Log Max Min Mod Mul Neg Not
+    Or Pow Range Reciprocal ReduceMax ReduceMin ReduceProd ReduceSum Reshape Shape Sin Size Slice
+    Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where""".split()
+)
+"""Operators that shape arithmetic, positions, scales and masks are made of."""
+
+DEFAULT_BATCH = 1
+DEFAULT_SEQUENCES = (128, 64, 32, 16, 8)
+"""Sequence lengths for counting: the first that all tensors of the model admit."""
+
+DEFAULT_PIXELS = 224
+
+Sizes = Mapping[str, tuple[int, ...]]
+"""Concrete dimensions of every graph input, by input name."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Facts:
+    """Shapes of tensors, and values of the small ones that do not depend on the data, by name."""
+
+    sizes: Sizes
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def value(self, tensor: gs.Tensor) -> np.ndarray | None:
+        """The value of a tensor, or None if it depends on the data or is large."""
+        if isinstance(tensor, gs.Constant):
+            return np.asarray(tensor.values)
+        return self.values.get(tensor.name)
+
+    def shape(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
+        """The shape of a tensor, or None if it could not be inferred."""
+        if isinstance(tensor, gs.Constant):
+            return tuple(tensor.shape)
+        return self.shapes.get(tensor.name)
+
+
+def input_sizes(
+    graph: gs.Graph,
+    *,
+    batch: int = DEFAULT_BATCH,
+    sequence: int = DEFAULT_SEQUENCES[0],
+    given: Sizes | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Concrete dimensions for every graph input: those given, else static ones, else by place.
+
+    The first dimension is the batch; the last two of a 4-D input are pixels; any other that is
+    dynamic is a sequence.
+
+    Raises:
+        PlanError: If ``given`` names an unknown input or contradicts a static dimension.
+    """
+    given = dict(given or {})
+    sizes = {}
+    for tensor in graph.inputs:
+        rank = len(tensor.shape or ())
+        by_place = [batch] + [sequence] * (rank - 1)
+        if rank == 4:
+            by_place[2:] = [DEFAULT_PIXELS, DEFAULT_PIXELS]
+        declared = [_static(size) for size in tensor.shape or ()]
+        sizes[tensor.name] = tuple(
+            place if size is None else size for size, place in zip(declared, by_place, strict=True)
+        )
+        if tensor.name in given:
+            sizes[tensor.name] = _checked(tensor.name, declared, given.pop(tensor.name))
+    if given:
+        raise PlanError(
+            f"sizes are given for {', '.join(given)}, but the inputs of the model are "
+            f"{', '.join(sizes)}"
+        )
+    return sizes
+
+
+def usual_facts(graph: gs.Graph, given: Sizes | None = None) -> Facts:
+    """Facts at the sizes used for counting: batch 1, and the longest usual sequence that fits.
+
+    Raises:
+        PlanError: If ``given`` does not fit the inputs.
+    """
+    best: Facts | None = None
+    for sequence in DEFAULT_SEQUENCES:
+        facts = evaluate(graph, input_sizes(graph, sequence=sequence, given=given))
+        if best is None or len(facts.shapes) > len(best.shapes):
+            best = facts
+        if len(facts.shapes) >= tensor_count(graph):
+            break
+    assert best is not None, "there is at least one usual sequence length"
+    return best
+
+
+def tensor_count(graph: gs.Graph) -> int:
+    """How many tensors a graph computes or takes in."""
+    return len(graph.inputs) + sum(len(node.outputs) for node in graph.nodes)
+
+
+def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:
+    """Shapes and data-independent values of every tensor at the given input sizes.
+
+    A tensor whose shape depends on the data, or that follows from an operator without a schema, is
+    absent from the result, and so is what follows from it.
+    """
+    facts = Facts(sizes, dict(sizes))
+    types: dict[str, onnx.TypeProto] = {
+        tensor.name: _type_of(tensor.dtype, sizes[tensor.name]) for tensor in graph.inputs
+    }
+    opsets = {entry.domain: entry.version for entry in graph.import_domains or ()}
+    opsets.setdefault("", graph.opset)
+    for node in graph.nodes:
+        known = _known_inputs(node, facts) if node.op in COMPUTED_OPS else None
+        if known is not None:
+            _record_values(node, run(node, known, opsets[""]), facts, types)
+        else:
+            _record_shapes(node, facts, types, opsets)
+    return facts
+
+
+def run(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tuple[np.ndarray, ...]:
+    """One standard operator, run by ONNX's reference implementation on arrays by input name."""
+    names = [tensor.name for tensor in node.inputs]
+    proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
+    evaluator = ReferenceEvaluator(proto, opsets={"": opset})
+    feeds = {name: inputs[name] for name in names if name}
+    return tuple(np.asarray(value) for value in evaluator.run(None, feeds))
+
+
+def constant_across(probes: tuple[Facts, ...], tensor: gs.Tensor) -> np.ndarray | None:
+    """The value of a tensor that is the same at all probed sizes, else None."""
+    first = probes[0].value(tensor)
+    if first is None or isinstance(tensor, gs.Constant):
+        return first
+    for probe in probes[1:]:
+        other = probe.value(tensor)
+        if other is None or not np.array_equal(first, other):
+            return None
+    return first
+
+
+def _static(size: object) -> int | None:
+    return int(size) if isinstance(size, (int, np.integer)) and size > 0 else None
+
+
+def _checked(name: str, declared: list[int | None], given: tuple[int, ...]) -> tuple[int, ...]:
+    fits = len(declared) == len(given) and all(
+        size in {None, asked} for size, asked in zip(declared, given, strict=True)
+    )
+    if not fits:
+        shown = ["?" if size is None else size for size in declared]
+        raise PlanError(f"input {name!r} has shape {shown}, which {list(given)} does not fit")
+    return tuple(given)
+
+
+def _known_inputs(node: gs.Node, facts: Facts) -> dict[str, np.ndarray] | None:
+    """Input values by name if all are known and small, for Shape the shape suffices."""
+    if node.domain not in {"", "ai.onnx", None}:
+        return None
+    if node.op in {"Shape", "Size"}:
+        shape = facts.shape(node.inputs[0])
+        # A view without memory: only its shape is read.
+        empty = None if shape is None else np.broadcast_to(np.float32(0), shape)
+        return None if empty is None else {node.inputs[0].name: empty}
+    known = {}
+    for tensor in node.inputs:
+        if not tensor.name:
+            continue
+        if isinstance(tensor, gs.Constant) and np.prod(tensor.shape) > LARGEST_KNOWN_VALUE:
+            return None
+        value = facts.value(tensor)
+        if value is None:
+            return None
+        known[tensor.name] = value
+    return known
+
+
+def _record_values(
+    node: gs.Node,
+    results: tuple[np.ndarray, ...],
+    facts: Facts,
+    types: dict[str, onnx.TypeProto],
+) -> None:
+    for tensor, value in zip(node.outputs, results, strict=False):
+        facts.shapes[tensor.name] = value.shape
+        types[tensor.name] = _type_of(value.dtype, value.shape)
+        if value.size <= LARGEST_KNOWN_VALUE:
+            facts.values[tensor.name] = value
+
+
+def _record_shapes(
+    node: gs.Node, facts: Facts, types: dict[str, onnx.TypeProto], opsets: Mapping[str, int]
+) -> None:
+    schema = _schema(node.op, opsets.get(node.domain or "", 1), node.domain or "")
+    if schema is None:
+        log.debug("no schema for %s.%s: shapes after %s stay open", node.domain, node.op, node.name)
+        return
+    inputs, data = {}, {}
+    for tensor in node.inputs:
+        if not tensor.name:
+            continue
+        if isinstance(tensor, gs.Constant):
+            inputs[tensor.name] = _type_of(tensor.dtype, tuple(tensor.shape))
+        elif tensor.name in types:
+            inputs[tensor.name] = types[tensor.name]
+        else:
+            return
+        if (isinstance(tensor, gs.Constant) and np.prod(tensor.shape) <= 256) or (
+            tensor.name in facts.values
+        ):
+            data[tensor.name] = onnx.numpy_helper.from_array(facts.value(tensor), tensor.name)
+    proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
+    try:
+        inferred = onnx.shape_inference.infer_node_outputs(schema, proto, inputs, data)
+    except onnx.shape_inference.InferenceError as error:
+        log.debug("shape inference failed at %s: %s", node.name, error)
+        return
+    for name, kind in inferred.items():
+        types[name] = kind
+        shape = [dim.dim_value for dim in kind.tensor_type.shape.dim]
+        if kind.tensor_type.HasField("shape") and all(
+            dim.HasField("dim_value") for dim in kind.tensor_type.shape.dim
+        ):
+            facts.shapes[name] = tuple(shape)
+
+
+@cache
+def _schema(op: str, opset: int, domain: str) -> onnx.defs.OpSchema | None:
+    if not onnx.defs.has(op, opset, domain):
+        return None
+    return onnx.defs.get_schema(op, opset, domain)
+
+
+def _type_of(dtype: object, shape: tuple[int, ...]) -> onnx.TypeProto:
+    code = (
+        dtype if isinstance(dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    )
+    return onnx.helper.make_tensor_type_proto(code, shape)

@@ -1,0 +1,206 @@
+"""Logit recovery: narrower queries and keys whose products stay what they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int
+
+from corp_onnx.errors import IllConditioned
+from corp_onnx.moments import Moments, read_only
+from corp_onnx.solve.affine import MAX_CONDITION, Repair, share
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bilinear:
+    """Solution of ``G_Q M G_K + λM = C``, and the condition number of that system."""
+
+    matrix: Float64[np.ndarray, "r r"]
+    condition: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "matrix", read_only(self.matrix))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QueryKeyMaps:
+    """Maps that narrow every head, ``q ← q A`` and ``k ← k B``, and how well.
+
+    They act on projected vectors, bias included, so both the weights and the
+    bias of a projection are multiplied by its head's map.
+
+    Attributes:
+        query: ``A`` of every query head.
+        key: ``B`` of every key head.
+        condition: Largest condition number of a head's regularised system.
+        unexplained: Squared error of the logits over the squared logits that
+            the removed coordinates made, all heads together.
+        error: The same squared error over all squared logits.
+    """
+
+    query: Float64[np.ndarray, "h e r"]
+    key: Float64[np.ndarray, "g e r"]
+    condition: float
+    unexplained: float
+    error: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "query", read_only(self.query))
+        object.__setattr__(self, "key", read_only(self.key))
+
+
+def recover_query_key(
+    query: Moments, key: Moments, kept: Int[np.ndarray, "g r"], *, repair: Repair, ridge: float
+) -> QueryKeyMaps:
+    r"""Maps to ``r`` coordinates per head that keep the logits ``q kᵀ``.
+
+    Every head for itself, with ``S`` kept and ``P`` removed, the products of
+    kept coordinates are re-weighted to stand in for those of removed ones::
+
+        min_M  E‖q_S M k_Sᵀ - q_P k_Pᵀ‖² + λ‖M‖²
+        ⇔  G_Q M G_K + λM = C_Q C_K        λ = ridge · tr(G_Q) tr(G_K) / r²
+        G_Q = E[q_Sᵀ q_S]   G_K = E[k_Sᵀ k_S]   C_Q = E[q_Sᵀ q_P]   C_K = E[k_Pᵀ k_S]
+        I + M = L Rᵀ        A_S = L        B_S = R        A_P = B_P = 0
+
+    over all pairs of tokens of all samples. ``M`` is not symmetric and is not
+    made so. The repairs ``mean`` and ``none`` only select: ``A = B``, one 1 in
+    each column. They are the same here because the mean of the removed products,
+    ``E[q_P] E[k_P]ᵀ``, is one number added to every logit, and Softmax ignores it.
+
+    Query heads that share a key head (``h = m g``, query head ``i`` reads key
+    head ``i // m``) pool their Grams and share one ``A``: one ``M`` must serve
+    them all.
+
+    Both shares are exact on the vectors that the moments were taken of; with
+    ``T = A Bᵀ - I`` the squared error of a head is ``tr(Tᵀ G_q T G_k)``,
+    from Grams of all ``e`` coordinates.
+
+    Source: arXiv 2602.05243, logit recovery of query-key width. There λ is
+    absolute; here it is relative, so that one value fits every head.
+
+    Args:
+        query: Moments of the queries of ``h`` heads of width ``e``, as they
+            enter the product, bias included.
+        key: Moments of the keys of ``g`` heads.
+        kept: Coordinates that stay, per key head.
+        repair: What stands in for the removed coordinates.
+        ridge: Regularisation, relative; read by ``corp`` only.
+
+    Raises:
+        IllConditioned: If a head's system is singular, or its condition number
+            passes `MAX_CONDITION`.
+        DataError: If the moments are of no vector.
+
+    >>> x = np.array([[[1.0, 2.0]], [[3.0, 6.0]], [[-1.0, -2.0]]])  # x1 = 2 x0
+    >>> maps = recover_query_key(
+    ...     Moments.of(x), Moments.of(x), np.array([[0]]), repair="corp", ridge=0.0
+    ... )
+    >>> logit = maps.query[0, 0, 0] * maps.key[0, 0, 0]  # of q0 k0: it was q0 k0 + q1 k1
+    >>> float(logit.round(6))
+    5.0
+    """
+    key_grams = key.gram
+    groups, width = key_grams.shape[:2]
+    sharers = len(query.mean) // groups
+    assert sharers * groups == len(query.mean), "every key head serves as many query heads"
+    query_grams = query.gram.reshape(groups, sharers, width, width).mean(axis=1)
+
+    select = np.swapaxes(np.eye(width)[kept], -1, -2)
+    narrow_query, narrow_key, condition = select, select, 1.0
+    if repair == "corp" and 0 < kept.shape[1] < width:
+        heads = [
+            _split(query_grams[head], key_grams[head], kept[head], ridge=ridge)
+            for head in range(groups)
+        ]
+        narrow_query = select @ np.stack([left for left, _, _ in heads])
+        narrow_key = select @ np.stack([right for _, right, _ in heads])
+        condition = max(head_condition for _, _, head_condition in heads)
+
+    change = narrow_query @ narrow_key.swapaxes(-1, -2) - np.eye(width)
+    removed = select @ select.swapaxes(-1, -2) - np.eye(width)
+    lost = _logit_energy(query_grams, key_grams, change)
+    return QueryKeyMaps(
+        np.repeat(narrow_query, sharers, axis=0),
+        narrow_key,
+        condition,
+        unexplained=share(lost, _logit_energy(query_grams, key_grams, removed)),
+        error=share(lost, _logit_energy(query_grams, key_grams, np.eye(width))),
+    )
+
+
+def solve_bilinear(
+    left: Float64[np.ndarray, "r r"],
+    right: Float64[np.ndarray, "r r"],
+    target: Float64[np.ndarray, "r r"],
+    *,
+    ridge: float,
+) -> Bilinear:
+    r"""Solve ``G M H + λM = C`` for symmetric positive semidefinite ``G`` and ``H``.
+
+    Diagonalising both sides, ``G = U diag(a) Uᵀ`` and ``H = V diag(b) Vᵀ``,
+    turns the system into one division per entry::
+
+        M = U [(Uᵀ C V)_ij / (a_i b_j + λ)] Vᵀ
+
+    so it costs two eigendecompositions, not one solve of size ``r²``. Negative
+    eigenvalues are rounding and count as zero. If ``G`` or ``H`` is zero and
+    λ too, every ``M`` does as well; the answer is then zero.
+
+    Args:
+        left: ``G``.
+        right: ``H``.
+        target: ``C``.
+        ridge: λ, absolute.
+
+    Raises:
+        IllConditioned: If ``max(a_i b_j) + λ`` over ``min(a_i b_j) + λ`` passes
+            `MAX_CONDITION`.
+
+    >>> answer = solve_bilinear(np.eye(1) * 2, np.eye(1) * 3, np.eye(1) * 14, ridge=1.0)
+    >>> answer.matrix.round(6), answer.condition
+    (array([[2.]]), 1.0)
+    """
+    left_values, left_vectors = np.linalg.eigh(left)
+    right_values, right_vectors = np.linalg.eigh(right)
+    scale = np.outer(left_values.clip(min=0.0), right_values.clip(min=0.0)) + ridge
+    low, high = float(scale.min()), float(scale.max())
+    if high == 0.0:
+        return Bilinear(np.zeros_like(target), condition=1.0)
+    if low * MAX_CONDITION < high:
+        raise IllConditioned(
+            f"the query-key system of {len(left)} kept coordinates has condition "
+            f"{share(high, low):.1e} (limit {MAX_CONDITION:.0e}); "
+            "calibrate with more samples or raise --ridge"
+        )
+    rotated = left_vectors.T @ target @ right_vectors
+    return Bilinear(left_vectors @ (rotated / scale) @ right_vectors.T, condition=high / low)
+
+
+def _split(
+    query_gram: Float64[np.ndarray, "e e"],
+    key_gram: Float64[np.ndarray, "e e"],
+    kept: Int[np.ndarray, " r"],
+    *,
+    ridge: float,
+) -> tuple[Float64[np.ndarray, "r r"], Float64[np.ndarray, "r r"], float]:
+    """``L`` and ``R`` of ``I + M = L Rᵀ`` for one head, and its condition number."""
+    removed = np.setdiff1d(np.arange(len(key_gram)), kept)
+    both = np.ix_(kept, kept)
+    left, right = query_gram[both], key_gram[both]
+    target = query_gram[np.ix_(kept, removed)] @ key_gram[np.ix_(removed, kept)]
+    absolute = ridge * float(np.trace(left) * np.trace(right)) / len(kept) ** 2
+    answer = solve_bilinear(left, right, target, ridge=absolute)
+
+    u, values, vt = np.linalg.svd(np.eye(len(kept)) + answer.matrix)
+    root = np.sqrt(values)
+    return u * root, vt.T * root, answer.condition
+
+
+def _logit_energy(
+    query_grams: Float64[np.ndarray, "g e e"],
+    key_grams: Float64[np.ndarray, "g e e"],
+    form: Float64[np.ndarray, "... e e"],
+) -> float:
+    """``E[(q T kᵀ)²]`` over all pairs, added up over heads: ``tr(Tᵀ G_q T G_k)``."""
+    return float(np.vdot(query_grams @ form, form @ key_grams))
