@@ -137,12 +137,9 @@ class Dataset:
         """The samples of every batch."""
         fixed = self.fixed_batch
         size = fixed or batch_size
-        pieces = [
-            np.array(run[start : start + size], np.intp)
-            for _, group in itertools.groupby(self.indices.tolist(), key=self.store.layout)
-            for run in [list(group)]
-            for start in range(0, len(run), size)
-        ]
+        alike = itertools.groupby(self.indices.tolist(), key=self.store.layout)
+        runs = [np.array(list(run), np.intp) for _, run in alike]
+        pieces = [run[at : at + size] for run in runs for at in range(0, len(run), size)]
         if fixed is None:
             return pieces
         full = [piece for piece in pieces if len(piece) == fixed]

@@ -32,7 +32,10 @@ class Counts:
 
 
 def count(graph: gs.Graph, facts: Facts) -> Counts:
-    """Count the multiply-adds of every node, and the elements of every floating-point constant."""
+    """Count the multiply-adds of every node, and the elements of floating-point constants.
+
+    Single numbers (scales, epsilons) are no parameters.
+    """
     by_node: dict[str, int] = {}
     uncounted = []
     for node in graph.nodes:
@@ -48,7 +51,7 @@ def count(graph: gs.Graph, facts: Facts) -> Counts:
         for tensor in node.inputs
         if isinstance(tensor, gs.Constant)
     }
-    params = sum(_size(tensor.shape) for tensor in constants.values() if _is_float(tensor))
+    params = sum(_size(t.shape) for t in constants.values() if _is_float(t) and _size(t.shape) > 1)
     return Counts(facts.sizes, by_node, params, tuple(uncounted))
 
 

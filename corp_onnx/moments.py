@@ -116,7 +116,8 @@ class Moments:
         Raises:
             DataError: If there is no vector to take it of.
         """
-        return self.covariance + self.mean[..., :, None] * self.mean[..., None, :]
+        gram: np.ndarray = self.covariance + self.mean[..., :, None] * self.mean[..., None, :]
+        return gram
 
     def _samples(self) -> int:
         """The count, where it must not be zero."""

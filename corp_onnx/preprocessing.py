@@ -25,7 +25,7 @@ from PIL import Image
 from corp_onnx.errors import DataError
 from corp_onnx.graph import require_writable
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MODES = {1: "L", 3: "RGB"}
@@ -204,7 +204,7 @@ def _cropped(config: Mapping[str, Any]) -> tuple[int, int, float]:
         return crop["height"], crop["width"], crop["height"] / size["shortest_edge"]
     if config.get("do_center_crop") or set(size) != {"height", "width"}:
         raise DataError(f"pictures are resized to {size}, which no centre crop says")
-    log.warning("the image processor squeezes pictures to %s; they will be cropped instead", size)
+    _log.warning("the image processor squeezes pictures to %s; they will be cropped instead", size)
     return size["height"], size["width"], 1.0
 
 

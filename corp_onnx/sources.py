@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -42,6 +42,7 @@ Layout = tuple[InputSpec, ...]
 """What one sample holds, input by input. Samples of one layout can be stacked into a batch."""
 
 
+@runtime_checkable
 class Store(Protocol):
     """Samples that are read by number, as they are, before they are fitted to a model."""
 
@@ -62,6 +63,7 @@ class Store(Protocol):
         """The samples with these numbers, which must share one layout, stacked."""
 
 
+@runtime_checkable
 class _Array(Protocol):
     """What is asked of an array, be it on disk or in memory."""
 

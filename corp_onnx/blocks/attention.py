@@ -17,8 +17,9 @@ from corp_onnx.blocks.records import (
     Mask,
     Output,
     Refusal,
+    Scalar,
     SizeReader,
-    Vector,
+    Target,
 )
 from corp_onnx.blocks.routes import Traced, trace
 from corp_onnx.blocks.view import View
@@ -36,7 +37,7 @@ class Parts:
     value: gs.Tensor
     context: gs.Tensor
     products: tuple[gs.Node, ...]
-    frozen: tuple[Vector, ...]
+    frozen: tuple[Scalar, ...]
     mask: Mask | None
     bent: str | None
 
@@ -167,7 +168,7 @@ def _output(view: View, context: gs.Tensor, value: Traced) -> Output | str:
         return path
     linear = next(item for item in view.linears.values() if item.input == path.target.name)
     found: list[np.ndarray] = []
-    reshapes: tuple[tuple[str, int, int], ...] = ()
+    targets: tuple[Target, ...] = ()
     for facts, landing in zip(view.probes, value.landings, strict=True):
         shape = facts.shape(context)
         if shape is None or int(np.prod(shape[:-2])) != landing.heads.size:
@@ -181,10 +182,10 @@ def _output(view: View, context: gs.Tensor, value: Traced) -> Output | str:
         if places is None:
             return "the output projection reads heads in an order that changes from token to token"
         found.append(places)
-        reshapes = _channel_entries(path, moved, shape[-1])
+        targets = _targets(path, moved, shape[-1])
     if any(not np.array_equal(found[0], places) for places in found):
         return "the output projection reads other channels when a size changes"
-    return Output(linear, found[0], reshapes)
+    return Output(linear, found[0], targets)
 
 
 def _descend(view: View, context: gs.Tensor) -> Path | str:
@@ -217,15 +218,14 @@ def _places(target: np.ndarray, shape: tuple[int, ...], heads: np.ndarray) -> np
     return places[0] if (places == places[:1]).all() else None
 
 
-def _channel_entries(
-    path: Path, moved: Mapping[str, np.ndarray], width: int
-) -> tuple[tuple[str, int, int], ...]:
+def _targets(path: Path, moved: Mapping[str, np.ndarray], width: int) -> tuple[Target, ...]:
     """For each Reshape of the path: the entry that holds value channels, of how many heads."""
-    entries = []
+    targets = []
     for node in path.nodes:
         if node.op != "Reshape":
             continue
         position = moved[node.outputs[0].name] % width
         axis = next(a for a in reversed(range(position.ndim)) if np.diff(position, axis=a).any())
-        entries.append((node.name, axis, position.shape[axis] // width))
-    return tuple(entries)
+        heads = position.shape[axis] // width
+        targets.append(Target(node.name, axis, position.ndim, heads))
+    return tuple(targets)

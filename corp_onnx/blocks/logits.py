@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import PASSING_OPS
-from corp_onnx.blocks.records import Mask, Refusal, Vector
+from corp_onnx.blocks.records import Mask, Refusal, Scalar
 from corp_onnx.blocks.view import View, producer
 
 BENDING_OPS = frozenset({"Tanh", "Relu", "Sigmoid", "Clip", "Max", "Min", "Exp", "Softsign", "Erf"})
@@ -31,7 +31,7 @@ class Logits:
     """The product under a Softmax, and what happens to it on the way."""
 
     product: gs.Node
-    frozen: tuple[Vector, ...] = ()
+    frozen: tuple[Scalar, ...] = ()
     mask: Mask | None = None
     bent: str | None = None
 
@@ -128,11 +128,12 @@ def _mask(view: View, node: gs.Node, slot: int) -> Mask | None:
     return Mask(other.name, "added") if view.known(other) is None and node.op == "Add" else None
 
 
-def _frozen(view: View, node: gs.Node) -> Iterator[Vector]:
+def _frozen(view: View, node: gs.Node) -> Iterator[Scalar]:
     """Scales that are computed at run time although nothing but shapes decides them."""
     for slot, operand in enumerate(node.inputs):
-        if not isinstance(operand, gs.Constant) and view.known(operand) is not None:
-            yield Vector(node.name, slot)
+        value = None if isinstance(operand, gs.Constant) else view.known(operand)
+        if value is not None and value.size == 1:
+            yield Scalar(node.name, slot, float(value.reshape(())))
 
 
 def _before_shift(tensor: gs.Tensor) -> gs.Tensor:

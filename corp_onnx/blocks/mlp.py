@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx import shapes
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS
-from corp_onnx.blocks.records import Linear, Mlp, Refusal, SizeReader, Source, Vector
+from corp_onnx.blocks.records import Linear, Mlp, Refusal, SizeReader, Source, Target, Vector
 from corp_onnx.blocks.view import View, producer, serves_only
 from corp_onnx.shapes import Facts
 
@@ -53,7 +53,7 @@ def match_mlp(view: View, down: Linear, hidden: gs.Tensor, block_id: str) -> Mlp
         tuple(Source(view.linears[name], order) for name, order in channels.items()),
         hidden.name,
         vectors,
-        tuple(node.name for node in region.nodes if node.op == "Reshape"),
+        _targets(view, region),
         down,
         down.width_in,
         readers,
@@ -212,6 +212,16 @@ def _order(
     return order if complete and np.array_equal(rows, tokens + order) else None
 
 
+def _targets(view: View, region: Region) -> tuple[Target, ...]:
+    """The last entry of every Reshape inside."""
+    ranks = {
+        node.name: len(view.shape(node.outputs[0]) or ())
+        for node in region.nodes
+        if node.op == "Reshape"
+    }
+    return tuple(Target(name, rank - 1, rank, 1) for name, rank in ranks.items())
+
+
 def _same(one: Channels, other: Channels) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
 
@@ -222,7 +232,7 @@ def _size_readers(
     """Shape nodes on hidden tensors: all axes but the last stay as they are."""
     tensors: Sequence[gs.Tensor] = [*region.sources, *(node.outputs[0] for node in region.nodes)]
     readers = []
-    for tensor in {*map(id, tensors)} and tensors:
+    for tensor in tensors:
         shape = view.shape(tensor) or ()
         for node in tensor.outputs:
             if node.op == "Shape" and not serves_only(node, inside):

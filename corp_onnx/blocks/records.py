@@ -46,6 +46,18 @@ class Vector:
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """An entry of a Reshape's target that says how many channels there are."""
+
+    node: str
+    axis: int
+    rank: int
+    """How many entries the target has."""
+    multiple: int
+    """The entry is this many times the width of the axis."""
+
+
+@dataclass(frozen=True, slots=True)
 class Mask:
     """A tensor that says which tokens nobody may attend to: padding counts in no statistic."""
 
@@ -65,6 +77,15 @@ class SizeReader:
     """A tensor that stays, with the same token axes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A scale that ``node`` reads at ``slot``: computed at run time, yet always of this value."""
+
+    node: str
+    slot: int
+    value: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Mlp:
     """A hidden axis between linear layers with nothing but per-channel operators in between."""
@@ -74,8 +95,8 @@ class Mlp:
     hidden: str
     """The tensor that enters the down projection, channels last."""
     vectors: tuple[Vector, ...]
-    reshapes: tuple[str, ...]
-    """Reshape nodes inside, whose last target dimension is the width."""
+    targets: tuple[Target, ...]
+    """What Reshape nodes inside say of the width."""
     down: Linear
     width: int
     readers: tuple[SizeReader, ...] = ()
@@ -126,8 +147,8 @@ class Output:
     linear: Linear
     places: Int64[np.ndarray, "d 2"]
     """Head and position within the head, for every input channel of the layer."""
-    reshapes: tuple[tuple[str, int, int], ...]
-    """Reshape nodes on the way, the target entry that holds value channels, of how many heads."""
+    targets: tuple[Target, ...]
+    """What Reshape nodes on the way say of the value width."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,8 +165,8 @@ class Attention:
     kv_heads: int
     head_width: int
     value_width: int
-    frozen: tuple[Vector, ...] = ()
-    """Scalars computed at run time from shapes, which surgery replaces by their dense value."""
+    frozen: tuple[Scalar, ...] = ()
+    """Scales of the logits that are computed from shapes: surgery writes their dense value."""
     readers: tuple[SizeReader, ...] = ()
     padding: Mask | None = None
     refused: Mapping[Axis, str] = field(default_factory=dict)

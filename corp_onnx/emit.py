@@ -1,0 +1,83 @@
+"""Nodes and constants under fresh names, for graphs that are being edited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Emitter:
+    """Adds nodes to one graph; names start with those of the block, and never clash."""
+
+    graph: gs.Graph
+    prefix: str
+    taken: set[str]
+
+    def constant(self, role: str, values: np.ndarray) -> gs.Constant:
+        """A new initializer."""
+        return gs.Constant(self._fresh(role), np.ascontiguousarray(values))
+
+    def integers(self, role: str, values: Sequence[int]) -> gs.Constant:
+        """A new initializer of int64, for shapes and indices."""
+        return self.constant(role, np.asarray(values, dtype=np.int64))
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[gs.Tensor],
+        *,
+        dtype: object = None,
+        attrs: Mapping[str, object] | None = None,
+    ) -> gs.Variable:
+        """The output of a new node."""
+        name = self._fresh(op)
+        output = gs.Variable(f"{name}_output", dtype=dtype)
+        self.graph.nodes.append(
+            gs.Node(op, name, attrs=dict(attrs or {}), inputs=list(inputs), outputs=[output])
+        )
+        return output
+
+    def part(self, vector: gs.Tensor, start: int, end: int) -> gs.Variable:
+        """Entries ``start`` to ``end`` of a vector of sizes."""
+        bounds = [self.integers("start", [start]), self.integers("end", [end])]
+        return self.node("Slice", [vector, *bounds], dtype=np.int64)
+
+    def join(self, pieces: Sequence[gs.Tensor | Sequence[int]]) -> gs.Tensor:
+        """A vector of sizes from constant and computed pieces; a constant if all of them are."""
+        merged: list[gs.Tensor | list[int]] = []
+        for piece in pieces:
+            if isinstance(piece, gs.Tensor):
+                merged.append(piece)
+            elif merged and isinstance(merged[-1], list):
+                merged[-1].extend(piece)
+            else:
+                merged.append(list(piece))
+        tensors = [
+            self.integers("sizes", piece) if isinstance(piece, list) else piece
+            for piece in merged
+            if not isinstance(piece, list) or piece
+        ]
+        if len(tensors) == 1:
+            return tensors[0]
+        return self.node("Concat", tensors, dtype=np.int64, attrs={"axis": 0})
+
+    def _fresh(self, role: str) -> str:
+        """A name nobody has, from the block's name and what the thing is."""
+        number = 0
+        while f"{self.prefix}/{role}_{number}" in self.taken:
+            number += 1
+        name = f"{self.prefix}/{role}_{number}"
+        self.taken.add(name)
+        return name
+
+
+def replace_readers(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let every node that reads ``old`` read ``new`` instead."""
+    for node in list(old.outputs):
+        for slot, tensor in enumerate(node.inputs):
+            if tensor is old:
+                node.inputs[slot] = new

@@ -1,0 +1,66 @@
+"""What solving hands to surgery: new weights in float64, and how good they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How well the kept part of an axis stands in for the rest, on the calibration data."""
+
+    unexplained: float
+    """Share of what was removed that the kept part does not explain: 0 is perfect."""
+    condition: float
+    """Condition number of the system that was solved."""
+    error: float
+    """Predicted relative squared error: of the block's output (MLP) or logits (query-key)."""
+
+
+EXACT = Evidence(0.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MlpFold:
+    """Kept hidden channels, and the down projection that makes up for the others."""
+
+    block: str
+    kept: Int64[np.ndarray, " k"]
+    weight: Float64[np.ndarray, "k o"]
+    bias: Float64[np.ndarray, " o"]
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QueryKeyFold:
+    """Maps of every head's query and key: ``q ← q A``, ``k ← k B``, weights and biases alike."""
+
+    block: str
+    query: Float64[np.ndarray, "h e r"]
+    key: Float64[np.ndarray, "g e r"]
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ValueOutputFold:
+    """Maps of every head's value, ``v ← v P``, and the output projection behind them."""
+
+    block: str
+    value: Float64[np.ndarray, "g e r"]
+    weight: Float64[np.ndarray, "h r o"]
+    bias: Float64[np.ndarray, " o"]
+    evidence: Evidence
+
+
+Fold = MlpFold | QueryKeyFold | ValueOutputFold
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """The folds of every cut, in the order of the plan."""
+
+    method: str
+    folds: tuple[Fold, ...]

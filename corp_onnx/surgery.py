@@ -1,0 +1,160 @@
+"""From a solution to a smaller graph: new weights and shapes, on a copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from corp_onnx.blocks.linear import bias_of, weight_of
+from corp_onnx.blocks.records import Attention, Catalog, Mlp, Route
+from corp_onnx.emit import Emitter, replace_readers
+from corp_onnx.errors import SurgeryError
+from corp_onnx.graph import Model
+from corp_onnx.macs import Counts, count
+from corp_onnx.shapes import evaluate
+from corp_onnx.solve.folds import Fold, MlpFold, QueryKeyFold, Solution, ValueOutputFold
+from corp_onnx.theatre import Theatre
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Surgery:
+    """The smaller model, and what there was to compute before and after."""
+
+    model: Model
+    dense: Counts
+    pruned: Counts
+
+
+def operate(model: Model, catalog: Catalog, solution: Solution) -> Surgery:
+    """Carry a solution out on a copy of the model; ``model`` itself is untouched.
+
+    Weights are cast once, here, to the type in which the model stored them, and written under new
+    names: an initializer may have other readers.
+
+    Raises:
+        SurgeryError: If something outside the blocks still needs a projection that was to go.
+    """
+    graph = model.graph.copy()
+    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    folds: dict[str, list[Fold]] = {}
+    for fold in solution.folds:
+        folds.setdefault(fold.block, []).append(fold)
+    gone: set[str] = set()
+    for block in catalog.blocks:
+        if block.id not in folds:
+            continue
+        theatre = Theatre.of(graph, model.fingerprint.opset, Emitter(graph, block.id, taken))
+        if isinstance(block, Mlp):
+            _cut_mlp(theatre, block, folds[block.id])
+        else:
+            gone |= _cut_attention(theatre, block, folds[block.id])
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    _require_gone(graph, gone)
+    _forget_shapes(graph)
+    return Surgery(
+        model.with_graph(graph),
+        count(model.graph, evaluate(model.graph, catalog.sizes)),
+        count(graph, evaluate(graph, catalog.sizes)),
+    )
+
+
+def _cut_mlp(theatre: Theatre, block: Mlp, folds: list[Fold]) -> None:
+    """Narrow the hidden axis to the kept channels and renew the down projection."""
+    (fold,) = folds
+    assert isinstance(fold, MlpFold), f"{block.id} is an MLP"
+    for source in block.sources:
+        columns = source.channels[fold.kept]
+        weight = weight_of(theatre.nodes, source.linear, theatre.opset)[:, columns]
+        bias = bias_of(theatre.nodes, source.linear, theatre.opset)[columns]
+        theatre.set_linear(source.linear, weight, bias if theatre.has_bias(source.linear) else None)
+    for vector in block.vectors:
+        node = theatre.nodes[vector.node]
+        values = np.asarray(node.inputs[vector.slot].values)[..., fold.kept]
+        node.inputs[vector.slot] = theatre.emit.constant("vector", values)
+    theatre.keep_sizes(block.readers)
+    for target in block.targets:
+        theatre.set_target(target, len(fold.kept))
+    theatre.set_linear(block.down, fold.weight, fold.bias)
+
+
+def _cut_attention(theatre: Theatre, block: Attention, folds: list[Fold]) -> set[str]:
+    """Write new projections for every axis that is cut, and for what is packed with one.
+
+    Returns:
+        The nodes of the projections that this replaces.
+    """
+    routes = {"query": block.query, "key": block.key, "value": block.value}
+    present = {role: route for role, route in routes.items() if route is not None}
+    maps = _maps(folds)
+    gone = {present[role].linear.node for role in maps}
+    for role, route in present.items():
+        if route.linear.node in gone and role not in maps:
+            maps[role] = _identity(route)
+    theatre.keep_sizes(block.readers)
+    for role, mapping in maps.items():
+        operand = theatre.project(present[role], mapping, role)
+        replace_readers(theatre.tensors[present[role].operand], operand)
+    _state_scale(theatre, block)
+    for fold in folds:
+        if isinstance(fold, ValueOutputFold):
+            _renew_output(theatre, block, fold)
+    return gone
+
+
+def _maps(folds: list[Fold]) -> dict[str, np.ndarray]:
+    """The map ``[heads, e, r]`` of every projection that a fold changes."""
+    maps: dict[str, np.ndarray] = {}
+    for fold in folds:
+        if isinstance(fold, QueryKeyFold):
+            maps |= {"query": fold.query, "key": fold.key}
+        elif isinstance(fold, ValueOutputFold):
+            maps["value"] = fold.value
+    return maps
+
+
+def _identity(route: Route) -> np.ndarray:
+    """A map that leaves every head as it is."""
+    heads, width = route.channels.shape
+    return np.broadcast_to(np.eye(width), (heads, width, width))
+
+
+def _state_scale(theatre: Theatre, block: Attention) -> None:
+    """Write the dense softmax scale as a constant wherever it would follow the head width."""
+    for scalar in block.frozen:
+        node = theatre.nodes[scalar.node]
+        dtype = node.outputs[0].dtype or np.float32
+        value = np.asarray(scalar.value, dtype=dtype)
+        node.inputs[scalar.slot] = theatre.emit.constant("scale", value)
+    anchor = theatre.nodes[block.anchor]
+    if anchor.op == "Attention":
+        anchor.attrs.setdefault("scale", float(1.0 / np.sqrt(block.head_width)))
+
+
+def _renew_output(theatre: Theatre, block: Attention, fold: ValueOutputFold) -> None:
+    """Narrow the way to the output projection and give it its refitted weight."""
+    output = block.output
+    assert output is not None, f"{block.id} offered its values"
+    width = fold.value.shape[-1]
+    for target in output.targets:
+        theatre.set_target(target, width)
+    head, position = output.places[output.places[:, 1] < width].T
+    theatre.set_linear(output.linear, fold.weight[head, position], fold.bias)
+
+
+def _require_gone(graph: gs.Graph, gone: set[str]) -> None:
+    left = gone & {node.name for node in graph.nodes}
+    if left:
+        raise SurgeryError(
+            f"the projections {', '.join(sorted(left))} were replaced, but something outside "
+            "their attention block still reads them; leave that block out of the plan"
+        )
+
+
+def _forget_shapes(graph: gs.Graph) -> None:
+    """Drop the recorded shapes of intermediate tensors, which may have changed."""
+    kept = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and id(tensor) not in kept:
+            tensor.shape = None

@@ -1,0 +1,167 @@
+"""Edits on one graph: new linear layers, projections and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from jaxtyping import Float64
+
+from corp_onnx.blocks.linear import bias_of, dtype_of, weight_of
+from corp_onnx.blocks.records import Layout, Linear, Route, SizeReader, Target
+from corp_onnx.emit import Emitter, replace_readers
+from corp_onnx.errors import SurgeryError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Theatre:
+    """A graph being operated on: its nodes and tensors by name, and a source of new ones."""
+
+    nodes: dict[str, gs.Node]
+    tensors: dict[str, gs.Tensor]
+    opset: int
+    emit: Emitter
+
+    @staticmethod
+    def of(graph: gs.Graph, opset: int, emit: Emitter) -> Theatre:
+        """Look the graph up as it is now."""
+        return Theatre({node.name: node for node in graph.nodes}, graph.tensors(), opset, emit)
+
+    def has_bias(self, linear: Linear) -> bool:
+        """Whether a linear layer adds a vector."""
+        node = self.nodes[linear.node]
+        return linear.bias_node is not None or (node.op == "Gemm" and len(node.inputs) > 2)
+
+    def set_linear(
+        self,
+        linear: Linear,
+        weight: Float64[np.ndarray, "i o"],
+        bias: Float64[np.ndarray, " o"] | None,
+    ) -> None:
+        """Give a linear layer a new weight and, unless None, a new bias, in its own type."""
+        node = self.nodes[linear.node]
+        dtype = dtype_of(self.nodes, linear)
+        node.inputs[1] = self.emit.constant("weight", weight.astype(dtype))
+        if node.op == "Gemm":
+            node.attrs.update(transB=0, alpha=1.0, beta=1.0)
+        if bias is not None:
+            self._set_bias(linear, self.emit.constant("bias", bias.astype(dtype)))
+
+    def _set_bias(self, linear: Linear, bias: gs.Constant) -> None:
+        """Write a bias where the layer keeps it; a MatMul without one gets an Add."""
+        node = self.nodes[linear.node]
+        if node.op == "Gemm":
+            node.inputs[2:] = [bias]
+        elif linear.bias_node is not None:
+            add = self.nodes[linear.bias_node]
+            slot = next(s for s, tensor in enumerate(add.inputs) if tensor is not node.outputs[0])
+            add.inputs[slot] = bias
+        else:
+            (output,) = node.outputs
+            node.outputs.clear()
+            product = gs.Variable(f"{bias.name}_product", dtype=output.dtype)
+            node.outputs.append(product)
+            self.emit.graph.nodes.append(
+                gs.Node("Add", f"{bias.name}_add", inputs=[product, bias], outputs=[output])
+            )
+
+    def set_target(self, target: Target, width: int) -> None:
+        """Let a Reshape make ``multiple · width`` channels, whether its target is constant or not."""
+        node = self.nodes[target.node]
+        sizes, size = node.inputs[1], target.multiple * width
+        if isinstance(sizes, gs.Constant):
+            values = [int(value) for value in sizes.values]
+            values[target.axis] = size if values[target.axis] != -1 else -1
+            node.inputs[1] = self.emit.integers("target", values)
+            return
+        before = [self.emit.part(sizes, 0, target.axis)] if target.axis else []
+        behind = target.axis + 1
+        after = [self.emit.part(sizes, behind, target.rank)] if behind < target.rank else []
+        node.inputs[1] = self.emit.join([*before, [size], *after])
+
+    def keep_sizes(self, readers: Sequence[SizeReader]) -> None:
+        """Let Shape nodes go on saying what they said of the dense tensors."""
+        for reader in readers:
+            node = self.nodes[reader.node]
+            pieces: list[gs.Tensor | Sequence[int]] = []
+            for size in reader.sizes:
+                if isinstance(size, int):
+                    pieces.append([size])
+                else:
+                    pieces.append(self._size(self.tensors[reader.like], int(size[1:])))
+            replace_readers(node.outputs[0], self.emit.join(pieces))
+
+    def project(self, route: Route, mapping: Float64[np.ndarray, "h e r"], role: str) -> gs.Tensor:
+        """A new projection with ``mapping`` folded in, laid out as the route's operand.
+
+        A head's columns become ``W_h A_h`` and its bias ``b_h A_h``. A scale that is the same for
+        all channels stays outside the weights, as a constant.
+        """
+        dtype = dtype_of(self.nodes, route.linear)
+        scale = route.gain.flat[0] if (route.gain == route.gain.flat[0]).all() else 1.0
+        gain, offset = route.gain / scale, route.offset / scale
+        weight = weight_of(self.nodes, route.linear, self.opset)[:, route.channels] * gain
+        bias = bias_of(self.nodes, route.linear, self.opset)[route.channels] * gain + offset
+        columns = np.einsum("ihe,her->ihr", weight, mapping).reshape(len(weight), -1)
+        y = self.emit.node(
+            "MatMul",
+            [
+                self.tensors[route.linear.input],
+                self.emit.constant(f"{role}_weight", columns.astype(dtype)),
+            ],
+            dtype=dtype,
+        )
+        if self.has_bias(route.linear) or offset.any():
+            vector = np.einsum("he,her->hr", bias, mapping).reshape(-1)
+            y = self.emit.node(
+                "Add", [y, self.emit.constant(f"{role}_bias", vector.astype(dtype))], dtype=dtype
+            )
+        operand = self._lay_out(y, route.layout, mapping.shape[0], mapping.shape[2])
+        if scale == 1.0:
+            return operand
+        constant = self.emit.constant(f"{role}_scale", np.asarray(scale, dtype=dtype))
+        return self.emit.node("Mul", [operand, constant], dtype=dtype)
+
+    def _lay_out(self, y: gs.Variable, layout: Layout, heads: int, width: int) -> gs.Variable:
+        """Reshape and permute a projection ``[t0, …, tk, h·r]`` into an operand of a product."""
+        dtype = y.dtype
+        if layout.split is None:
+            target = self.emit.integers("target", [*[0] * layout.tokens, heads, width])
+        else:
+            sizes = self.nodes[layout.split].inputs[1]
+            tokens: gs.Tensor | list[int] = (
+                [int(size) for size in sizes.values[: layout.tokens]]
+                if isinstance(sizes, gs.Constant)
+                else self.emit.part(sizes, 0, layout.tokens)
+            )
+            target = self.emit.join([tokens, [heads, width]])
+        operand = self.emit.node("Reshape", [y, target], dtype=dtype)
+        if layout.perm != tuple(range(len(layout.perm))):
+            operand = self.emit.node(
+                "Transpose", [operand], dtype=dtype, attrs={"perm": list(layout.perm)}
+            )
+        if all(count == 1 for count in layout.groups):
+            return operand
+        merged = self._merged_sizes(operand, layout)
+        return self.emit.node("Reshape", [operand, merged], dtype=dtype)
+
+    def _merged_sizes(self, operand: gs.Variable, layout: Layout) -> gs.Tensor:
+        """The target that merges neighbouring axes as the layout's groups say."""
+        if sum(count > 1 for count in layout.groups) > 1:
+            raise SurgeryError(f"{layout} merges two groups of axes, which is not supported")
+        pieces: list[gs.Tensor | Sequence[int]] = []
+        axis = 0
+        for count in layout.groups:
+            if count == 1:
+                pieces.append(self._size(operand, axis))
+            else:
+                pieces.append([-1] if count else [1])
+            axis += count
+        return self.emit.join(pieces)
+
+    def _size(self, tensor: gs.Tensor, axis: int) -> gs.Variable:
+        """The size of one axis at run time, as a vector of one entry."""
+        shape = self.emit.node("Shape", [tensor], dtype=np.int64)
+        return self.emit.part(shape, axis, axis + 1)
