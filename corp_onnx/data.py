@@ -13,19 +13,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from corp_onnx.arrays import open_noise, open_npy, open_npz
 from corp_onnx.errors import DataError
 from corp_onnx.fitting import fitted, listed, require_batchable, require_fit, shape_text
 from corp_onnx.loaders import is_loader, open_loader
 from corp_onnx.preprocessing import Preprocessing
-from corp_onnx.sources import (
-    InputSpec,
-    Layout,
-    Store,
-    open_images,
-    open_noise,
-    open_npy,
-    open_npz,
-)
+from corp_onnx.sources import InputSpec, Layout, Store, open_images
 
 __all__ = ["Dataset", "InputSpec", "open_data"]
 
@@ -101,7 +94,7 @@ class Dataset:
         Raises:
             DataError: If they differ in shape, or for what `batches` raises.
         """
-        if len({self.store.layout(index) for index in self.indices}) > 1:
+        if len({self.store.layout(index) for index in self.indices.tolist()}) > 1:
             raise DataError(
                 f"the samples of {self.source} differ in shape and make no single array; take "
                 "batches, or pad them all alike"

@@ -66,7 +66,7 @@ class Model:
         """The model as protobuf: metadata, producer and opsets as they were in the file."""
         model = onnx.ModelProto()
         model.CopyFrom(self.header)
-        model.graph.CopyFrom(gs.export_onnx(self.graph).graph)
+        model.graph.CopyFrom(gs.export_onnx(self.graph, do_type_check=False).graph)
         return model
 
 

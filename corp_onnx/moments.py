@@ -169,7 +169,7 @@ class Accumulator:
         with np.errstate(over="ignore", invalid="ignore"):
             mean = x.mean(axis=0, dtype=np.float64)
         _require_finite(mean)
-        within = _upper_scatter(x, mean)
+        within = _scatter(x, mean)
         _require_finite(np.diagonal(within, axis1=-2, axis2=-1))
 
         count = self._count + len(x)
@@ -200,23 +200,20 @@ def read_only(values: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
     return values
 
 
-def _upper_scatter(
+def _scatter(
     x: Float[np.ndarray, "n *h d"], mean: Float64[np.ndarray, "*h d"]
 ) -> Float[np.ndarray, "*h d d"]:
-    """Upper triangle of the scatter of ``x`` around ``mean``; the rest is zero.
+    """Scatter of ``x`` around ``mean``.
 
-    BLAS counts columns first, so it is given every matrix transposed: as it is
-    in memory, which avoids copies, and with "lower" for the upper triangle.
+    NumPy sees that both factors are one matrix and computes a triangle only (BLAS syrk); unlike
+    SciPy's BLAS it lets other threads run meanwhile.
     """
     dtype = np.result_type(x, np.float32)
     rows = np.moveaxis(x, 0, -2)
     centred = np.subtract(
         rows, mean[..., None, :], out=np.empty(rows.shape, dtype), casting="same_kind"
     )
-    products = np.zeros((*mean.shape, mean.shape[-1]), dtype)
-    syrk = blas.ssyrk if dtype == np.float32 else blas.dsyrk
-    for head in np.ndindex(mean.shape[:-1]):
-        syrk(1.0, centred[head].T, c=products[head].T, overwrite_c=1, lower=1)
+    products: np.ndarray = np.matmul(centred.swapaxes(-1, -2), centred)
     return products
 
 

@@ -14,7 +14,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,9 +49,6 @@ class Preprocessing:
         interpolation: The filter of the resize.
         crop_pct: Share of the resized picture's shorter side that is cut out, in (0, 1].
 
-    Raises:
-        DataError: If a value is unusable; it says which.
-
     >>> grey = Preprocessing("x", (2, 2), 1, (0.5,), (0.25,), "bilinear", 1.0)
     >>> grey.normalise(np.full((1, 1, 2, 2), 255, np.uint8)).ravel()
     array([2., 2., 2., 2.], dtype=float32)
@@ -65,13 +62,25 @@ class Preprocessing:
     interpolation: Literal["bicubic", "bilinear"]
     crop_pct: float
 
-    def __post_init__(self) -> None:
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Preprocessing:
+        """The recipe of a record that somebody else wrote, once every value has been checked.
+
+        Raises:
+            DataError: If a key is missing or unknown, or a value unusable; it says which.
+        """
+        missing, unknown = sorted(set(_CHECKS) - set(record)), sorted(set(record) - set(_CHECKS))
+        if missing or unknown:
+            what = f"{missing[0]!r} is missing" if missing else f"{unknown[0]!r} is unknown"
+            raise DataError(f"key {what}")
         for key, (expected, accepts) in _CHECKS.items():
-            if not accepts(getattr(self, key)):
-                raise DataError(f"{key!r} must be {expected}, not {getattr(self, key)!r}")
-        for key, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != self.channels:
-                raise DataError(f"{key!r} has {len(values)} values for {self.channels} channels")
+            if not accepts(record[key]):
+                raise DataError(f"{key!r} must be {expected}, not {record[key]!r}")
+        for key in ("mean", "std"):
+            if len(record[key]) != record["channels"]:
+                values = f"{len(record[key])} values for {record['channels']} channels"
+                raise DataError(f"{key!r} has {values}")
+        return cls(**record)
 
     @staticmethod
     def path_beside(model: Path) -> Path:
@@ -89,7 +98,7 @@ class Preprocessing:
         if not path.is_file():
             return None
         try:
-            return cls(**_record(path, {field.name for field in fields(cls)}))
+            return cls.of(_record(path))
         except DataError as error:
             raise DataError(f"{path}: {error}; correct it or remove the file") from error
 
@@ -107,14 +116,16 @@ class Preprocessing:
         if config["crop_mode"] != "center":
             raise DataError(f"crop mode {config['crop_mode']!r} is not 'center'")
         channels, height, width = config["input_size"]
-        return cls(
-            input=name,
-            size=(height, width),
-            channels=channels,
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
+        return cls.of(
+            {
+                "input": name,
+                "size": (height, width),
+                "channels": channels,
+                "mean": tuple(config["mean"]),
+                "std": tuple(config["std"]),
+                "interpolation": config["interpolation"],
+                "crop_pct": config["crop_pct"],
+            }
         )
 
     @classmethod
@@ -135,14 +146,16 @@ class Preprocessing:
             raise DataError(f"pixels are scaled by {config.get('rescale_factor')}, not by 1/255")
         height, width, crop_pct = _cropped(config)
         normalised = config.get("do_normalize", True)
-        return cls(
-            input=name,
-            size=(height, width),
-            channels=len(config["image_mean"]),
-            mean=tuple(mean if normalised else 0.0 for mean in config["image_mean"]),
-            std=tuple(std if normalised else 1.0 for std in config["image_std"]),
-            interpolation=Image.Resampling(config["resample"]).name.lower(),  # type: ignore[arg-type]
-            crop_pct=crop_pct,
+        return cls.of(
+            {
+                "input": name,
+                "size": (height, width),
+                "channels": len(config["image_mean"]),
+                "mean": tuple(mean if normalised else 0.0 for mean in config["image_mean"]),
+                "std": tuple(std if normalised else 1.0 for std in config["image_std"]),
+                "interpolation": Image.Resampling(config["resample"]).name.lower(),
+                "crop_pct": crop_pct,
+            }
         )
 
     def save_beside(self, model: Path) -> Path:
@@ -208,19 +221,14 @@ def _cropped(config: Mapping[str, Any]) -> tuple[int, int, float]:
     return size["height"], size["width"], 1.0
 
 
-def _record(path: Path, keys: set[str]) -> dict[str, Any]:
-    """The keys and values of a recipe file, lists as tuples; DataError if a key is off."""
+def _record(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe file, lists as tuples."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"it is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise DataError(f"it holds {type(record).__name__}, not an object with keys")
-    missing, unknown = sorted(keys - set(record)), sorted(set(record) - keys)
-    if missing:
-        raise DataError(f"key {missing[0]!r} is missing")
-    if unknown:
-        raise DataError(f"key {unknown[0]!r} is unknown")
     return {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
 
 

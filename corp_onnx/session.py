@@ -40,6 +40,8 @@ class Runtime:
 
     providers: tuple[str, ...] = CPU
     threads: int = 0
+    spinning: bool = True
+    """Whether idle threads wait busily for the next run: faster alone, slower beside others."""
     custom_op_library: Path | None = None
 
 
@@ -73,6 +75,8 @@ def open_session(source: Model | Path, runtime: Runtime | None = None) -> Sessio
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = runtime.threads
+    if not runtime.spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if runtime.custom_op_library is not None:
         _register(options, runtime.custom_op_library)
     try:

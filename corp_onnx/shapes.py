@@ -7,7 +7,7 @@ are computed; of all others the shape is inferred. Nothing the size of an activa
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -72,30 +72,30 @@ def input_sizes(
     """Concrete dimensions for every graph input: those given, else static ones, else by place.
 
     The first dimension is the batch; the last two of a 4-D input are pixels; any other that is
-    dynamic is a sequence.
+    dynamic is a sequence. Dimensions of one name have one size, that of the first input to have it:
+    one that is given, else one that is no image.
 
     Raises:
         PlanError: If ``given`` names an unknown input or contradicts a static dimension.
     """
-    given = dict(given or {})
-    sizes = {}
-    for tensor in graph.inputs:
-        rank = len(tensor.shape or ())
-        by_place = [batch] + [sequence] * (rank - 1)
-        if rank == 4:
-            by_place[2:] = [DEFAULT_PIXELS, DEFAULT_PIXELS]
-        declared = [_static(size) for size in tensor.shape or ()]
-        sizes[tensor.name] = tuple(
-            place if size is None else size for size, place in zip(declared, by_place, strict=True)
-        )
-        if tensor.name in given:
-            sizes[tensor.name] = _checked(tensor.name, declared, given.pop(tensor.name))
-    if given:
+    given = given or {}
+    unknown = given.keys() - {tensor.name for tensor in graph.inputs}
+    if unknown:
         raise PlanError(
-            f"sizes are given for {', '.join(given)}, but the inputs of the model are "
-            f"{', '.join(sizes)}"
+            f"sizes are given for {', '.join(sorted(unknown))}, but the inputs of the model are "
+            f"{', '.join(tensor.name for tensor in graph.inputs)}"
         )
-    return sizes
+    sizes: dict[str, tuple[int, ...]] = {}
+    named: dict[str, int] = {}
+    for tensor in sorted(graph.inputs, key=lambda t: (t.name not in given, len(t.shape or ()) == 4)):
+        declared = list(tensor.shape or ())
+        if tensor.name in given:
+            sizes[tensor.name] = _checked(tensor.name, declared, given[tensor.name])
+        else:
+            sizes[tensor.name] = _by_place(declared, named, batch, sequence)
+        for name, size in zip(declared, sizes[tensor.name], strict=True):
+            named.setdefault(str(name), size)
+    return {tensor.name: sizes[tensor.name] for tensor in graph.inputs}
 
 
 def usual_facts(graph: gs.Graph, given: Sizes | None = None) -> Facts:
@@ -104,15 +104,16 @@ def usual_facts(graph: gs.Graph, given: Sizes | None = None) -> Facts:
     Raises:
         PlanError: If ``given`` does not fit the inputs.
     """
-    best: Facts | None = None
-    for sequence in DEFAULT_SEQUENCES:
-        facts = evaluate(graph, input_sizes(graph, sequence=sequence, given=given))
-        if best is None or len(facts.shapes) > len(best.shapes):
-            best = facts
-        if len(facts.shapes) >= tensor_count(graph):
-            break
-    assert best is not None, "there is at least one usual sequence length"
-    return best
+    return evaluate(graph, input_sizes(graph, sequence=usual_sequence(graph, given), given=given))
+
+
+def usual_sequence(graph: gs.Graph, given: Sizes | None = None) -> int:
+    """The longest usual sequence at which the shapes of the model fit together."""
+    known = {
+        sequence: len(evaluate(graph, input_sizes(graph, sequence=sequence, given=given)).shapes)
+        for sequence in DEFAULT_SEQUENCES
+    }
+    return max(known, key=lambda sequence: (known[sequence], sequence))
 
 
 def tensor_count(graph: gs.Graph) -> int:
@@ -166,12 +167,26 @@ def _static(size: object) -> int | None:
     return int(size) if isinstance(size, (int, np.integer)) and size > 0 else None
 
 
-def _checked(name: str, declared: list[int | None], given: tuple[int, ...]) -> tuple[int, ...]:
-    fits = len(declared) == len(given) and all(
-        size in {None, asked} for size, asked in zip(declared, given, strict=True)
+def _by_place(
+    declared: Sequence[object], named: Mapping[str, int], batch: int, sequence: int
+) -> tuple[int, ...]:
+    """Sizes of dynamic dimensions: by their name if it is known, else by their place."""
+    places = [batch] + [sequence] * (len(declared) - 1)
+    if len(declared) == 4:
+        places[2:] = [DEFAULT_PIXELS, DEFAULT_PIXELS]
+    return tuple(
+        _static(size) or (named.get(size, place) if isinstance(size, str) and size else place)
+        for size, place in zip(declared, places[: len(declared)], strict=True)
+    )
+
+
+def _checked(name: str, declared: Sequence[object], given: tuple[int, ...]) -> tuple[int, ...]:
+    static = [_static(size) for size in declared]
+    fits = len(static) == len(given) and all(
+        size in {None, asked} for size, asked in zip(static, given, strict=True)
     )
     if not fits:
-        shown = ["?" if size is None else size for size in declared]
+        shown = ["?" if size is None else size for size in static]
         raise PlanError(f"input {name!r} has shape {shown}, which {list(given)} does not fit")
     return tuple(given)
 

@@ -149,6 +149,16 @@ def test_constant_channels_predict_nothing_and_cost_nothing():
     assert answer.offset[removed == 7] == -100.0
 
 
+def test_a_constant_whose_mean_was_rounded_is_still_a_constant():
+    z, kept, _ = hidden("well conditioned")
+    z[:, [0, 7]] = 0.1
+    moments = sum((Moments.of(z[i : i + 3]) for i in range(0, len(z), 3)), Moments.empty((WIDTH,)))
+    assert moments.variance[0] > 0.0  # of rounding, or this test tests nothing
+    answer = fold(moments, kept, complement(kept, WIDTH), ridge=0.0)
+    assert not answer.weight[kept == 0].any()
+    assert_is_least_squares(answer, z, kept, 0.0)
+
+
 @pytest.mark.parametrize("repair", ["corp", "mean"])
 def test_a_layer_that_never_varies_is_repaired_exactly(repair):
     z = np.full((20, WIDTH), 0.1) * np.arange(WIDTH)

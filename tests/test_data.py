@@ -133,6 +133,12 @@ def test_npz_gives_its_rows(tmp_path, save, order):
     assert [batch["attention_mask"].shape for batch in data.batches(3)] == [(3, 5), (3, 5), (1, 5)]
 
 
+def test_an_axis_of_no_length_is_a_shape_like_any_other(tmp_path):
+    past = np.zeros((3, 2, 0), np.float32)
+    data = open_data(saved(tmp_path / "a.npz", x=past), [spec(np.float32, None, 2, None)])
+    assert [batch["x"].shape for batch in data.batches(2)] == [(2, 2, 0), (1, 2, 0)]
+
+
 def test_npy_gives_its_rows_to_the_only_input(rows):
     np.testing.assert_array_equal(joined(open_data(rows, [ONE]), 4), np.load(rows))
 
@@ -260,7 +266,9 @@ def test_batches_are_the_same_rows_at_any_batch_size(rows, batch_size, samples, 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_a_split_shares_nothing_and_loses_nothing(rows, share, seed):
     data = open_data(rows, [ONE])
-    first, second = (set(part.arrays()["x"][:, 0]) for part in data.split(share, seed))
+    parts = [part.arrays()["x"][:, 0] for part in data.split(share, seed)]
+    assert all(np.all(np.diff(part) > 0) for part in parts)
+    first, second = map(set, parts)
     assert first | second == set(data.arrays()["x"][:, 0])
     assert not first & second
     assert len(first) == min(max(round(10 * share), 1), 9)
@@ -321,7 +329,8 @@ def test_a_fixed_batch_size_is_kept_and_the_rest_left_out(rows, caplog):
 
 
 def test_a_fixed_batch_size_that_nothing_fills_is_refused(rows):
-    assert "exactly 11 samples, which the 10" in refused(rows, spec(np.float32, 11, 4))
+    with pytest.raises(DataError, match="exactly 11 samples, which the 10"):
+        open_data(rows, [spec(np.float32, 11, 4)])
     data = open_data(rows, [spec(np.float32, 4, 4)])
     with pytest.raises(DataError, match="exactly 4 samples, which the 3"):
         data.take([0, 1, 2]).batches(4)
@@ -529,6 +538,11 @@ def test_files_that_are_cut_short_or_no_arrays_are_refused(tmp_path, rows):
     (tmp_path / "cut.npy").write_bytes(whole[:-8])
     message = refused(str(tmp_path / "cut.npy"), ONE)
     assert f"cut short: it has {len(whole) - 8} of {len(whole)} bytes" in message
+    np.savez_compressed(tmp_path / "good.npz", x=np.random.default_rng(0).random((99, 4)))
+    spoilt = bytearray((tmp_path / "good.npz").read_bytes())
+    spoilt[len(spoilt) // 2] ^= 255
+    (tmp_path / "spoilt.npz").write_bytes(spoilt)
+    assert "not a whole .npz archive" in refused(str(tmp_path / "spoilt.npz"), ONE)
     (tmp_path / "text.npy").write_text("not an array")
     assert "is not a NumPy array" in refused(str(tmp_path / "text.npy"), ONE)
     (tmp_path / "text.npz").write_text("not an archive")

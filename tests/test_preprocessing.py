@@ -126,6 +126,54 @@ def test_a_picture_of_any_mode_becomes_one_input(recipe, mode):
     assert result.dtype == np.float32
 
 
+PROCESSOR = {
+    "do_normalize": True,
+    "do_center_crop": True,
+    "rescale_factor": 1 / 255,
+    "resample": 3,
+    "size": {"shortest_edge": 256},
+    "crop_size": {"height": 224, "width": 224},
+    "image_mean": (0.5, 0.4, 0.3),
+    "image_std": (0.2, 0.3, 0.4),
+}
+
+
+def test_an_image_processor_that_crops_becomes_a_recipe():
+    recipe = Preprocessing.from_transformers(PROCESSOR, name="x")
+    expected = ("x", (224, 224), 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 0.875)
+    assert recipe == Preprocessing(*expected)
+
+
+def test_an_image_processor_that_does_not_normalise_becomes_a_recipe_that_does_not():
+    recipe = Preprocessing.from_transformers(PROCESSOR | {"do_normalize": False}, name="x")
+    assert (recipe.mean, recipe.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def test_an_image_processor_that_squeezes_is_replaced_by_a_crop_with_a_warning(caplog):
+    squeezes = PROCESSOR | {"do_center_crop": False, "size": {"height": 64, "width": 48}}
+    recipe = Preprocessing.from_transformers(squeezes, name="x")
+    assert (recipe.size, recipe.crop_pct) == ((64, 48), 1.0)
+    assert "will be cropped instead" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rescale_factor": 1 / 127.5}, "not by 1/255"),
+        ({"size": {"height": 256, "width": 256}}, "which no centre crop says"),
+        ({"resample": 0}, "'interpolation' must be bicubic or bilinear, not 'nearest'"),
+    ],
+)
+def test_an_image_processor_that_does_something_else_is_refused(changes, reason):
+    with pytest.raises(DataError, match=reason):
+        Preprocessing.from_transformers(PROCESSOR | changes, name="x")
+
+
+def test_a_timm_config_that_does_not_crop_is_refused():
+    with pytest.raises(DataError, match="'squash' is not 'center'"):
+        Preprocessing.from_timm({"crop_mode": "squash"}, name="x")
+
+
 def test_the_library_reads_recipes_without_torch():
     code = "import sys, corp_onnx.preprocessing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,7 +20,9 @@ import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -73,20 +75,20 @@ def normalised(images: np.ndarray) -> torch.Tensor:
 
 
 def stem() -> nn.Sequential:
-    """Three convolutions from 28 x 28 pixels to a 7 x 7 grid.
+    """Three convolutions of stride 2, from 28 x 28 pixels to a 4 x 4 grid.
 
     A transformer learns from few images once it need not find edges by itself (Xiao et al.,
     "Early convolutions help transformers see better", 2021).
     """
     layers: list[nn.Module] = []
-    for width_in, width_out, stride in ((1, 32, 2), (32, 64, 1), (64, WIDTH, 2)):
-        convolution = nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False)
+    for width_in, width_out in pairwise((1, 32, 64, WIDTH)):
+        convolution = nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False)
         layers += [convolution, nn.BatchNorm2d(width_out), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
 def vision_transformer() -> VisionTransformer:
-    """Six blocks of width 128 with four heads of 32, on 49 tokens that the stem makes."""
+    """Six blocks of width 128 with four heads of 32, on the 16 tokens of the stem."""
     set_fused_attn(False)  # plain products export as MatMul and Softmax, and train faster on a CPU
     torch.manual_seed(SEED)
     return VisionTransformer(
@@ -135,19 +137,21 @@ class Run:
         )
         return cls(model, optimizer, schedule, epochs)
 
+    def parts(self) -> dict[str, Any]:
+        """What a later epoch depends on, by its name in the checkpoint."""
+        return {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+
     def save(self, path: Path) -> None:
-        """Write everything that a later epoch depends on."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        torch.save(state | {"done": self.done, "seconds": self.seconds}, path)
+        """Write a checkpoint."""
+        states = {name: part.state_dict() for name, part in self.parts().items()}
+        torch.save(states | {"done": self.done, "seconds": self.seconds}, path)
 
     def load(self, path: Path) -> None:
         """Go on where the run that wrote ``path`` stopped."""
-        state = torch.load(path)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.done, self.seconds = state["done"], state["seconds"]
+        states = torch.load(path)
+        for name, part in self.parts().items():
+            part.load_state_dict(states[name])
+        self.done, self.seconds = states["done"], states["seconds"]
 
     def epoch(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One pass over the training split, in an order fixed by seed and epoch."""
@@ -212,14 +216,6 @@ def measured(path: Path, images: torch.Tensor) -> np.ndarray:
     return np.concatenate(batches)
 
 
-def describe(path: Path, properties: dict[str, str]) -> None:
-    """Record in the model file where it comes from and how good it is."""
-    model = onnx.load(path)
-    onnx.helper.set_model_props(model, properties)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
-
-
 def write_model(model: VisionTransformer, test: Split, path: Path, *, epochs: int) -> None:
     """Export, compare with PyTorch on the whole test split, and record the accuracy.
 
@@ -234,31 +230,28 @@ def write_model(model: VisionTransformer, test: Split, path: Path, *, epochs: in
         raise SystemExit(
             f"{path} differs from PyTorch by {difference:.1e} (limit {MAX_DIFFERENCE})"
         )
-    share = accuracy(found, test.labels)
-    print(f"PyTorch {accuracy(expected, test.labels):.4f}, ONNX Runtime {share:.4f}", end=" ")
-    print(f"on {len(images)} test images; largest difference of a logit {difference:.1e}")
-    print(f"on the first {TEST}: {accuracy(found[:TEST], test.labels[:TEST]):.4f}")
+
+    for name, logits in (("PyTorch", expected), ("ONNX Runtime", found)):
+        whole, first = accuracy(logits, test.labels), accuracy(logits[:TEST], test.labels[:TEST])
+        print(f"{name}: {whole:.4f} of {len(images)} test images, {first:.4f} of the first {TEST}")
+    print(f"largest difference of a logit: {difference:.1e}")
+    described = onnx.load(path)
     properties = {
         "licence": "MIT",
         "data": "Fashion-MNIST, copyright (c) 2017 Zalando SE, https://tech.zalando.com",
         "training_command": f"python tools/train_fashion_vit.py --epochs {epochs}",
-        "test_accuracy": f"{share:.4f}",
+        "test_accuracy": f"{accuracy(found, test.labels):.4f}",
         "test_samples": str(len(images)),
     }
-    describe(path, properties)
+    onnx.helper.set_model_props(described, properties)
+    onnx.checker.check_model(described, full_check=True)
+    onnx.save(described, path)
 
 
 def write_preprocessing(path: Path) -> None:
     """Write how a picture becomes an input: ``(pixel / 255 - mean) / std``."""
-    rule = {
-        "input": "image",
-        "size": [SIZE, SIZE],
-        "channels": 1,
-        "mean": [MEAN],
-        "std": [STD],
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-    }
+    rule = {"input": "image", "size": [SIZE, SIZE], "channels": 1, "mean": [MEAN], "std": [STD]}
+    rule |= {"interpolation": "bilinear", "crop_pct": 1.0}
     path.write_text(json.dumps(rule, indent=2) + "\n")
 
 
@@ -282,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--out", type=Path, default=Path("corp_onnx/example"))
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=18)
     scratch = Path(tempfile.gettempdir()) / "fashion_vit.pt"
     parser.add_argument("--checkpoint", type=Path, default=scratch, help="written each epoch")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")

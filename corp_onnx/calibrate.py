@@ -1,0 +1,265 @@
+"""Calibration: run the model on unlabelled inputs and gather the moments of every axis."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
+from corp_onnx.blocks.records import Mask, Route
+from corp_onnx.data import Dataset
+from corp_onnx.errors import DataError, TooFewSamples
+from corp_onnx.graph import Model
+from corp_onnx.moments import Accumulator, Moments
+from corp_onnx.session import Runtime, open_session
+from corp_onnx.statistics import Batch, Statistics
+
+log = logging.getLogger(__name__)
+
+BATCH_SIZE = 8
+HELD_OUT_SHARE = 0.2
+MOST_HELD_OUT = 32
+MOST_SEEN = 16
+ENOUGH_TOKENS_PER_CHANNEL = 10
+MASKED_BELOW = -1e3
+"""A value added to a logit that hides a token: exporters write -10000, -65504, -3.4e38 or -inf."""
+
+
+def calibrate(
+    model: Model,
+    catalog: Catalog,
+    data: Dataset,
+    *,
+    batch_size: int = BATCH_SIZE,
+    runtime: Runtime | None = None,
+    seed: int = 0,
+    on_batch: Callable[[int], None] = lambda samples: None,
+) -> Statistics:
+    """Moments of every axis that can be cut, over all samples but those held out.
+
+    Blocks are summed side by side, each on one thread: many small products gain nothing from
+    threads of their own. Activations are read as outputs of the dense graph, batch by batch; memory does not grow with
+    the number of samples. Positions that nobody may attend to (padding) count in no moment.
+
+    Args:
+        model: The dense model.
+        catalog: Its blocks.
+        data: Unlabelled samples; a share of them is held out, to verify with.
+        batch_size: Samples per run.
+        runtime: How the model is run.
+        seed: Decides which samples are held out.
+        on_batch: Called after every batch with its number of samples.
+
+    Raises:
+        DataError: If an activation holds NaN or infinity.
+        TooFewSamples: If an axis has more channels than there are tokens.
+    """
+    held_out, used = _split(data, seed)
+    statistics = gather(
+        model,
+        catalog,
+        used.batches(batch_size),
+        runtime=runtime,
+        source=data.source,
+        on_batch=on_batch,
+    )
+    require_enough(statistics)
+    seen = tuple(used.take(np.arange(min(MOST_SEEN, used.samples))).batches(batch_size))
+    return replace(statistics, seen=seen, held_out=tuple(held_out.batches(batch_size)))
+
+
+def gather(
+    model: Model,
+    catalog: Catalog,
+    batches: Iterable[Batch],
+    *,
+    runtime: Runtime | None = None,
+    source: str = "",
+    on_batch: Callable[[int], None] = lambda samples: None,
+) -> Statistics:
+    """Moments over exactly these batches, none held out and none too few."""
+    sites = tuple(_Site(block) for block in catalog.blocks if _is_read(block))
+    runtime = replace(runtime or Runtime(), spinning=False)
+    session = open_session(exposed(model, _tensors(sites)), runtime)
+    samples = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool, threadpool_limits(1, user_api="blas"):
+        for batch in batches:
+            tensors = session.run(batch)
+            list(pool.map(lambda site, read=tensors: site.add(read), sites))
+            size = len(next(iter(batch.values())))
+            samples += size
+            on_batch(size)
+    if not samples:
+        raise DataError(f"{source or 'the data'} holds no samples; give at least a few dozen")
+    moments: dict[str, Moments] = {}
+    for site in sites:
+        moments |= site.moments()
+    energies = {site.block.id: site.energy() for site in sites if site.tokens}
+    tokens = {site.block.id: site.tokens for site in sites if site.tokens}
+    return Statistics(moments, energies, tokens, samples, source, model.fingerprint.sha256)
+
+
+def exposed(model: Model, tensors: Iterable[str]) -> Model:
+    """The model with intermediate tensors as its only outputs, less what these do not need."""
+    graph = model.graph.copy()
+    by_name = graph.tensors()
+    graph.outputs = [by_name[name] for name in dict.fromkeys(tensors)]
+    for tensor in graph.outputs:
+        tensor.shape = None
+    graph.cleanup(remove_unused_graph_inputs=False)
+    return model.with_graph(graph)
+
+
+def require_enough(statistics: Statistics) -> None:
+    """Fail where an axis has more channels than tokens, warn where it has few."""
+    for name, moments in statistics.sites.items():
+        if moments.count < moments.width:
+            per_sample = moments.count / statistics.samples
+            needed = int(np.ceil(ENOUGH_TOKENS_PER_CHANNEL * moments.width / per_sample))
+            raise TooFewSamples(
+                f"{statistics.samples} samples give {moments.count} tokens, fewer than the "
+                f"{moments.width} channels of {name}; give at least {needed} samples "
+                f"({ENOUGH_TOKENS_PER_CHANNEL} tokens per channel)"
+            )
+        if moments.count < ENOUGH_TOKENS_PER_CHANNEL * moments.width:
+            log.warning(
+                "%s has only %.1f tokens per channel; the repair may fit the calibration data more "
+                "than the task: %d or more are better",
+                name,
+                moments.count / moments.width,
+                ENOUGH_TOKENS_PER_CHANNEL,
+            )
+
+
+@dataclass(slots=True)
+class _Site:
+    """Accumulates the moments of one block."""
+
+    block: Block
+    sums: dict[str, Accumulator] = field(default_factory=dict)
+    products: np.ndarray | None = None
+    tokens: int = 0
+
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors to read."""
+        block = self.block
+        mask = (block.padding.tensor,) if block.padding else ()
+        if isinstance(block, Mlp):
+            return (block.hidden, *mask)
+        return (*(route.linear.output for route in _query_and_key(block)), *mask)
+
+    def add(self, tensors: Batch) -> None:
+        """Add one batch of activations."""
+        try:
+            if isinstance(self.block, Mlp):
+                self._add_hidden(self.block, tensors)
+            else:
+                self._add_heads(self.block, tensors)
+        except DataError as error:
+            raise DataError(
+                f"at {', '.join(self.tensors())} of {self.block.id}: {error}"
+            ) from error
+
+    def moments(self) -> dict[str, Moments]:
+        """Everything so far, by site name."""
+        return {f"{self.block.id}.{role}": total.moments() for role, total in self.sums.items()}
+
+    def energy(self) -> np.ndarray:
+        """The mean of ``q_j² k_j²`` per head."""
+        assert self.products is not None, "only read once there are tokens"
+        return self.products / self.tokens
+
+    def _add_hidden(self, block: Mlp, tensors: Batch) -> None:
+        hidden = tensors[block.hidden]
+        self._sum(
+            "hidden",
+            hidden.reshape(-1, hidden.shape[-1])[seen_rows(block.padding, hidden, tensors)],
+        )
+
+    def _add_heads(self, block: Attention, tensors: Batch) -> None:
+        values = []
+        for role, route in zip(("query", "key"), _query_and_key(block), strict=True):
+            heads = operand(route, tensors[route.linear.output])
+            heads = heads[seen_rows(block.padding, tensors[route.linear.output], tensors)]
+            self._sum(role, heads)
+            values.append(heads)
+        query, key = values
+        energy = (
+            np.einsum("nhe,nhe->he", query * query, key * key, dtype=np.float64)
+            if len(query) == len(key)
+            else np.mean(query * query, axis=0) * np.sum(key * key, axis=0, dtype=np.float64)
+        )
+        self.products = energy if self.products is None else self.products + energy
+        self.tokens += len(key)
+
+    def _sum(self, role: str, vectors: np.ndarray) -> None:
+        if role not in self.sums:
+            self.sums[role] = Accumulator(vectors.shape[1:])
+        self.sums[role].add(vectors)
+
+
+def operand(route: Route, projection: np.ndarray) -> np.ndarray:
+    """A projection ``[..., d]`` as the vectors ``[n, h, e]`` that enter the product."""
+    rows = projection.reshape(-1, projection.shape[-1])
+    heads: np.ndarray = rows[:, route.channels]
+    if (route.gain != 1).any():
+        heads = heads * route.gain.astype(heads.dtype)
+    return heads + route.offset.astype(heads.dtype) if route.offset.any() else heads
+
+
+def _is_read(block: Block) -> bool:
+    """Whether a block has an axis whose statistics are of use."""
+    return isinstance(block, Mlp) or "qk" in axes_of(block)
+
+
+def _query_and_key(block: Attention) -> tuple[Route, Route]:
+    assert block.query is not None and block.key is not None, f"{block.id} offers its queries"
+    return block.query, block.key
+
+
+def _tensors(sites: Iterable[_Site]) -> list[str]:
+    return list(itertools.chain.from_iterable(site.tensors() for site in sites))
+
+
+def seen_rows(mask: Mask | None, tokens: np.ndarray, tensors: Batch) -> np.ndarray | slice:
+    """Which tokens somebody may attend to: a selection of the rows of ``tokens [..., d]``."""
+    if mask is None:
+        return slice(None)
+    seen = visible(mask, tensors[mask.tensor])
+    rows = int(np.prod(tokens.shape[:-1]))
+    if seen.shape[0] == 1 and rows % seen.size == 0:
+        seen = np.broadcast_to(seen, (rows // seen.size, seen.shape[1]))
+    if seen.all() or seen.size != rows:
+        return slice(None)
+    return seen.reshape(-1)
+
+
+def visible(mask: Mask, values: np.ndarray) -> np.ndarray:
+    """Per sample and key whether any query may attend to it, from a mask ``[b, …, t]``."""
+    keeps = {
+        "added": lambda: values > MASKED_BELOW,
+        "keeps": lambda: values.astype(bool),
+        "drops": lambda: ~values.astype(bool),
+    }[mask.kind]()
+    between = tuple(range(1, keeps.ndim - 1))
+    seen: np.ndarray = keeps.any(axis=between) if between else keeps
+    return np.atleast_2d(seen)
+
+
+def _split(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """Some samples to verify with, and all others."""
+    fixed = data.fixed_batch or 1
+    wanted = min(MOST_HELD_OUT, round(HELD_OUT_SHARE * data.samples))
+    count = max(fixed, wanted - wanted % fixed)
+    if data.samples < count + fixed:
+        log.warning("there are too few samples to hold any out; verifying with those calibrated on")
+        return data, data
+    order = np.random.default_rng(seed).permutation(data.samples)
+    return data.take(np.sort(order[:count])), data.take(np.sort(order[count:]))

@@ -1,0 +1,189 @@
+"""The whole story on one screen: from a model and some inputs to a smaller model with evidence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from corp_onnx.blocks import Axis, Catalog, find_blocks
+from corp_onnx.calibrate import calibrate
+from corp_onnx.data import Dataset
+from corp_onnx.errors import DataError
+from corp_onnx.graph import Model, load, require_writable, save
+from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, Plan, uniform
+from corp_onnx.promise import measured_errors
+from corp_onnx.session import Runtime, open_session
+from corp_onnx.shapes import Sizes
+from corp_onnx.solve import Recipe, solve
+from corp_onnx.solve.folds import Solution
+from corp_onnx.statistics import Statistics
+from corp_onnx.surgery import Surgery, operate
+from corp_onnx.verify import (
+    Check,
+    Comparison,
+    Verification,
+    check_gates,
+    check_promises,
+    check_repair,
+    check_structure,
+    compare,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """Limits that the user sets on held-out samples."""
+
+    max_error: float | None = None
+    min_agreement: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pruned:
+    """A smaller model and the record of every stage that made it."""
+
+    catalog: Catalog
+    plan: Plan
+    solution: Solution
+    surgery: Surgery
+    verification: Verification
+    samples: int
+    source: str
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Seconds that every stage took, by name."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage; several visits to the same stage add up."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def prune(
+    path: Path,
+    output: Path,
+    knowledge: Callable[[Model], Dataset] | Path,
+    *,
+    shares_removed: Mapping[Axis, float] = DEFAULT_SHARES,
+    align: int = DEFAULT_ALIGN,
+    recipe: Recipe | None = None,
+    gates: Gates | None = None,
+    sizes: Sizes | None = None,
+    runtime: Runtime | None = None,
+    seed: int = 0,
+    on_batch: Callable[[int], None] = lambda samples: None,
+) -> Pruned:
+    """Cut a model and write the result to ``output``.
+
+    Args:
+        path: The dense ONNX file.
+        output: Where the smaller one goes; it appears whole or not at all.
+        knowledge: Opens calibration data for the model, or the file of earlier statistics.
+        shares_removed: By axis, the share of its width to remove.
+        align: Widths become multiples of this.
+        recipe: Method, ranking and ridge.
+        gates: The user's own limits.
+        sizes: Input dimensions for counting MACs.
+        runtime: How models are run.
+        seed: Decides which samples are held out.
+        on_batch: Called after every calibration batch with its number of samples.
+
+    Raises:
+        CorpError: Whatever is wrong with the model, the data or the request.
+    """
+    require_writable(output)
+    clock, recipe = Clock(), recipe or Recipe()
+    with clock.stage("load"):
+        model = load(path)
+    with clock.stage("blocks"):
+        catalog = find_blocks(model, sizes)
+        plan = uniform(catalog, shares_removed, align=align)
+    with clock.stage("calibrate"):
+        if isinstance(knowledge, Path):
+            statistics = Statistics.load(knowledge)
+        else:
+            statistics = calibrate(
+                model, catalog, knowledge(model), runtime=runtime, seed=seed, on_batch=on_batch
+            )
+    with clock.stage("solve"):
+        solution = solve(model, catalog, plan, statistics, recipe)
+    with clock.stage("surgery"):
+        surgery = operate(model, catalog, solution)
+    with clock.stage("verify"):
+        verification = verify(
+            model,
+            catalog,
+            plan,
+            statistics,
+            solution,
+            surgery,
+            gates=gates or Gates(),
+            sizes=sizes,
+            runtime=runtime,
+        )
+    with clock.stage("save"):
+        save(surgery.model, output)
+    return Pruned(
+        catalog,
+        plan,
+        solution,
+        surgery,
+        verification,
+        statistics.samples,
+        statistics.source,
+        clock.seconds,
+    )
+
+
+def verify(
+    model: Model,
+    catalog: Catalog,
+    plan: Plan,
+    statistics: Statistics,
+    solution: Solution,
+    surgery: Surgery,
+    *,
+    gates: Gates,
+    sizes: Sizes | None = None,
+    runtime: Runtime | None = None,
+) -> Verification:
+    """Hold the smaller model against the plan, the promises, no repair, and the user's limits."""
+    if not statistics.held_out:
+        raise DataError(
+            f"the statistics of {statistics.source} keep no samples to verify with; calibrate again"
+        )
+    found = find_blocks(surgery.model, sizes)
+    checks: list[Check] = [check_structure(plan, surgery.model, model, found)]
+    dense = open_session(model, runtime)
+    comparison = compare(dense, open_session(surgery.model, runtime), statistics.held_out)
+    if checks[0].passed:
+        measured = measured_errors(model, catalog, surgery.model, found, statistics.seen, runtime)
+        checks.append(check_promises(solution, measured))
+    if solution.method != "none":
+        unrepaired = _without_repair(model, catalog, plan, statistics, runtime)
+        checks.append(check_repair(comparison, unrepaired))
+    checks += check_gates(comparison, max_error=gates.max_error, min_agreement=gates.min_agreement)
+    return Verification(tuple(checks), comparison)
+
+
+def _without_repair(
+    model: Model,
+    catalog: Catalog,
+    plan: Plan,
+    statistics: Statistics,
+    runtime: Runtime | None,
+) -> Comparison:
+    """The same cut with nothing put in place of what goes."""
+    solution = solve(model, catalog, plan, statistics, Recipe(method="none"))
+    bare = operate(model, catalog, solution).model
+    return compare(open_session(model, runtime), open_session(bare, runtime), statistics.held_out)

@@ -1,0 +1,91 @@
+"""How wide every axis will be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from corp_onnx.blocks import Axis, Block, Catalog, axes_of, width_of
+from corp_onnx.errors import NothingPrunable, PlanError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SHARES: Mapping[Axis, float] = {"mlp": 0.5, "qk": 0.5}
+DEFAULT_ALIGN = 8
+"""Widths that are a multiple of this run as fast as kernels can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One axis of one block: its dense width and the width it will have.
+
+    For ``mlp`` these are hidden channels, for ``qk`` and ``vo`` channels of every head.
+    """
+
+    block: str
+    axis: Axis
+    width: int
+    to: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every cut, in the order of the graph."""
+
+    cuts: tuple[Cut, ...]
+
+
+def uniform(
+    catalog: Catalog, shares_removed: Mapping[Axis, float], *, align: int = DEFAULT_ALIGN
+) -> Plan:
+    """The same share removed from every axis of a kind.
+
+    The width that stays is the multiple of ``align`` nearest to ``(1 - share) · width``, at least
+    one multiple, and never more than there is. A share of 0 keeps the width as it is, and still
+    makes a cut: the whole surgery is done.
+
+    Raises:
+        PlanError: If a share is outside 0…1 or takes everything.
+        NothingPrunable: If no block offers an axis that was asked for.
+    """
+    for axis, share in shares_removed.items():
+        if not 0 <= share < 1:
+            raise PlanError(
+                f"--{axis} {share:g} is not a share to remove: it must be at least 0 and below 1 "
+                "(0.5 removes half)"
+            )
+    if align < 1:
+        raise PlanError(f"--align {align} is not a multiple to round to: it must be at least 1")
+    cuts = tuple(
+        Cut(block.id, axis, width_of(block, axis), _narrowed(width_of(block, axis), share, align))
+        for block in catalog.blocks
+        for axis, share in shares_removed.items()
+        if axis in axes_of(block)
+    )
+    if not cuts:
+        raise NothingPrunable(_nothing(catalog, shares_removed))
+    for axis in sorted(set(shares_removed) - {cut.axis for cut in cuts}):
+        log.warning("no block offers the axis %r; nothing of it is cut", axis)
+    return Plan(cuts)
+
+
+def _narrowed(width: int, share: float, align: int) -> int:
+    if share == 0:
+        return width
+    multiples = max(1, round((1 - share) * width / align))
+    return min(width, multiples * align)
+
+
+def _nothing(catalog: Catalog, shares: Mapping[Axis, float]) -> str:
+    """Why nothing can be cut, with every reason that was found."""
+    wanted = " or ".join(shares)
+    reasons = [f"{item.op} {item.node!r}: {item.reason}" for item in catalog.refusals]
+    reasons += [reason for block in catalog.blocks for reason in _refused(block, shares)]
+    found = "; ".join(reasons[:5]) or "it holds no Softmax and no pair of linear layers"
+    more = f" (and {len(reasons) - 5} more; see `corp-onnx inspect`)" if len(reasons) > 5 else ""
+    return f"nothing prunable was found for {wanted}: {found}{more}"
+
+
+def _refused(block: Block, shares: Mapping[Axis, float]) -> list[str]:
+    return [f"{block.id} {axis}: {why}" for axis, why in block.refused.items() if axis in shares]

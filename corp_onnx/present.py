@@ -1,0 +1,227 @@
+"""Records as JSON documents (a contract: other programs read them) and as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
+from corp_onnx.latency import Race
+from corp_onnx.pipeline import Pruned
+from corp_onnx.solve.folds import Fold, MlpFold, QueryKeyFold
+from corp_onnx.verify import Check, Comparison
+
+Json = dict[str, Any]
+
+
+def catalog_json(catalog: Catalog) -> Json:
+    """What ``inspect --json`` prints."""
+    return {
+        "blocks": [_block_json(block) for block in catalog.blocks],
+        "refusals": [asdict(refusal) for refusal in catalog.refusals],
+        "shapes": {name: list(shape) for name, shape in catalog.sizes.items()},
+        "macs": catalog.macs,
+        "params": catalog.params,
+        "macs_prunable": catalog.macs_prunable,
+    }
+
+
+def catalog_table(catalog: Catalog) -> RenderableType:
+    """What ``inspect`` prints."""
+    table = _table("block", "width", "heads", "head width", "value width", "prunable", "refused")
+    for block in catalog.blocks:
+        entry = _block_json(block)
+        table.add_row(
+            entry["id"],
+            *(str(entry[key] or "") for key in ("width", "heads", "head_width", "value_width")),
+            " ".join(entry["prunable"]) or "-",
+            "; ".join(f"{axis}: {reason}" for axis, reason in entry["refused"].items()),
+        )
+    parts: list[RenderableType] = [table]
+    if catalog.refusals:
+        refused = _table("not in a block", "operator", "reason")
+        for refusal in catalog.refusals:
+            refused.add_row(refusal.node, refusal.op, refusal.reason)
+        parts.append(refused)
+    share = catalog.macs_prunable / catalog.macs if catalog.macs else 0.0
+    sizes = ", ".join(f"{name} {list(shape)}" for name, shape in catalog.sizes.items())
+    parts.append(
+        Text(
+            f"{catalog.macs / 1e9:.3f} G MACs at {sizes}, {share:.0%} of them in linear layers that "
+            f"can be cut; {catalog.params / 1e6:.2f} M parameters"
+        )
+    )
+    return Group(*parts)
+
+
+def pruned_json(result: Pruned, output: str) -> Json:
+    """What ``prune --json`` prints."""
+    folds = {(fold.block, _axis(fold)): fold for fold in result.solution.folds}
+    cuts: dict[str, Json] = {}
+    for cut in result.plan.cuts:
+        evidence = folds[cut.block, cut.axis].evidence
+        cuts.setdefault(cut.block, {})[cut.axis] = {
+            "from": cut.width,
+            "to": cut.to,
+            "unexplained": evidence.unexplained,
+            "condition": evidence.condition,
+            "error": evidence.error,
+        }
+    return {
+        "method": result.solution.method,
+        "one_shot": True,
+        "blocks": [{"id": block, "cuts": entry} for block, entry in cuts.items()],
+        "macs": {"dense": result.surgery.dense.total, "pruned": result.surgery.pruned.total},
+        "params": {"dense": result.surgery.dense.params, "pruned": result.surgery.pruned.params},
+        "samples": result.samples,
+        "source": result.source,
+        "seconds": dict(result.seconds),
+        "checks": [asdict(check) for check in result.verification.checks],
+        "held_out": comparison_json(result.verification.comparison),
+        "passed": result.verification.passed,
+        "output": output,
+    }
+
+
+def pruned_table(result: Pruned, output: str) -> RenderableType:
+    """What ``prune`` prints."""
+    table = _table("block", "axis", "from", "to", "unexplained", "predicted error", "condition")
+    for cut, fold in zip(result.plan.cuts, result.solution.folds, strict=True):
+        evidence = fold.evidence
+        table.add_row(
+            cut.block,
+            cut.axis,
+            str(cut.width),
+            str(cut.to),
+            f"{evidence.unexplained:.3f}",
+            f"{evidence.error:.4f}",
+            f"{evidence.condition:.1e}",
+        )
+    before, after = result.surgery.dense, result.surgery.pruned
+    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    return Group(
+        table,
+        checks_table(result.verification.checks),
+        Text(
+            f"{_change('MACs', before.total, after.total, 1e9, 'G')}; "
+            f"{_change('parameters', before.params, after.params, 1e6, 'M')}"
+        ),
+        Text(f"held-out relative error {result.verification.comparison.relative_error:.4g}"),
+        Text(spent),
+        Text(f"written to {output}"),
+    )
+
+
+def comparison_json(comparison: Comparison) -> Json:
+    """The comparison part of ``verify --json``."""
+    document: Json = {
+        "relative_error": comparison.relative_error,
+        "relative_errors": dict(comparison.relative_errors),
+        "cosine": comparison.cosine,
+        "top1_agreement": comparison.top1_agreement,
+        "output": comparison.output,
+        "samples": comparison.samples,
+    }
+    if comparison.top1 is not None:
+        document["top1"] = dict(comparison.top1)
+    return document
+
+
+def comparison_table(document: Mapping[str, Any]) -> RenderableType:
+    """What ``verify`` prints."""
+    table = _table("", "value")
+    table.add_row("samples", str(document["samples"]))
+    table.add_row("relative error, all outputs compared", f"{document['relative_error']:.4g}")
+    for name, error in document["relative_errors"].items():
+        table.add_row(f"relative error of {name}", f"{error:.4g}")
+    table.add_row(f"cosine of {document['output']}", f"{document['cosine']:.5f}")
+    table.add_row(f"top-1 agreement of {document['output']}", f"{document['top1_agreement']:.4f}")
+    for name, value in document.get("top1", {}).items():
+        table.add_row(f"top-1 {name}", f"{value:.4f}")
+    for key, scale, unit in (("macs", 1e9, "G"), ("params", 1e6, "M")):
+        pair = document[key]
+        table.add_row(key, _change("", pair["dense"], pair["pruned"], scale, unit))
+    return table
+
+
+def checks_table(checks: Iterable[Check]) -> Table:
+    """Checks with what was found."""
+    table = _table("check", "", "found")
+    for check in checks:
+        table.add_row(check.name, "passed" if check.passed else "FAILED", check.found)
+    return table
+
+
+def race_json(race: Race, models: Sequence[str], **common: object) -> Json:
+    """What ``bench --json`` prints."""
+    return {
+        "runs": [
+            {"model": model, **common, **asdict(latency)}
+            for model, latency in zip(models, race.latencies, strict=True)
+        ],
+        "speedups": [
+            {"model": model, "over": models[0], **asdict(speedup)}
+            for model, speedup in list(zip(models, race.speedups, strict=True))[1:]
+        ],
+    }
+
+
+def race_table(document: Mapping[str, Any]) -> RenderableType:
+    """What ``bench`` prints."""
+    table = _table("model", "median", "p95", "speed-up", "95 % interval")
+    ratios = {entry["model"]: entry for entry in document["speedups"]}
+    for run in document["runs"]:
+        entry = ratios.get(run["model"])
+        table.add_row(
+            run["model"],
+            f"{run['median_ms']:.2f} ms",
+            f"{run['p95_ms']:.2f} ms",
+            f"{entry['ratio']:.2f}x" if entry else "",
+            f"{entry['low']:.2f} to {entry['high']:.2f}" if entry else "",
+        )
+    return table
+
+
+def _block_json(block: Block) -> Json:
+    entry: Json = {
+        "id": block.id,
+        "kind": "mlp" if isinstance(block, Mlp) else "attention",
+        "width": block.width,
+        "heads": None,
+        "kv_heads": None,
+        "head_width": None,
+        "value_width": None,
+        "prunable": list(axes_of(block)),
+        "refused": dict(block.refused),
+    }
+    if isinstance(block, Attention):
+        entry |= {
+            "heads": block.heads,
+            "kv_heads": block.kv_heads,
+            "head_width": block.head_width,
+            "value_width": block.value_width,
+        }
+    return entry
+
+
+def _axis(fold: Fold) -> str:
+    if isinstance(fold, MlpFold):
+        return "mlp"
+    return "qk" if isinstance(fold, QueryKeyFold) else "vo"
+
+
+def _change(what: str, before: float, after: float, scale: float, unit: str) -> str:
+    share = after / before if before else 1.0
+    return f"{what} {before / scale:.3f} → {after / scale:.3f} {unit} ({share:.0%})".strip()
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

@@ -1,0 +1,175 @@
+"""What flows through each axis, gathered once and kept in a file for every later question."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float64
+
+from corp_onnx.errors import DataError
+from corp_onnx.graph import require_writable
+from corp_onnx.moments import Moments
+
+Batch = Mapping[str, np.ndarray]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """Moments of every site of a dense model, over ``samples`` calibration samples.
+
+    Sites are named ``<block>.hidden`` (an MLP's hidden vector), ``<block>.query`` and
+    ``<block>.key`` (operands as they enter the logits product, one set of moments per head).
+    """
+
+    sites: Mapping[str, Moments]
+    energies: Mapping[str, Float64[np.ndarray, "h e"]]
+    """Per attention block the mean of ``q_j² k_j²`` over tokens, the paper's query-key energy."""
+    tokens: Mapping[str, int]
+    """How many tokens each energy is the mean of."""
+    samples: int
+    source: str
+    sha256: str
+    """Of the model that the statistics were taken of."""
+    seen: tuple[Batch, ...] = ()
+    """A few of the calibration batches, to hold promises against what is measured."""
+    held_out: tuple[Batch, ...] = ()
+    """Batches that no statistic has seen, to verify with."""
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Statistics of both sets of samples together.
+
+        Raises:
+            DataError: If they were taken of different models.
+        """
+        if self.sha256 != other.sha256 or self.sites.keys() != other.sites.keys():
+            raise DataError(
+                f"the statistics of {self.source} and {other.source} were taken of different "
+                "models; calibrate both on the same file"
+            )
+        tokens = {name: count + other.tokens[name] for name, count in self.tokens.items()}
+        energies = {
+            name: (energy * self.tokens[name] + other.energies[name] * other.tokens[name])
+            / tokens[name]
+            for name, energy in self.energies.items()
+        }
+        return Statistics(
+            {name: moments + other.sites[name] for name, moments in self.sites.items()},
+            energies,
+            tokens,
+            self.samples + other.samples,
+            self.source if self.source == other.source else f"{self.source}, {other.source}",
+            self.sha256,
+            self.seen or other.seen,
+            self.held_out or other.held_out,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the statistics whole or not at all."""
+        require_writable(path)
+        arrays: dict[str, np.ndarray] = {}
+        for name, moments in self.sites.items():
+            arrays[f"mean/{name}"] = moments.mean
+            arrays[f"scatter/{name}"] = _pack(moments.scatter)
+        arrays |= {f"energy/{name}": energy for name, energy in self.energies.items()}
+        arrays |= _flatten("seen", self.seen) | _flatten("held_out", self.held_out)
+        about = {
+            "format": FORMAT,
+            "counts": {name: moments.count for name, moments in self.sites.items()},
+            "tokens": dict(self.tokens),
+            "samples": self.samples,
+            "source": self.source,
+            "sha256": self.sha256,
+        }
+        arrays["about"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            draft = Path(folder) / "statistics.npz"
+            np.savez(draft, **arrays)  # type: ignore[arg-type]
+            draft.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Statistics:
+        """Read statistics that `save` wrote.
+
+        Raises:
+            DataError: If the file is missing or holds something else.
+        """
+        if not path.is_file():
+            raise DataError(f"{path} does not exist; make it with `corp-onnx calibrate`")
+        try:
+            with np.load(path) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+            about = json.loads(arrays.pop("about").tobytes())
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+            raise DataError(
+                f"{path} holds no calibration statistics ({error}); make it again with "
+                "`corp-onnx calibrate`"
+            ) from error
+        if about.get("format") != FORMAT:
+            raise DataError(
+                f"{path} was written in format {about.get('format')}, this version reads {FORMAT}; "
+                "calibrate again"
+            )
+        sites = {
+            name: Moments(count, arrays[f"mean/{name}"], _unpack(arrays[f"scatter/{name}"]))
+            for name, count in about["counts"].items()
+        }
+        return Statistics(
+            sites,
+            {name: arrays[f"energy/{name}"] for name in about["tokens"]},
+            about["tokens"],
+            about["samples"],
+            about["source"],
+            about["sha256"],
+            _unflatten("seen", arrays),
+            _unflatten("held_out", arrays),
+        )
+
+
+def merged(parts: Iterable[Statistics]) -> Statistics:
+    """All parts together; there is at least one."""
+    first, *rest = parts
+    for part in rest:
+        first = first + part
+    return first
+
+
+def _pack(scatter: Float64[np.ndarray, "*h d d"]) -> Float64[np.ndarray, "*h t"]:
+    """The upper triangle, which is all of a symmetric matrix."""
+    rows, columns = np.triu_indices(scatter.shape[-1])
+    return scatter[..., rows, columns]
+
+
+def _unpack(packed: Float64[np.ndarray, "*h t"]) -> Float64[np.ndarray, "*h d d"]:
+    width = int((np.sqrt(8 * packed.shape[-1] + 1) - 1) / 2)
+    rows, columns = np.triu_indices(width)
+    scatter = np.empty((*packed.shape[:-1], width, width))
+    scatter[..., rows, columns] = packed
+    scatter[..., columns, rows] = packed
+    scatter.setflags(write=False)
+    return scatter
+
+
+def _flatten(role: str, batches: tuple[Batch, ...]) -> dict[str, np.ndarray]:
+    return {
+        f"{role}/{index}/{name}": array
+        for index, batch in enumerate(batches)
+        for name, array in batch.items()
+    }
+
+
+def _unflatten(role: str, arrays: Mapping[str, np.ndarray]) -> tuple[Batch, ...]:
+    batches: dict[int, dict[str, np.ndarray]] = {}
+    for key, array in arrays.items():
+        kind, _, rest = key.partition("/")
+        if kind == role:
+            index, _, name = rest.partition("/")
+            batches.setdefault(int(index), {})[name] = array
+    return tuple(batches[index] for index in sorted(batches))

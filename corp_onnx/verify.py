@@ -1,0 +1,257 @@
+"""Is the smaller model what was promised?"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+from corp_onnx.blocks import Catalog, width_of
+from corp_onnx.calibrate import exposed
+from corp_onnx.errors import DataError, PlanError, VerificationError
+from corp_onnx.graph import LARGEST_PROTOBUF_BYTES, Model
+from corp_onnx.plan import Plan
+from corp_onnx.session import Session
+from corp_onnx.solve.folds import Solution
+from corp_onnx.statistics import Batch
+
+PROMISE_FACTOR = 1.5
+"""How much larger a block's measured error may be than the predicted one."""
+
+NEGLIGIBLE_ERROR = 1e-6
+"""Relative error below which a promise is kept whatever was predicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at: whether it holds, and what was found."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far the outputs of two models are apart on the same inputs.
+
+    ``relative_error`` is ``Σ‖y - ŷ‖² / Σ‖y‖²``, per output and over all of them; ``cosine`` the mean
+    cosine between the output vectors of the compared output; ``top1_agreement`` how often their
+    largest entry is the same; ``top1`` accuracy, where labels were given.
+    """
+
+    samples: int
+    output: str
+    relative_error: float
+    relative_errors: Mapping[str, float]
+    cosine: float
+    top1_agreement: float
+    top1: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Every check and the comparison on held-out samples."""
+
+    checks: tuple[Check, ...]
+    comparison: Comparison
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks hold."""
+        return all(check.passed for check in self.checks)
+
+
+def compare(
+    dense: Session,
+    pruned: Session,
+    batches: Iterable[Batch],
+    *,
+    output: str | None = None,
+    labels: Sequence[int] | None = None,
+) -> Comparison:
+    """Run both models on the same batches and compare their floating-point outputs.
+
+    Args:
+        dense: The reference.
+        pruned: The model to judge.
+        batches: Inputs.
+        output: The output that cosine, agreement and accuracy are of, and the only one that the
+            overall error counts; by default all count, and the first one is taken.
+        labels: The class of every sample, in order.
+
+    Raises:
+        DataError: If there are no samples, or the dense model's outputs are not finite.
+        PlanError: If the models have no floating-point output of that name in common.
+    """
+    names = _compared(dense, pruned, output)
+    sums = {name: _OutputSum() for name in names}
+    samples = 0
+    for batch in batches:
+        before, after = dense.run(batch, names), pruned.run(batch, names)
+        for name in names:
+            if before[name].dtype.kind == "f" or before[name].dtype.name == "bfloat16":
+                sums[name].add(name, before[name], after[name])
+        samples += len(next(iter(batch.values())))
+    floating = {name: total for name, total in sums.items() if total.rows}
+    if not samples:
+        raise DataError("the data holds no samples to compare on")
+    if not floating:
+        raise PlanError(f"none of the outputs {', '.join(names)} holds floating-point numbers")
+    main = output or next(iter(floating))
+    lost = sum(total.lost for total in floating.values())
+    energy = sum(total.energy for total in floating.values())
+    return Comparison(
+        samples,
+        main,
+        _ratio(lost, energy),
+        {name: _ratio(total.lost, total.energy) for name, total in floating.items()},
+        floating[main].cosine / floating[main].rows,
+        floating[main].agreed / floating[main].rows,
+        None if labels is None else floating[main].accuracy(labels),
+    )
+
+
+def comparable(model: Model, output: str | None) -> Model:
+    """The model with one tensor, which may be internal, as its only output.
+
+    Raises:
+        PlanError: If there is no tensor of that name.
+    """
+    if output is None:
+        return model
+    tensors = model.graph.tensors()
+    if output not in tensors:
+        close = difflib.get_close_matches(output, tensors, n=3)
+        hint = f"; close to it are {', '.join(close)}" if close else ""
+        raise PlanError(f"the model has no tensor {output!r}{hint}")
+    return exposed(model, [output])
+
+
+def check_structure(plan: Plan, pruned: Model, dense: Model, found: Catalog) -> Check:
+    """Whether the model is valid ONNX, keeps its interface, and every width is as planned."""
+    interface = [
+        [(tensor.name, tensor.dtype) for tensor in (*model.graph.inputs, *model.graph.outputs)]
+        for model in (dense, pruned)
+    ]
+    if interface[0] != interface[1]:
+        return Check("structure", False, f"the interface changed from {interface[0]}")
+    proto = pruned.proto()
+    try:
+        if proto.ByteSize() <= LARGEST_PROTOBUF_BYTES:
+            onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return Check("structure", False, f"not valid ONNX: {str(error).splitlines()[0]}")
+    blocks = {block.id: block for block in found.blocks}
+    wrong = [
+        f"{cut.block} {cut.axis}"
+        for cut in plan.cuts
+        if cut.block not in blocks or width_of(blocks[cut.block], cut.axis) != cut.to
+    ]
+    if wrong:
+        return Check("structure", False, f"other widths than planned: {', '.join(wrong)}")
+    return Check("structure", True, f"valid, same interface, {len(plan.cuts)} widths as planned")
+
+
+def check_promises(solution: Solution, measured: Mapping[str, float]) -> Check:
+    """Whether every block's measured error is within 1.5 times what solving predicted."""
+    broken = []
+    worst = 0.0
+    for fold in solution.folds:
+        predicted, found = fold.evidence.error, measured.get(fold.block)
+        if found is None or found <= NEGLIGIBLE_ERROR:
+            continue
+        ratio = found / predicted if predicted > 0 else np.inf
+        worst = max(worst, ratio)
+        if ratio > PROMISE_FACTOR:
+            broken.append(f"{fold.block} measured {found:.2e}, predicted {predicted:.2e}")
+    if broken:
+        return Check("promises", False, "; ".join(broken))
+    return Check("promises", True, f"measured at most {worst:.2f} times predicted, block by block")
+
+
+def check_repair(repaired: Comparison, unrepaired: Comparison) -> Check:
+    """Whether repairing helped, or at least did no harm, on held-out samples."""
+    found = f"{repaired.relative_error:.3e} against {unrepaired.relative_error:.3e} without repair"
+    return Check("repair", repaired.relative_error <= unrepaired.relative_error, found)
+
+
+def check_gates(
+    comparison: Comparison, *, max_error: float | None, min_agreement: float | None
+) -> tuple[Check, ...]:
+    """The user's own limits."""
+    checks = []
+    if max_error is not None:
+        found = f"{comparison.relative_error:.3e}, at most {max_error:g} wanted"
+        checks.append(Check("max-error", comparison.relative_error <= max_error, found))
+    if min_agreement is not None:
+        found = f"{comparison.top1_agreement:.3f}, at least {min_agreement:g} wanted"
+        checks.append(Check("min-agreement", comparison.top1_agreement >= min_agreement, found))
+    return tuple(checks)
+
+
+@dataclass(slots=True)
+class _OutputSum:
+    """Sums over the batches of one output."""
+
+    lost: float = 0.0
+    energy: float = 0.0
+    rows: int = 0
+    cosine: float = 0.0
+    agreed: int = 0
+    chosen: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def add(self, name: str, before: np.ndarray, after: np.ndarray) -> None:
+        if before.shape != after.shape:
+            raise VerificationError(
+                f"output {name!r} has shape {before.shape} in the dense model and {after.shape} in "
+                "the other"
+            )
+        y, z = (
+            array.astype(np.float64).reshape(-1, array.shape[-1] if array.ndim else 1)
+            for array in (before, after)
+        )
+        if not np.isfinite(y).all():
+            raise DataError(f"output {name!r} of the dense model holds NaN or infinity")
+        self.lost += float(np.square(y - z).sum())
+        self.energy += float(np.square(y).sum())
+        self.rows += len(y)
+        norms = np.linalg.norm(y, axis=1) * np.linalg.norm(z, axis=1)
+        self.cosine += float(
+            np.divide((y * z).sum(axis=1), norms, out=np.ones(len(y)), where=norms > 0).sum()
+        )
+        best = y.argmax(axis=1), z.argmax(axis=1)
+        self.agreed += int((best[0] == best[1]).sum())
+        self.chosen.append(best)
+
+    def accuracy(self, labels: Sequence[int]) -> dict[str, float]:
+        """Share of samples whose largest entry is at the label, before and after."""
+        truth = np.asarray(labels)
+        if len(truth) != self.rows:
+            raise DataError(
+                f"there are {len(truth)} labels for {self.rows} output vectors; give one label per "
+                "sample, and name an output with one vector per sample (--output)"
+            )
+        dense, pruned = (np.concatenate(part) for part in zip(*self.chosen, strict=True))
+        return {"dense": float((dense == truth).mean()), "pruned": float((pruned == truth).mean())}
+
+
+def _compared(dense: Session, pruned: Session, output: str | None) -> list[str]:
+    common = [name for name in dense.outputs if name in pruned.outputs]
+    if output is not None:
+        common = [name for name in common if name == output]
+    if not common:
+        raise PlanError(
+            f"the models have no output {output or 'name'!r} in common: {', '.join(dense.outputs)} "
+            f"and {', '.join(pruned.outputs)}"
+        )
+    return common
+
+
+def _ratio(part: float, whole: float) -> float:
+    if whole == 0:
+        return 0.0 if part == 0 else float("inf")
+    return part / whole

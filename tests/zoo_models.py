@@ -1,0 +1,91 @@
+"""Small models as real exporters wrote them; see ``tools/make_zoo.py``.
+
+The files under ``zoo/`` hold everything but the large weights. These are drawn on loading, from the
+name of the parameter that they were in torch, exactly as they were drawn for the export: all
+exports of one module compute the same function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+FOLDER = Path(__file__).parent / "zoo"
+TRUTH = json.loads((FOLDER / "truth.json").read_text()) if (FOLDER / "truth.json").is_file() else {}
+"""What every model holds, by name: its blocks, their widths, its inputs at batch 2."""
+
+NAMES = tuple(TRUTH)
+DRAWN = "drawn:"
+"""How the doc string of a weight that is not in the file begins; its parameter's name follows."""
+
+
+def load(name: str) -> onnx.ModelProto:
+    """A model of the zoo, whole."""
+    model = onnx.load(FOLDER / f"{name}.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.doc_string.startswith(DRAWN):
+            fill(tensor)
+    return model
+
+
+def feeds(name: str, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random inputs of a model; in masks, later samples end earlier."""
+    rng = np.random.default_rng(seed)
+    return {key: _feed(rng, spec, batch) for key, spec in TRUTH[name]["inputs"].items()}
+
+
+def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The value of a torch parameter: every one does visible work, and no two are alike.
+
+    Linear layers amplify by 1.5, so that attention is far from uniform; norms are around 1,
+    LayerScales around 0.5, and biases are not zero.
+    """
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    values = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape)
+    if len(shape) == 1:
+        scaled = _vector(name, values)
+    elif "embedding" in name and len(shape) == 2:
+        scaled = 0.5 * values
+    elif len(shape) in {2, 4}:
+        scaled = 1.5 / math.sqrt(math.prod(shape[1:])) * values
+    else:
+        scaled = 0.3 * values
+    return scaled.astype(np.float32)
+
+
+def mark(tensor: onnx.TensorProto, parameter: str, *, transposed: bool) -> None:
+    """Leave a weight out of its file: only its shape, and the parameter to draw it from."""
+    tensor.ClearField("raw_data")
+    tensor.ClearField("float_data")
+    tensor.doc_string = f"{DRAWN}{parameter}{':T' if transposed else ''}"
+
+
+def fill(tensor: onnx.TensorProto) -> None:
+    """Undo ``mark``."""
+    parameter, _, transposed = tensor.doc_string.removeprefix(DRAWN).partition(":")
+    shape = tuple(tensor.dims)
+    values = draw(parameter, shape[::-1]).T if transposed else draw(parameter, shape)
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+
+
+def _vector(name: str, values: np.ndarray) -> np.ndarray:
+    if name.endswith("weight"):
+        return 1 + 0.2 * values
+    if name.endswith("gamma"):
+        return 0.5 + 0.2 * values
+    return 0.3 * values
+
+
+def _feed(rng: np.random.Generator, spec: dict, batch: int) -> np.ndarray:
+    shape = (batch, *spec["shape"][1:])
+    if spec["dtype"] == "float32":
+        return rng.standard_normal(shape).astype(np.float32)
+    if spec["high"] == 2:
+        return (np.arange(shape[1]) < shape[1] - np.arange(batch)[:, None]).astype(spec["dtype"])
+    return rng.integers(0, spec["high"], shape).astype(spec["dtype"])
