@@ -44,9 +44,10 @@ def calibrate(
 ) -> Statistics:
     """Moments of every axis that can be cut, over all samples but those held out.
 
-    Blocks are summed side by side, each on one thread: many small products gain nothing from
-    threads of their own. Activations are read as outputs of the dense graph, batch by batch; memory does not grow with
-    the number of samples. Positions that nobody may attend to (padding) count in no moment.
+    Activations are read as outputs of the dense graph, batch by batch; memory does not grow with
+    the number of samples. Blocks are summed side by side, each on one thread: many small products
+    gain nothing from threads of their own. Positions that nobody may attend to (padding) count in
+    no moment.
 
     Args:
         model: The dense model.
@@ -220,7 +221,8 @@ def _is_read(block: Block) -> bool:
 
 
 def _query_and_key(block: Attention) -> tuple[Route, Route]:
-    assert block.query is not None and block.key is not None, f"{block.id} offers its queries"
+    assert block.query is not None, f"{block.id} offers its queries"
+    assert block.key is not None, f"{block.id} offers its keys"
     return block.query, block.key
 
 
@@ -243,14 +245,10 @@ def seen_rows(mask: Mask | None, tokens: np.ndarray, tensors: Batch) -> np.ndarr
 
 def visible(mask: Mask, values: np.ndarray) -> np.ndarray:
     """Per sample and key whether any query may attend to it, from a mask ``[b, …, t]``."""
-    keeps = {
-        "added": lambda: values > MASKED_BELOW,
-        "keeps": lambda: values.astype(bool),
-        "drops": lambda: ~values.astype(bool),
-    }[mask.kind]()
-    between = tuple(range(1, keeps.ndim - 1))
-    seen: np.ndarray = keeps.any(axis=between) if between else keeps
-    return np.atleast_2d(seen)
+    keeps = values > MASKED_BELOW if mask.kind == "added" else values.astype(bool)
+    if mask.kind == "drops":
+        keeps = ~keeps
+    return np.atleast_2d(np.any(keeps, axis=tuple(range(1, keeps.ndim - 1))))
 
 
 def _split(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:

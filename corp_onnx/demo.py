@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import Session, open_session
 from corp_onnx.shapes import usual_facts
 from corp_onnx.solve import METHODS, Recipe, solve
+from corp_onnx.statistics import Batch
 from corp_onnx.surgery import operate
 from corp_onnx.verify import compare
 
@@ -118,8 +120,8 @@ def _rows(models: dict[str, Model], paths: dict[str, Path]) -> list[Row]:
     return rows
 
 
-def _inference(session: Session, feeds: dict[str, object]) -> object:
-    return lambda: session.run(feeds)  # type: ignore[arg-type]
+def _inference(session: Session, feeds: Batch) -> Callable[[], object]:
+    return lambda: session.run(feeds)
 
 
 def _counts(model: Model) -> Counts:

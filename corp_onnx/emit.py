@@ -41,6 +41,14 @@ class Emitter:
         )
         return output
 
+    def redefine(self, node: gs.Node, value: gs.Tensor) -> None:
+        """Let the output of a node, which may be one of the graph, be ``value`` instead."""
+        (output,) = node.outputs
+        node.outputs.clear()
+        self.graph.nodes.append(
+            gs.Node("Identity", self._fresh("Identity"), inputs=[value], outputs=[output])
+        )
+
     def part(self, vector: gs.Tensor, start: int, end: int) -> gs.Variable:
         """Entries ``start`` to ``end`` of a vector of sizes."""
         bounds = [self.integers("start", [start]), self.integers("end", [end])]

@@ -50,8 +50,8 @@ class Fingerprint:
 class Model:
     """A graph in canonical form, with what surrounds it in the file.
 
-    Canonical means: constants are ``gs.Constant`` tensors and never nodes, model-local functions are
-    inlined, and every node has a name of its own. ``graph`` is never edited: stages copy it.
+    Canonical means: constants are ``gs.Constant`` tensors and never nodes, model-local functions
+    are inlined, and every node has a name of its own. ``graph`` is never edited: stages copy it.
     """
 
     graph: gs.Graph

@@ -14,8 +14,8 @@ from corp_onnx.errors import DataError
 def read_labels(path: Path, data: Dataset) -> list[int]:
     """The class number of every sample of ``data``, in its order.
 
-    A ``.npy`` holds one whole number per sample, an ``.npz`` the same under ``label``, and any other
-    file one number per line.
+    A ``.npy`` holds one whole number per sample, an ``.npz`` the same under ``label``, and any
+    other file one number per line.
 
     Raises:
         DataError: If the file cannot be read so, or has too few labels.

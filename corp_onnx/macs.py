@@ -1,7 +1,7 @@
 """Multiply-adds and parameters, counted one way everywhere.
 
-Linear layers, convolutions and both attention products count; 1 MAC is one multiply-add. Element-wise
-operators, normalisations and Softmax do not. A bias costs no MAC.
+Linear layers, convolutions and both attention products count; 1 MAC is one multiply-add.
+Element-wise operators, normalisations and Softmax do not. A bias costs no MAC.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _attention(node: gs.Node, facts: Facts) -> int:
     kv_heads = node.attrs["kv_num_heads"]
     heads = node.attrs["q_num_heads"]
     pairs = query[0] * query[1] * key[1]
-    return pairs * (query[2] + value[2] * heads // kv_heads)
+    return int(pairs * (query[2] + value[2] * heads // kv_heads))
 
 
 _COUNTERS = {

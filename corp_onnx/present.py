@@ -52,8 +52,8 @@ def catalog_table(catalog: Catalog) -> RenderableType:
     sizes = ", ".join(f"{name} {list(shape)}" for name, shape in catalog.sizes.items())
     parts.append(
         Text(
-            f"{catalog.macs / 1e9:.3f} G MACs at {sizes}, {share:.0%} of them in linear layers that "
-            f"can be cut; {catalog.params / 1e6:.2f} M parameters"
+            f"{catalog.macs / 1e9:.3f} G MACs at {sizes}, {share:.0%} of them in linear layers "
+            f"that can be cut; {catalog.params / 1e6:.2f} M parameters"
         )
     )
     return Group(*parts)

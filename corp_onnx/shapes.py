@@ -1,7 +1,8 @@
 """What is known of every tensor at given input sizes, without running the model.
 
-Small tensors that follow from constants and shapes alone (the shape arithmetic that exporters write)
-are computed; of all others the shape is inferred. Nothing the size of an activation is allocated.
+Small tensors that follow from constants and shapes alone (the shape arithmetic that exporters
+write) are computed; of all others the shape is inferred. Nothing the size of an activation is
+allocated.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,11 +27,14 @@ LARGEST_KNOWN_VALUE = 1 << 16
 
 COMPUTED_OPS = frozenset(
     """Abs Add And Cast CastLike Ceil Clip Concat ConstantOfShape Cos CumSum Div Equal Exp Expand
-    Flatten Floor Gather Greater GreaterOrEqual Identity Less LessOrEqual Log Max Min Mod Mul Neg Not
-    Or Pow Range Reciprocal ReduceMax ReduceMin ReduceProd ReduceSum Reshape Shape Sin Size Slice
-    Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where""".split()
+    Flatten Floor Gather Greater GreaterOrEqual Identity Less LessOrEqual Log Max Min Mod Mul Neg
+    Not Or Pow Range Reciprocal ReduceMax ReduceMin ReduceProd ReduceSum Reshape Shape Sin Size
+    Slice Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where""".split()
 )
 """Operators that shape arithmetic, positions, scales and masks are made of."""
+
+LARGEST_SHAPE_OPERAND = 256
+"""Elements of the largest constant that shape inference is given the values of."""
 
 DEFAULT_BATCH = 1
 DEFAULT_SEQUENCES = (128, 64, 32, 16, 8)
@@ -87,7 +92,9 @@ def input_sizes(
         )
     sizes: dict[str, tuple[int, ...]] = {}
     named: dict[str, int] = {}
-    for tensor in sorted(graph.inputs, key=lambda t: (t.name not in given, len(t.shape or ()) == 4)):
+    for tensor in sorted(
+        graph.inputs, key=lambda t: (t.name not in given, len(t.shape or ()) == 4)
+    ):
         declared = list(tensor.shape or ())
         if tensor.name in given:
             sizes[tensor.name] = _checked(tensor.name, declared, given[tensor.name])
@@ -233,33 +240,37 @@ def _record_shapes(
     if schema is None:
         log.debug("no schema for %s.%s: shapes after %s stay open", node.domain, node.op, node.name)
         return
-    inputs, data = {}, {}
-    for tensor in node.inputs:
-        if not tensor.name:
-            continue
-        if isinstance(tensor, gs.Constant):
-            inputs[tensor.name] = _type_of(tensor.dtype, tuple(tensor.shape))
-        elif tensor.name in types:
-            inputs[tensor.name] = types[tensor.name]
-        else:
-            return
-        if (isinstance(tensor, gs.Constant) and np.prod(tensor.shape) <= 256) or (
-            tensor.name in facts.values
-        ):
-            data[tensor.name] = onnx.numpy_helper.from_array(facts.value(tensor), tensor.name)
+    named = [tensor for tensor in node.inputs if tensor.name]
+    inputs = {tensor.name: types.get(tensor.name) or _type_of_constant(tensor) for tensor in named}
+    if None in inputs.values():
+        return
+    data = {
+        tensor.name: onnx.numpy_helper.from_array(facts.value(tensor), tensor.name)
+        for tensor in named
+        if tensor.name in facts.values or _is_small(tensor)
+    }
     proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
     try:
         inferred = onnx.shape_inference.infer_node_outputs(schema, proto, inputs, data)
     except onnx.shape_inference.InferenceError as error:
         log.debug("shape inference failed at %s: %s", node.name, error)
         return
+    types.update(inferred)
     for name, kind in inferred.items():
-        types[name] = kind
-        shape = [dim.dim_value for dim in kind.tensor_type.shape.dim]
-        if kind.tensor_type.HasField("shape") and all(
-            dim.HasField("dim_value") for dim in kind.tensor_type.shape.dim
-        ):
-            facts.shapes[name] = tuple(shape)
+        dims = kind.tensor_type.shape.dim
+        if kind.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            facts.shapes[name] = tuple(dim.dim_value for dim in dims)
+
+
+def _type_of_constant(tensor: gs.Tensor) -> onnx.TypeProto | None:
+    if not isinstance(tensor, gs.Constant):
+        return None
+    return _type_of(tensor.dtype, tuple(tensor.shape))
+
+
+def _is_small(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is a constant that may be a shape, an axis or a bound."""
+    return isinstance(tensor, gs.Constant) and np.prod(tensor.shape) <= LARGEST_SHAPE_OPERAND
 
 
 @cache
@@ -269,7 +280,10 @@ def _schema(op: str, opset: int, domain: str) -> onnx.defs.OpSchema | None:
     return onnx.defs.get_schema(op, opset, domain)
 
 
-def _type_of(dtype: object, shape: tuple[int, ...]) -> onnx.TypeProto:
+def _type_of(
+    dtype: Any,  # noqa: ANN401 (an ONNX code or a NumPy type)
+    shape: tuple[int, ...],
+) -> onnx.TypeProto:
     code = (
         dtype if isinstance(dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     )

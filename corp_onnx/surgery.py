@@ -124,8 +124,7 @@ def _state_scale(theatre: Theatre, block: Attention) -> None:
     """Write the dense softmax scale as a constant wherever it would follow the head width."""
     for scalar in block.frozen:
         node = theatre.nodes[scalar.node]
-        dtype = node.outputs[0].dtype or np.float32
-        value = np.asarray(scalar.value, dtype=dtype)
+        value = np.asarray(scalar.value, dtype=scalar.dtype)
         node.inputs[scalar.slot] = theatre.emit.constant("scale", value)
     anchor = theatre.nodes[block.anchor]
     if anchor.op == "Attention":

@@ -11,7 +11,7 @@ from jaxtyping import Float64
 
 from corp_onnx.blocks.linear import bias_of, dtype_of, weight_of
 from corp_onnx.blocks.records import Layout, Linear, Route, SizeReader, Target
-from corp_onnx.emit import Emitter, replace_readers
+from corp_onnx.emit import Emitter
 from corp_onnx.errors import SurgeryError
 
 
@@ -42,7 +42,7 @@ class Theatre:
     ) -> None:
         """Give a linear layer a new weight and, unless None, a new bias, in its own type."""
         node = self.nodes[linear.node]
-        dtype = dtype_of(self.nodes, linear)
+        dtype = dtype_of(self.nodes, linear, self.opset)
         node.inputs[1] = self.emit.constant("weight", weight.astype(dtype))
         if node.op == "Gemm":
             node.attrs.update(transB=0, alpha=1.0, beta=1.0)
@@ -52,8 +52,10 @@ class Theatre:
     def _set_bias(self, linear: Linear, bias: gs.Constant) -> None:
         """Write a bias where the layer keeps it; a MatMul without one gets an Add."""
         node = self.nodes[linear.node]
-        if node.op == "Gemm":
-            node.inputs[2:] = [bias]
+        if node.op == "Gemm" and len(node.inputs) > 2:
+            node.inputs[2] = bias
+        elif node.op == "Gemm":
+            node.inputs.append(bias)
         elif linear.bias_node is not None:
             add = self.nodes[linear.bias_node]
             slot = next(s for s, tensor in enumerate(add.inputs) if tensor is not node.outputs[0])
@@ -68,7 +70,7 @@ class Theatre:
             )
 
     def set_target(self, target: Target, width: int) -> None:
-        """Let a Reshape make ``multiple · width`` channels, whether its target is constant or not."""
+        """Let a Reshape make ``multiple · width`` channels, its target constant or not."""
         node = self.nodes[target.node]
         sizes, size = node.inputs[1], target.multiple * width
         if isinstance(sizes, gs.Constant):
@@ -91,7 +93,7 @@ class Theatre:
                     pieces.append([size])
                 else:
                     pieces.append(self._size(self.tensors[reader.like], int(size[1:])))
-            replace_readers(node.outputs[0], self.emit.join(pieces))
+            self.emit.redefine(node, self.emit.join(pieces))
 
     def project(self, route: Route, mapping: Float64[np.ndarray, "h e r"], role: str) -> gs.Tensor:
         """A new projection with ``mapping`` folded in, laid out as the route's operand.
@@ -99,7 +101,7 @@ class Theatre:
         A head's columns become ``W_h A_h`` and its bias ``b_h A_h``. A scale that is the same for
         all channels stays outside the weights, as a constant.
         """
-        dtype = dtype_of(self.nodes, route.linear)
+        dtype = dtype_of(self.nodes, route.linear, self.opset)
         scale = route.gain.flat[0] if (route.gain == route.gain.flat[0]).all() else 1.0
         gain, offset = route.gain / scale, route.offset / scale
         weight = weight_of(self.nodes, route.linear, self.opset)[:, route.channels] * gain

@@ -38,9 +38,9 @@ class Check:
 class Comparison:
     """How far the outputs of two models are apart on the same inputs.
 
-    ``relative_error`` is ``Σ‖y - ŷ‖² / Σ‖y‖²``, per output and over all of them; ``cosine`` the mean
-    cosine between the output vectors of the compared output; ``top1_agreement`` how often their
-    largest entry is the same; ``top1`` accuracy, where labels were given.
+    ``relative_error`` is ``Σ‖y - ŷ‖² / Σ‖y‖²``, per output and over all of them; ``cosine`` the
+    mean cosine between the output vectors of the compared output; ``top1_agreement`` how often
+    their largest entry is the same; ``top1`` accuracy, where labels were given.
     """
 
     samples: int

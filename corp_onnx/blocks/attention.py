@@ -211,7 +211,7 @@ def _descend(view: View, context: gs.Tensor) -> Path | str:
 
 
 def _places(target: np.ndarray, shape: tuple[int, ...], heads: np.ndarray) -> np.ndarray | None:
-    """Head and position of every input channel of the output projection, the same for all tokens."""
+    """Head and position of every input channel of the output projection, alike for all tokens."""
     flat = target.reshape(-1, target.shape[-1])
     lead, position = flat // (shape[-1] * shape[-2]), flat % shape[-1]
     places = np.stack([heads[lead], position], axis=-1)

@@ -106,9 +106,10 @@ def _probe_sizes(
     graph: gs.Graph, batch: int, sequence: int, given: Sizes | None
 ) -> dict[str, tuple[int, ...]]:
     by_place = input_sizes(graph, batch=batch, sequence=sequence)
-    for name, shape in (given or {}).items():
-        by_place[name] = (*by_place[name][:1], *shape[1:])
-    return by_place
+    varied = {
+        name: (*by_place.get(name, shape)[:1], *shape[1:]) for name, shape in (given or {}).items()
+    }
+    return input_sizes(graph, batch=batch, sequence=sequence, given=varied)
 
 
 def _attentions(view: View) -> tuple[list[Attention], list[Refusal]]:

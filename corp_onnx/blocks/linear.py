@@ -46,25 +46,30 @@ def weight_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> Float64[
     assert weight is not None, f"{linear.node} has no constant weight"
     if node.attrs.get("transB", 0):
         weight = weight.T
-    return weight.astype(np.float64) * node.attrs.get("alpha", 1.0)
+    scaled: np.ndarray = weight.astype(np.float64) * node.attrs.get("alpha", 1.0)
+    return scaled
 
 
 def bias_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> Float64[np.ndarray, " o"]:
     """The vector ``b`` of ``y = x W + b``; zeros where the layer has none."""
     node = nodes[linear.node]
-    bias = None
+    bias: np.ndarray | None = None
     if linear.bias_node is not None:
         bias = _vector(nodes[linear.bias_node], linear.width_out, opset)
     elif node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2].name:
         value = constant_value(node.inputs[2], opset)
         assert value is not None, f"{linear.node} has a bias that is not constant"
         bias = np.broadcast_to(value.reshape(-1), linear.width_out) * node.attrs.get("beta", 1.0)
-    return np.zeros(linear.width_out) if bias is None else bias.astype(np.float64)
+    if bias is None:
+        return np.zeros(linear.width_out)
+    return np.array(bias, dtype=np.float64)
 
 
-def dtype_of(nodes: dict[str, gs.Node], linear: Linear) -> np.dtype:
-    """The type in which the layer's weight is stored."""
-    return np.dtype(nodes[linear.node].inputs[1].dtype)
+def dtype_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> np.dtype:
+    """The type in which the layer multiplies."""
+    weight = constant_value(nodes[linear.node].inputs[1], opset)
+    assert weight is not None, f"{linear.node} has no constant weight"
+    return weight.dtype
 
 
 def _bias_node(node: gs.Node, width: int, opset: int) -> gs.Node | None:

@@ -47,9 +47,11 @@ def match_softmax(view: View, node: gs.Node) -> Anchor | Refusal | None:
         if axis % rank != rank - 1:
             return Refusal(node.name, node.op, f"it runs over axis {axis}, which is not the last")
         return Anchor(node, logits, node.outputs[0])
-    if node.op != "Div" or any(producer(tensor) is None for tensor in node.inputs):
+    if node.op != "Div":
         return None
     above, below = (producer(tensor) for tensor in node.inputs)
+    if above is None or below is None:
+        return None
     if above.op != "Exp" or below.op != "ReduceSum" or below.inputs[0] is not node.inputs[0]:
         return None
     return Anchor(node, _before_shift(above.inputs[0]), node.outputs[0])
@@ -133,7 +135,7 @@ def _frozen(view: View, node: gs.Node) -> Iterator[Scalar]:
     for slot, operand in enumerate(node.inputs):
         value = None if isinstance(operand, gs.Constant) else view.known(operand)
         if value is not None and value.size == 1:
-            yield Scalar(node.name, slot, float(value.reshape(())))
+            yield Scalar(node.name, slot, float(value.reshape(())), str(value.dtype))
 
 
 def _before_shift(tensor: gs.Tensor) -> gs.Tensor:

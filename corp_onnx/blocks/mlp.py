@@ -40,14 +40,16 @@ def match_mlp(view: View, down: Linear, hidden: gs.Tensor, block_id: str) -> Mlp
     reader = _other_reader(view, region, inside, down, hidden)
     if reader is not None:
         return Refusal(down.node, "Linear", reader)
-    traced = [_trace(view, region, facts, hidden) for facts in view.probes]
-    for result in traced:
+    traced = []
+    for facts in view.probes:
+        result = _trace(view, region, facts, hidden)
         if isinstance(result, str):
             return Refusal(down.node, "Linear", result)
-    channels, vectors = traced[0]  # type: ignore[misc]
-    if any(not _same(channels, other[0]) for other in traced):
+        traced.append(result)
+    channels, vectors = traced[0]
+    if any(not _same(channels, other) for other, _ in traced):
         return Refusal(down.node, "Linear", "its channels move when batch or sequence size changes")
-    readers = _size_readers(view, region, inside, hidden)
+    readers = _size_readers(view, region)
     return Mlp(
         block_id,
         tuple(Source(view.linears[name], order) for name, order in channels.items()),
@@ -137,7 +139,7 @@ Channels = dict[str, np.ndarray]
 def _trace(
     view: View, region: Region, facts: Facts, hidden: gs.Tensor
 ) -> tuple[Channels, tuple[Vector, ...]] | str:
-    """Which channel of every source each hidden channel follows from, and the constants it meets."""
+    """The source channel behind every hidden channel, and the constants that they meet."""
     width = (facts.shape(hidden) or (0,))[-1]
     channels: Channels = {}
     vectors: dict[tuple[str, int], Vector] = {}
@@ -226,16 +228,22 @@ def _same(one: Channels, other: Channels) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
 
 
-def _size_readers(
-    view: View, region: Region, inside: set[int], hidden: gs.Tensor
-) -> tuple[SizeReader, ...]:
-    """Shape nodes on hidden tensors: all axes but the last stay as they are."""
+def _size_readers(view: View, region: Region) -> tuple[SizeReader, ...]:
+    """Shape nodes on hidden tensors: all axes but the last stay as they are.
+
+    Those that only say where data is to move within the region go along with it.
+    """
+    moving = {id(node) for node in region.nodes if node.op in MOVING_OPS}
     tensors: Sequence[gs.Tensor] = [*region.sources, *(node.outputs[0] for node in region.nodes)]
     readers = []
     for tensor in tensors:
         shape = view.shape(tensor) or ()
         for node in tensor.outputs:
-            if node.op == "Shape" and not serves_only(node, inside):
-                sizes = (*(f"t{axis}" for axis in range(len(shape) - 1)), shape[-1])
-                readers.append(SizeReader(node.name, sizes, tensor.name))
+            if node.op == "Shape" and not serves_only(node, moving):
+                sizes: list[int | str] = [
+                    *(f"t{axis}" for axis in range(len(shape) - 1)),
+                    shape[-1],
+                ]
+                read = slice(node.attrs.get("start", 0), node.attrs.get("end"))
+                readers.append(SizeReader(node.name, tuple(sizes[read]), tensor.name))
     return tuple(readers)

@@ -1,12 +1,13 @@
 """Data movement is understood by running it on channel numbers.
 
-A tensor that holds its own element numbers goes in at a linear layer's output; what comes out at the
-other end says which (head, position) holds which channel, and what became of batch and sequence.
+A tensor that holds its own element numbers goes in at a linear layer's output; what comes out at
+the other end says which (head, position) holds which channel, and what became of batch and
+sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,7 +138,13 @@ def _apply(
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.asarray(a, dtype=np.float64) / b
+    quotient: np.ndarray = np.asarray(a, dtype=np.float64) / b
+    return quotient
 
 
-_ARITHMETIC = {"Mul": np.multiply, "Div": _divide, "Add": np.add, "Sub": np.subtract}
+_ARITHMETIC: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "Mul": np.multiply,
+    "Div": _divide,
+    "Add": np.add,
+    "Sub": np.subtract,
+}

@@ -41,11 +41,11 @@ def _tensors(path: Path) -> list[gs.Tensor]:
 
 
 def _size_reader(view: View, path: Path, tensor: gs.Tensor, node: gs.Node) -> SizeReader | None:
-    """Every axis of the tensor as a number or as a token axis of the projection; None if neither."""
+    """Every axis of the tensor as a number or as a token axis of the projection, or None."""
     sizes: list[int | str] = []
     shapes = [facts.shape(tensor) for facts in view.probes]
     first, source = shapes[0], view.shape(path.source)
-    if first is None or source is None or node.attrs.get("start") or node.attrs.get("end"):
+    if first is None or source is None:
         return None
     numbers = np.arange(np.prod(source)).reshape(source)
     moved = move(path, numbers, view.probes[0], view.opset, scaled=False)
@@ -63,4 +63,5 @@ def _size_reader(view: View, path: Path, tensor: gs.Tensor, node: gs.Node) -> Si
         if len(found) != 1:
             return None
         sizes.append(f"t{found[0]}")
-    return SizeReader(node.name, tuple(sizes), view.linears[path.source.name].input)
+    read = slice(node.attrs.get("start", 0), node.attrs.get("end"))
+    return SizeReader(node.name, tuple(sizes[read]), view.linears[path.source.name].input)

@@ -84,6 +84,7 @@ class Scalar:
     node: str
     slot: int
     value: float
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,8 +109,8 @@ class Mlp:
 class Layout:
     """How a plain projection is laid out as the operand of a product.
 
-    The projection ``[t0, …, tk, h·r]`` is reshaped to ``[t0, …, tk, h, r]``, its axes are permuted by
-    ``perm``, and neighbours are merged as ``groups`` says.
+    The projection ``[t0, …, tk, h·r]`` is reshaped to ``[t0, …, tk, h, r]``, its axes are permuted
+    by ``perm``, and neighbours are merged as ``groups`` says.
     """
 
     split: str | None
@@ -125,8 +126,8 @@ class Layout:
 class Route:
     """How channels of a linear layer reach an operand of a product.
 
-    Entry ``(h, i)`` of the operand is ``gain[h, i] · y[channels[h, i]] + offset[h, i]``, where ``y``
-    is the layer's output.
+    Entry ``(h, i)`` of the operand is ``gain[h, i] · y[channels[h, i]] + offset[h, i]``, where
+    ``y`` is the layer's output.
     """
 
     linear: Linear

@@ -120,7 +120,7 @@ def _layout(
 def _token_axes(
     path: Path, moved: dict[str, np.ndarray], shape: tuple[int, ...]
 ) -> list[tuple[str | None, tuple[int, ...]]]:
-    """Ways to see the token axes: as the projection has them, or as the first Reshape splits them."""
+    """Ways to see the token axes: as the projection has them, or as a Reshape splits them."""
     ways: list[tuple[str | None, tuple[int, ...]]] = [(None, shape[:-1])]
     tokens = int(np.prod(shape[:-1]))
     for node in path.nodes:

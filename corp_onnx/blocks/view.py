@@ -1,4 +1,4 @@
-"""A graph as the recognisers see it: who feeds whom, what is constant, where the linear layers are."""
+"""A graph as the recognisers see it: who feeds whom, what is constant, what is linear."""
 
 from __future__ import annotations
 

@@ -68,7 +68,9 @@ def solve(
         raise PlanError(f"--ridge {recipe.ridge:g} is negative; it must be 0 or more")
     solver = _Solver({node.name: node for node in model.graph.nodes}, model, statistics, recipe)
     blocks = {block.id: block for block in catalog.blocks}
-    return Solution(recipe.method, tuple(solver.fold(blocks[cut.block], cut) for cut in plan.cuts))
+    with ThreadPoolExecutor(os.cpu_count()) as pool, threadpool_limits(1, user_api="blas"):
+        folds = pool.map(lambda cut: solver.fold(blocks[cut.block], cut), plan.cuts)
+        return Solution(recipe.method, tuple(folds))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +109,8 @@ class _Solver:
         return MlpFold(block.id, kept, found.weight, found.bias, evidence)
 
     def _query_key(self, block: Attention, cut: Cut) -> QueryKeyFold:
-        assert block.query is not None and block.key is not None, f"{block.id} offers its queries"
+        assert block.query is not None, f"{block.id} offers its queries"
+        assert block.key is not None, f"{block.id} offers its keys"
         kept = self.recipe.kept.get((block.id, "qk"))
         if kept is None:
             norms = [self._head_norms(block.query), self._head_norms(block.key)]
