@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from corp_onnx.sources import InputSpec, Layout
 
 WHOLE = frozenset("biu")
 """NumPy's kinds of truth values and whole numbers."""
+
+
+_log = logging.getLogger(__name__)
 
 
 def require_batchable(inputs: Sequence[InputSpec]) -> None:
@@ -106,7 +110,9 @@ def shape_text(spec: InputSpec) -> str:
 def _require_names(where: str, found: Sequence[str], wanted: Sequence[str]) -> None:
     missing = [name for name in wanted if name not in found]
     unknown = [name for name in found if name not in wanted]
-    if not missing and not unknown:
+    if not missing:
+        if unknown:
+            _log.info("%s also has %s, which the model does not read", where, listed(unknown))
         return
     hints = [
         f"{name!r} may be meant as {close[0]!r}"

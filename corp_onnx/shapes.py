@@ -48,17 +48,23 @@ Sizes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Facts:
-    """Shapes of tensors, and values of the small ones that do not depend on the data, by name."""
+    """Shapes and types of tensors, and small values that do not depend on the data, by name."""
 
     sizes: Sizes
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     values: dict[str, np.ndarray] = field(default_factory=dict)
+    types: dict[str, onnx.TypeProto] = field(default_factory=dict)
 
     def value(self, tensor: gs.Tensor) -> np.ndarray | None:
         """The value of a tensor, or None if it depends on the data or is large."""
         if isinstance(tensor, gs.Constant):
             return np.asarray(tensor.values)
         return self.values.get(tensor.name)
+
+    def is_boolean(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is known to hold truth values."""
+        kind = self.types.get(tensor.name) or _type_of_constant(tensor)
+        return kind is not None and kind.tensor_type.elem_type == onnx.TensorProto.BOOL
 
     def shape(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
         """The shape of a tensor, or None if it could not be inferred."""
@@ -135,17 +141,16 @@ def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:
     absent from the result, and so is what follows from it.
     """
     facts = Facts(sizes, dict(sizes))
-    types: dict[str, onnx.TypeProto] = {
-        tensor.name: _type_of(tensor.dtype, sizes[tensor.name]) for tensor in graph.inputs
-    }
+    for tensor in graph.inputs:
+        facts.types[tensor.name] = _type_of(tensor.dtype, sizes[tensor.name])
     opsets = {entry.domain: entry.version for entry in graph.import_domains or ()}
     opsets.setdefault("", graph.opset)
     for node in graph.nodes:
         known = _known_inputs(node, facts) if node.op in COMPUTED_OPS else None
         if known is not None:
-            _record_values(node, run(node, known, opsets[""]), facts, types)
+            _record_values(node, _fitting(node, known, opsets[""]), facts)
         else:
-            _record_shapes(node, facts, types, opsets)
+            _record_shapes(node, facts, opsets)
     return facts
 
 
@@ -220,28 +225,31 @@ def _known_inputs(node: gs.Node, facts: Facts) -> dict[str, np.ndarray] | None:
     return known
 
 
-def _record_values(
-    node: gs.Node,
-    results: tuple[np.ndarray, ...],
-    facts: Facts,
-    types: dict[str, onnx.TypeProto],
-) -> None:
+def _fitting(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tuple[np.ndarray, ...]:
+    """The results of an operator; none where the sizes do not fit together."""
+    try:
+        with np.errstate(all="ignore"):
+            return run(node, inputs, opset)
+    except (IndexError, ValueError, RuntimeError) as error:
+        log.debug("%s does not run at these sizes: %s", node.name, error)
+        return ()
+
+
+def _record_values(node: gs.Node, results: tuple[np.ndarray, ...], facts: Facts) -> None:
     for tensor, value in zip(node.outputs, results, strict=False):
         facts.shapes[tensor.name] = value.shape
-        types[tensor.name] = _type_of(value.dtype, value.shape)
+        facts.types[tensor.name] = _type_of(value.dtype, value.shape)
         if value.size <= LARGEST_KNOWN_VALUE:
             facts.values[tensor.name] = value
 
 
-def _record_shapes(
-    node: gs.Node, facts: Facts, types: dict[str, onnx.TypeProto], opsets: Mapping[str, int]
-) -> None:
+def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> None:
     schema = _schema(node.op, opsets.get(node.domain or "", 1), node.domain or "")
     if schema is None:
         log.debug("no schema for %s.%s: shapes after %s stay open", node.domain, node.op, node.name)
         return
     named = [tensor for tensor in node.inputs if tensor.name]
-    inputs = {tensor.name: types.get(tensor.name) or _type_of_constant(tensor) for tensor in named}
+    inputs = {t.name: facts.types.get(t.name) or _type_of_constant(t) for t in named}
     if None in inputs.values():
         return
     data = {
@@ -255,7 +263,7 @@ def _record_shapes(
     except onnx.shape_inference.InferenceError as error:
         log.debug("shape inference failed at %s: %s", node.name, error)
         return
-    types.update(inferred)
+    facts.types.update(inferred)
     for name, kind in inferred.items():
         dims = kind.tensor_type.shape.dim
         if kind.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):

@@ -42,10 +42,12 @@ def operate(model: Model, catalog: Catalog, solution: Solution) -> Surgery:
     for fold in solution.folds:
         folds.setdefault(fold.block, []).append(fold)
     gone: set[str] = set()
+    biased: dict[str, str] = {}
     for block in catalog.blocks:
         if block.id not in folds:
             continue
-        theatre = Theatre.of(graph, model.fingerprint.opset, Emitter(graph, block.id, taken))
+        emit = Emitter(graph, block.id, taken)
+        theatre = Theatre.of(graph, model.fingerprint.opset, emit, biased)
         if isinstance(block, Mlp):
             _cut_mlp(theatre, block, folds[block.id])
         else:
@@ -65,10 +67,10 @@ def _cut_mlp(theatre: Theatre, block: Mlp, folds: list[Fold]) -> None:
     (fold,) = folds
     assert isinstance(fold, MlpFold), f"{block.id} is an MLP"
     for source in block.sources:
-        columns = source.channels[fold.kept]
-        weight = weight_of(theatre.nodes, source.linear, theatre.opset)[:, columns]
-        bias = bias_of(theatre.nodes, source.linear, theatre.opset)[columns]
-        theatre.set_linear(source.linear, weight, bias if theatre.has_bias(source.linear) else None)
+        linear, columns = theatre.now(source.linear), source.channels[fold.kept]
+        weight = weight_of(theatre.nodes, linear, theatre.opset)[:, columns]
+        bias = bias_of(theatre.nodes, linear, theatre.opset)[columns]
+        theatre.set_linear(linear, weight, bias if theatre.has_bias(linear) else None)
     for vector in block.vectors:
         node = theatre.nodes[vector.node]
         values = np.asarray(node.inputs[vector.slot].values)[..., fold.kept]

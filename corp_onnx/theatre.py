@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -23,11 +23,18 @@ class Theatre:
     tensors: dict[str, gs.Tensor]
     opset: int
     emit: Emitter
+    biased: dict[str, str]
+    """The Add behind every MatMul that had no bias and was given one."""
 
     @staticmethod
-    def of(graph: gs.Graph, opset: int, emit: Emitter) -> Theatre:
+    def of(graph: gs.Graph, opset: int, emit: Emitter, biased: dict[str, str]) -> Theatre:
         """Look the graph up as it is now."""
-        return Theatre({node.name: node for node in graph.nodes}, graph.tensors(), opset, emit)
+        nodes = {node.name: node for node in graph.nodes}
+        return Theatre(nodes, graph.tensors(), opset, emit, biased)
+
+    def now(self, linear: Linear) -> Linear:
+        """A linear layer with the bias that an earlier block may have given it."""
+        return replace(linear, bias_node=self.biased.get(linear.node, linear.bias_node))
 
     def has_bias(self, linear: Linear) -> bool:
         """Whether a linear layer adds a vector."""
@@ -65,9 +72,9 @@ class Theatre:
             node.outputs.clear()
             product = gs.Variable(f"{bias.name}_product", dtype=output.dtype)
             node.outputs.append(product)
-            self.emit.graph.nodes.append(
-                gs.Node("Add", f"{bias.name}_add", inputs=[product, bias], outputs=[output])
-            )
+            add = gs.Node("Add", f"{bias.name}_add", inputs=[product, bias], outputs=[output])
+            self.emit.graph.nodes.append(add)
+            self.biased[linear.node] = add.name
 
     def set_target(self, target: Target, width: int) -> None:
         """Let a Reshape make ``multiple · width`` channels, its target constant or not."""

@@ -215,7 +215,7 @@ def mlp_tied(seed: int) -> Tiny:
     y = net.x()
     for _ in range(2):
         hidden = relu(net, net("Add", net("MatMul", y, up), bias))
-        y = net("Add", net("MatMul", hidden, down), net.random(WIDTH))
+        y = net("Add", y, net("Add", net("MatMul", hidden, down), net.random(WIDTH)))
     other = net("Add", net("MatMul", "x", up), bias)
     return Tiny(net.build(y, other), (MLP, MLP))
 
@@ -435,7 +435,8 @@ def attention_gemm(seed: int) -> Tiny:
 def batch_heads(seed: int) -> Tiny:
     """``[batch · heads, tokens, head]``, as torch's MultiheadAttention has it."""
     net = Net(seed)
-    sizes = [net("Gather", net("Shape", net.x()), [axis], axis=0) for axis in range(2)]
+    net.x()
+    sizes = [net("Gather", net("Shape", "x"), [axis], axis=0) for axis in range(2)]
     rows = net("Mul", sizes[0], [HEADS])
     folded = net("Concat", rows, sizes[1], [HEAD], axis=0)
     query, key, value = (net("Reshape", y, folded) for y in separate(net))

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
+import onnx
+import onnxruntime
 
 from corp_onnx.blocks import Attention, Catalog, Mlp, axes_of
 from corp_onnx.blocks.linear import bias_of, weight_of
 from corp_onnx.graph import Model
-from corp_onnx.session import Runtime, open_session
 from corp_onnx.solve.folds import (
     EXACT,
     Fold,
@@ -60,16 +61,26 @@ def padded(solution: Solution, share: float) -> Solution:
     return Solution("padded", tuple(_pad(fold, share) for fold in solution.folds))
 
 
-def run(model: Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Outputs of a model, computed in one thread."""
-    return open_session(model, Runtime(threads=1)).run(feeds)
+def run(
+    model: Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Outputs of a model by name, computed in one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    proto = model.proto() if isinstance(model, Model) else model
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def squared_error(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
     """``‖actual - expected‖² / ‖expected‖²`` of the worst output."""
     assert actual.keys() == expected.keys()
     return max(
-        float(((actual[name].astype(float) - y.astype(float)) ** 2).sum() / (y.astype(float) ** 2).sum())
+        float(np.linalg.norm(actual[name].astype(float) - y) ** 2 / np.linalg.norm(y.astype(float)) ** 2)
         for name, y in expected.items()
     )
 

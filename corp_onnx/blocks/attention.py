@@ -22,7 +22,7 @@ from corp_onnx.blocks.records import (
     Target,
 )
 from corp_onnx.blocks.routes import Traced, trace
-from corp_onnx.blocks.view import View
+from corp_onnx.blocks.view import View, follows_data
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,8 +79,8 @@ def match_operator(view: View, node: gs.Node) -> Parts | Refusal:
             node.name, node.op, "its inputs are 3-D; heads are split inside the operator"
         )
     padding = None
-    if mask.name and view.known(mask) is None:
-        padding = Mask(mask.name, "keeps" if mask.dtype == np.bool_ else "added")
+    if mask.name and follows_data(mask):
+        padding = Mask(mask.name, "keeps" if view.probes[0].is_boolean(mask) else "added")
     bent = "its logits are capped (softcap)" if node.attrs.get("softcap", 0.0) else None
     return Parts(node, query, key, 3, value, node.outputs[0], (node,), (), padding, bent)
 

@@ -53,8 +53,8 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
     Raises:
         PlanError: If ``sizes`` do not fit the inputs.
     """
-    view, unmatched = view_of(model, sizes)
     counts = count(model.graph, usual_facts(model.graph, sizes))
+    view, unmatched = view_of(model, sizes)
     attentions, refusals = _attentions(view)
     mlps, hidden = _mlps(view, {linear.node for item in attentions for linear in linears_of(item)})
     blocks = _in_order(view, [*attentions, *mlps])

@@ -85,6 +85,6 @@ def _vector(add: gs.Node, width: int, opset: int) -> np.ndarray | None:
     """The constant vector of ``width`` entries that an Add adds, else None."""
     for tensor in add.inputs:
         value = constant_value(tensor, opset)
-        if value is not None and value.size == width == value.shape[-1]:
+        if value is not None and value.shape[-1:] == (width,) and value.size == width:
             return value.reshape(-1)
     return None

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import PASSING_OPS
 from corp_onnx.blocks.records import Mask, Refusal, Scalar
-from corp_onnx.blocks.view import View, producer
+from corp_onnx.blocks.view import View, follows_data, producer
 
 BENDING_OPS = frozenset({"Tanh", "Relu", "Sigmoid", "Clip", "Max", "Min", "Exp", "Softsign", "Erf"})
 """Functions of the logits that end their being bilinear in queries and keys."""
@@ -123,11 +123,11 @@ def _mask(view: View, node: gs.Node, slot: int) -> Mask | None:
     """The operand that may mask tokens, if it depends on the data."""
     if node.op == "Where":
         condition = node.inputs[0]
-        if view.known(condition) is not None:
+        if not follows_data(condition):
             return None
         return Mask(condition.name, "keeps" if slot == 1 else "drops")
     other = node.inputs[1 - slot]
-    return Mask(other.name, "added") if view.known(other) is None and node.op == "Add" else None
+    return Mask(other.name, "added") if node.op == "Add" and follows_data(other) else None
 
 
 def _frozen(view: View, node: gs.Node) -> Iterator[Scalar]:

@@ -45,6 +45,22 @@ class View:
         return sorted({id(node): node for node in nodes}.values(), key=lambda n: self.order[id(n)])
 
 
+def follows_data(tensor: gs.Tensor) -> bool:
+    """Whether a tensor depends on what is in the inputs, rather than on their shapes alone."""
+    stack, seen = [tensor], set()
+    while stack:
+        current = stack.pop()
+        if isinstance(current, gs.Constant) or not current.name or current.name in seen:
+            continue
+        seen.add(current.name)
+        node = producer(current)
+        if node is None:
+            return True
+        if node.op not in {"Shape", "Size"}:
+            stack.extend(node.inputs)
+    return False
+
+
 def producer(tensor: gs.Tensor) -> gs.Node | None:
     """The node that computes a tensor; None for inputs and constants."""
     return tensor.inputs[0] if tensor.inputs else None

@@ -1,0 +1,1 @@
+"""Measurements that README and docs quote; ``python -m benchmarks`` lists them."""

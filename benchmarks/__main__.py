@@ -1,0 +1,150 @@
+"""Measure, print, and keep the result: ``python -m benchmarks NAME...``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import calibration, exactness, latency, machine, macs, quality
+from benchmarks.outcome import Benchmark, Outcome, Place, Row
+from corp_onnx.errors import CorpError
+
+DONE, FAILED, UNUSABLE = 0, 1, 2
+
+TORCH = ("torch", "timm", "transformers", "onnxscript")
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "exactness": Benchmark(
+        exactness.measure, "ratio 0 and changes of basis give back the dense function", TORCH
+    ),
+    "quality": Benchmark(
+        quality.measure, "error and accuracy of cut models, by method", ("tokenizers", "pillow")
+    ),
+    "calibration": Benchmark(
+        calibration.measure, "time and memory of calibrating, and of a new ratio after it"
+    ),
+    "latency": Benchmark(
+        latency.measure, "speed-up against the MAC ratio on ONNX Runtime CPU", TORCH
+    ),
+    "macs": Benchmark(macs.measure, "multiply-adds of DeiT, dense and cut, by hand count", TORCH),
+}
+
+SCREEN = Console(width=None if sys.stdout.isatty() else 140)
+log = logging.getLogger("benchmarks")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmarks that are named; 0 if all their checks hold."""
+    parser = _parser()
+    asked = parser.parse_args(argv)
+    unknown = [name for name in asked.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"there is no benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
+    if not asked.names:
+        for name, benchmark in BENCHMARKS.items():
+            print(f"{name:12} {benchmark.about}")
+        return DONE
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    place = Place(asked.assets, asked.exports, asked.quick)
+    try:
+        return max([_run(name, place, asked.out, argv) for name in asked.names])
+    except CorpError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return UNUSABLE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(BENCHMARKS))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="for results")
+    parser.add_argument("--assets", type=Path, default=Path(".assets"), help="models and data")
+    parser.add_argument(
+        "--exports", type=Path, default=Path(".assets/exports"), help="kept exports; made if missing"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few samples, to see that it works; writes nothing"
+    )
+    return parser
+
+
+def _run(name: str, place: Place, out: Path, argv: Sequence[str]) -> int:
+    """Measure one thing, print it, write it down."""
+    benchmark = BENCHMARKS[name]
+    start = perf_counter()
+    outcome = benchmark.measure(place)
+    document = _document(name, benchmark, outcome, argv) | {"seconds": perf_counter() - start}
+    _show(outcome)
+    if not place.quick:
+        path = out / f"{document['date']}-{name}-{machine.slug(machine.cpu())}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        SCREEN.print(f"written to {path}")
+    return DONE if outcome.passed else FAILED
+
+
+def _document(
+    name: str, benchmark: Benchmark, outcome: Outcome, argv: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "benchmark": name,
+        "about": benchmark.about,
+        "command": shlex.join(["python", "-m", "benchmarks", *map(_portable, argv)]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": machine.device(),
+        "os": machine.system(),
+        "versions": machine.versions(benchmark.packages),
+        **machine.commit(),
+        "settings": dict(outcome.settings),
+        "checks": [asdict(check) for check in outcome.checks],
+        "passed": outcome.passed,
+        "tables": dict(outcome.tables),
+    }
+
+
+def _portable(argument: str) -> str:
+    """An argument without the folders of this machine.
+
+    >>> _portable("--assets=/home/me/assets"), _portable("/home/me/assets")
+    ('--assets=assets', 'assets')
+    """
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{Path(value).name if Path(value).is_absolute() else value}"
+
+
+def _show(outcome: Outcome) -> None:
+    for title, rows in outcome.tables.items():
+        SCREEN.print(_table(title, rows))
+    for check in outcome.checks:
+        verdict = "passed" if check.passed else "FAILED"
+        SCREEN.print(f"{verdict}  {check.name}: {check.found}", markup=False, highlight=False)
+
+
+def _table(title: str, rows: list[Row]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    for column, value in rows[0].items():
+        table.add_column(column, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    return table
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,63 @@
+"""Where a measurement was made: device, operating system, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("corp_onnx", "numpy", "scipy", "onnx", "onnx_graphsurgeon", "onnxruntime")
+SOURCES = ("corp_onnx", "tests", "benchmarks", ":!benchmarks/results")
+
+
+def cpu() -> str:
+    """The processor, as it names itself."""
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name.
+
+    >>> slug("Intel(R) Xeon(R) CPU @ 2.20GHz")
+    'intel-xeon-2-20ghz'
+    """
+    plain = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def device() -> dict[str, object]:
+    """Processor, cores that this process may use, memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "memory_bytes": memory}
+
+
+def system() -> str:
+    """The operating system and its kernel."""
+    return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, Linux {platform.release()}"
+
+
+def versions(optional: tuple[str, ...]) -> dict[str, str]:
+    """Of Python, of what is always used, and of ``optional`` where it is installed."""
+    found = {"python": platform.python_version()}
+    for package in (*PACKAGES, *optional):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> dict[str, object]:
+    """The commit that is checked out, and whether the sources differ from it."""
+    changed = _git("status", "--porcelain", "--", *SOURCES)
+    return {"commit": _git("rev-parse", "HEAD"), "changed": bool(changed)}
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

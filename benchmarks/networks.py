@@ -1,0 +1,92 @@
+"""Torch modules to export, with weights that all do visible work.
+
+Fresh modules of timm and transformers have zero biases and nearly uniform attention: a wrong fold
+would hardly show. `draw` gives every parameter a value of its own.
+"""
+
+from __future__ import annotations
+
+import timm
+import torch
+import transformers
+
+from tests.zoo_models import draw
+
+IMAGE, CHANNELS = 224, 3
+SMALL_IMAGE, SMALL_PATCH = 64, 8
+TOKENS, VOCABULARY, POSITIONS = 12, 1000, 64
+
+Inputs = tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
+
+
+def deit_s() -> tuple[torch.nn.Module, Inputs]:
+    """DeiT-S: packed query, key and value."""
+    return _timm("deit_small_patch16_224")
+
+
+def vit_s() -> tuple[torch.nn.Module, Inputs]:
+    """ViT-S with a LayerScale behind every branch."""
+    return _timm("vit_small_patch16_224", init_values=0.5)
+
+
+def hf_vit_eager() -> tuple[torch.nn.Module, Inputs]:
+    """Separate projections; MatMul, scale and Softmax as Python code."""
+    return _hf_vit("eager")
+
+
+def hf_vit_sdpa() -> tuple[torch.nn.Module, Inputs]:
+    """Separate projections; torch's scaled_dot_product_attention."""
+    return _hf_vit("sdpa")
+
+
+def hf_bert_eager() -> tuple[torch.nn.Module, Inputs]:
+    """An additive mask; norms after the residuals; a dynamic sequence."""
+    return _hf_bert("eager")
+
+
+def hf_bert_sdpa() -> tuple[torch.nn.Module, Inputs]:
+    """The same with a mask into scaled_dot_product_attention."""
+    return _hf_bert("sdpa")
+
+
+def _timm(name: str, **options: float) -> tuple[torch.nn.Module, Inputs]:
+    module = timm.create_model(name, num_classes=10, **options)
+    return _drawn(module), (torch.randn(2, CHANNELS, IMAGE, IMAGE),)
+
+
+def _hf_vit(attention: str) -> tuple[torch.nn.Module, Inputs]:
+    config = transformers.ViTConfig(
+        hidden_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=SMALL_IMAGE,
+        patch_size=SMALL_PATCH,
+        attn_implementation=attention,
+    )
+    module = transformers.ViTModel(config, add_pooling_layer=False)
+    return _drawn(module), {"pixel_values": torch.randn(2, CHANNELS, SMALL_IMAGE, SMALL_IMAGE)}
+
+
+def _hf_bert(attention: str) -> tuple[torch.nn.Module, Inputs]:
+    config = transformers.BertConfig(
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=512,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=POSITIONS,
+        attn_implementation=attention,
+    )
+    module = transformers.BertModel(config, add_pooling_layer=False)
+    mask = torch.ones(2, TOKENS, dtype=torch.int64)
+    mask[1, -2:] = 0
+    tokens = torch.randint(0, VOCABULARY, (2, TOKENS))
+    return _drawn(module), {"input_ids": tokens, "attention_mask": mask}
+
+
+def _drawn(module: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.from_numpy(draw(name, tuple(parameter.shape))))
+    return module.eval()

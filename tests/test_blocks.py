@@ -1,0 +1,333 @@
+"""Every way of writing a block is found, with its widths, and nothing else is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+
+from corp_onnx import graph
+from corp_onnx.blocks import Attention, Mlp, axes_of, find_blocks, linears_of, width_of
+from corp_onnx.blocks.catalog import view_of
+from corp_onnx.blocks.records import Mask
+from corp_onnx.blocks.routes import arrange
+from corp_onnx.errors import PlanError
+from corp_onnx.shapes import evaluate, input_sizes
+from tests import zoo_models
+from tests.builders import (
+    HEAD,
+    HEADS,
+    HIDDEN,
+    TINY,
+    WIDTH,
+    Net,
+    feeds,
+    merge_heads,
+    mix,
+    mlp,
+    projections,
+    relu,
+    scaled,
+    separate,
+    split_heads,
+)
+from tests.full_width import run
+
+ALL = pytest.mark.parametrize("name", TINY)
+ATTENTIONS = [name for name in TINY if "attention" in str(TINY[name](0).truth)]
+
+LEFT = {
+    "mlp_tied": ["its input 'x' comes from outside, not from a linear layer"],
+    "tied_attention": ["its input 'x' comes from outside, not from a linear layer"],
+    "transformer": ["a classifier's Softmax"],
+}
+"""Models that hold more than blocks, and what is said of the rest."""
+
+MASKS = {
+    "mask_added": "added",
+    "mask_keeps": "keeps",
+    "mask_drops": "drops",
+    "operator_mask": "keeps",
+    "text_encoder": "added",
+}
+
+
+def model_of(name, seed=0):
+    return graph.from_proto(TINY[name](seed).proto)
+
+
+def catalog_of_net(net, *outputs):
+    return find_blocks(graph.from_proto(net.build(*outputs)))
+
+
+def summary(block):
+    if isinstance(block, Mlp):
+        return ("mlp", block.width)
+    return ("attention", block.heads, block.head_width, block.value_width, axes_of(block))
+
+
+@ALL
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_catalog_is_the_truth(name, seed):
+    tiny = TINY[name](seed)
+    catalog = find_blocks(graph.from_proto(tiny.proto))
+    assert tuple(map(summary, catalog.blocks)) == tiny.truth
+    assert len({block.id for block in catalog.blocks}) == len(catalog.blocks)
+    reasons = [refusal.reason for refusal in catalog.refusals]
+    assert len(reasons) == len(LEFT.get(name, []))
+    for reason, expected in zip(reasons, LEFT.get(name, []), strict=True):
+        assert expected in reason
+
+
+@ALL
+def test_records_name_what_is_in_the_graph(name):
+    model = model_of(name)
+    nodes = {node.name for node in model.graph.nodes}
+    tensors = set(model.graph.tensors())
+    for block in find_blocks(model).blocks:
+        for linear in linears_of(block):
+            assert {linear.node, linear.bias_node or linear.node} <= nodes
+            assert {linear.input, linear.output} <= tensors
+        if isinstance(block, Mlp):
+            assert block.hidden in tensors
+            assert {vector.node for vector in block.vectors} <= nodes
+        else:
+            assert block.anchor in nodes
+            assert {block.query.operand, block.key.operand, block.value.operand} <= tensors
+        assert all(width_of(block, axis) > 1 for axis in axes_of(block))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_route_says_what_becomes_of_a_projection(name):
+    """``gain · y[channels] + offset``, laid out as the route says, is the operand."""
+    proto = TINY[name](3).proto
+    batch, tokens = (1, 5) if name == "static_sizes" else (3, 7)
+    inputs = feeds(proto, batch, tokens)
+    block = next(b for b in find_blocks(graph.from_proto(proto)).blocks if isinstance(b, Attention))
+    for route in (block.query, block.key, block.value):
+        y, operand = tensors_of(proto, inputs, [route.linear.output, route.operand])
+        rows = route.gain * y[..., route.channels] + route.offset
+        if route.layout.split is not None:
+            rows = rows.reshape(batch, tokens, *rows.shape[-2:])
+        difference = arrange(route.layout, rows, operand.shape) - operand
+        assert np.abs(difference).max() < (1e-2 if operand.dtype == np.float16 else 1e-5)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_places_are_all_heads_and_positions(name):
+    for block in find_blocks(model_of(name)).blocks:
+        if isinstance(block, Attention) and block.output is not None:
+            places = set(map(tuple, block.output.places.tolist()))
+            assert len(block.output.places) == block.output.linear.width_in
+            assert places == {(h, i) for h in range(block.heads) for i in range(block.value_width)}
+
+
+def tensors_of(proto, inputs, names):
+    shown = onnx.ModelProto()
+    shown.CopyFrom(proto)
+    del shown.graph.output[:]
+    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    made = run(shown, inputs)
+    return [made[name] for name in names]
+
+
+def test_heads_of_a_position_major_layer_are_interleaved():
+    (block,) = find_blocks(model_of("position_major")).blocks
+    expected = np.arange(HEADS * HEAD).reshape(HEAD, HEADS).T
+    assert np.array_equal(block.query.channels, expected)
+    assert np.array_equal(block.key.channels, expected)
+
+
+def test_packed_projections_lie_behind_one_another():
+    (block,) = find_blocks(model_of("packed_split")).blocks
+    size = HEADS * HEAD
+    for index, route in enumerate((block.query, block.key, block.value)):
+        expected = index * size + np.arange(size).reshape(HEADS, HEAD)
+        assert np.array_equal(route.channels, expected)
+    assert len(linears_of(block)) == 2
+
+
+def test_scales_on_the_way_are_gains():
+    (block,) = find_blocks(model_of("scale_on_both")).blocks
+    for route, gain in ((block.query, 0.7), (block.key, 0.6), (block.value, 2.0)):
+        np.testing.assert_allclose(route.gain, gain, rtol=1e-6)
+        assert not route.offset.any()
+
+
+def test_a_bias_behind_the_split_into_heads_is_an_offset():
+    (block,) = find_blocks(model_of("late_bias")).blocks
+    for route in (block.query, block.key, block.value):
+        assert len(np.unique(route.offset)) == HEADS * HEAD
+        assert np.all(route.gain == 1)
+
+
+def test_a_scale_computed_from_shapes_is_frozen_at_its_dense_value():
+    for name in ("scale_at_run_time", "attention_half"):
+        (block,) = find_blocks(model_of(name)).blocks
+        (scalar,) = block.frozen
+        value = scalar.value if name == "scale_at_run_time" else 1 / scalar.value
+        assert value == pytest.approx(HEAD**-0.5, rel=1e-3)
+    (block,) = find_blocks(model_of("scale_divided")).blocks
+    assert block.frozen == ()
+
+
+@ALL
+def test_padding_is_found_where_it_is_and_with_its_kind(name):
+    for block in find_blocks(model_of(name)).blocks:
+        if name not in MASKS:
+            assert block.padding is None
+        else:
+            assert isinstance(block.padding, Mask)
+            assert block.padding.kind == MASKS[name]
+            assert block.padding.tensor in model_of(name).graph.tensors()
+
+
+def test_a_mask_without_recorded_type_is_known_to_be_boolean():
+    net = Net(0, opset=23)
+    made = separate(net)
+    keeps = net("Not", net.input("drops", "batch", 1, "tokens", "tokens", dtype=np.bool_))
+    catalog = catalog_of_net(net, merge_heads(net, net("Attention", *made, keeps)))
+    assert catalog.blocks[0].padding == Mask(keeps, "keeps")
+
+
+def test_a_mask_that_is_the_same_for_all_data_is_no_padding():
+    net = Net(0)
+    query, key, value = separate(net)
+    length = net("Shape", "x", start=1, end=2)
+    ones = net("ConstantOfShape", net("Concat", length, length, axis=0))
+    causal = net("Mul", net("Trilu", net("Add", ones, 1.0), upper=0), 5.0)
+    y = mix(net, query, key, value, lambda net, y: net("Add", scaled(net, y), causal))
+    (block,) = catalog_of_net(net, merge_heads(net, y)).blocks
+    assert block.padding is None
+    assert axes_of(block) == ("qk", "vo")
+
+
+def test_names_of_nodes_and_tensors_say_nothing():
+    for name in TINY:
+        proto = TINY[name](0).proto
+        renamed, names = with_other_names(proto)
+        before, after = (find_blocks(graph.from_proto(p)) for p in (proto, renamed))
+        assert plain(before, names) == plain(after, {}), name
+
+
+def with_other_names(proto):
+    """A copy in which every node and every tensor has another, meaningless name."""
+    names = {}
+    other = onnx.ModelProto()
+    other.CopyFrom(proto)
+
+    def new(name):
+        return names.setdefault(name, f"n{len(names) * 7919 % 10007}") if name else name
+
+    for node in other.graph.node:
+        node.name = new(node.name)
+        node.input[:] = map(new, node.input)
+        node.output[:] = map(new, node.output)
+    for value in (*other.graph.input, *other.graph.output, *other.graph.initializer):
+        value.name = new(value.name)
+    return other, names
+
+
+def plain(value, names):
+    """Records as lists, with names replaced; what quotes names or looks like one is left out."""
+    if isinstance(value, str):
+        return names.get(value, value)
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if dataclasses.is_dataclass(value):
+        fields = [f.name for f in dataclasses.fields(value) if f.name not in {"reason", "refused", "kind"}]
+        return [plain(getattr(value, field), names) for field in fields]
+    if isinstance(value, dict):
+        return {plain(key, names): plain(item, names) for key, item in value.items()}
+    return [plain(item, names) for item in value] if isinstance(value, tuple) else value
+
+
+def test_the_model_is_not_changed():
+    for name in ("transformer", "mlp_indirect_weights", "packed_split"):
+        model = model_of(name)
+        before = model.proto().SerializeToString(deterministic=True)
+        find_blocks(model)
+        assert model.proto().SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("name", ["separate", "mlp_gemm", "text_encoder", "operator"])
+def test_the_catalog_does_not_depend_on_the_sizes_asked_for(name):
+    model = model_of(name)
+    usual = find_blocks(model)
+    key, rank = next((t.name, len(t.shape)) for t in model.graph.inputs)
+    asked = find_blocks(model, {key: (4, 9, WIDTH)[:rank]})
+    assert tuple(map(summary, asked.blocks)) == tuple(map(summary, usual.blocks))
+    assert asked.sizes[key] == (4, 9, WIDTH)[:rank]
+    assert asked.macs != usual.macs
+
+
+def test_sizes_that_do_not_fit_are_said_to():
+    model = model_of("separate")
+    with pytest.raises(PlanError, match=r"shape \['\?', '\?', 10\], which \[1, 5, 11\]"):
+        find_blocks(model, {"x": (1, 5, 11)})
+    with pytest.raises(PlanError, match="inputs of the model are x"):
+        find_blocks(model, {"y": (1, 5, 10)})
+
+
+def test_counts_are_those_of_the_model():
+    catalog = find_blocks(model_of("mlp"))
+    assert catalog.sizes == {"x": (1, 128, WIDTH)}
+    assert catalog.macs == catalog.macs_prunable == 128 * 2 * WIDTH * HIDDEN
+    assert catalog.params == 2 * WIDTH * HIDDEN + WIDTH + HIDDEN
+    (attention,) = find_blocks(model_of("without_output")).blocks
+    assert axes_of(attention) == ("qk",)
+
+
+def test_every_shape_of_a_tiny_model_is_known_at_both_probes():
+    for name in TINY:
+        view, _ = view_of(model_of(name))
+        for node in view.graph.nodes:
+            for tensor in node.outputs:
+                assert all(facts.shape(tensor) is not None for facts in view.probes), name
+
+
+def test_probes_differ_in_batch_and_sequence():
+    view, _ = view_of(model_of("separate"))
+    (first,), (second,) = ([*facts.sizes.values()] for facts in view.probes)
+    assert all(one != other for one, other in zip(first[:2], second[:2], strict=True))
+
+
+def test_blocks_come_in_the_order_of_the_graph_and_masks_hold_for_what_follows():
+    net = Net(0)
+    before = net("Add", "x", mlp(net, net.x(), relu))
+    operands = [split_heads(net, y) for y in projections(net, before)]
+    mask = net.input("added", "batch", 1, 1, "tokens")
+    y = merge_heads(net, mix(net, *operands, lambda net, y: net("Add", scaled(net, y), mask)))
+    y = net("Add", before, y)
+    catalog = catalog_of_net(net, net("Add", y, mlp(net, y, relu)))
+    assert [block.id for block in catalog.blocks] == ["mlp.0", "attention.0", "mlp.1"]
+    assert [block.padding for block in catalog.blocks] == [None, *[Mask("added", "added")] * 2]
+
+
+def test_a_head_of_width_one_with_a_single_number_as_bias_is_a_linear_layer():
+    """A score of every token, as attention pooling has it."""
+    net = Net(0)
+    score = net("Add", net("MatMul", net.x(), net.weight(WIDTH, 1)), np.float32(0.3))
+    catalog = catalog_of_net(net, mlp(net, net("Mul", "x", net("Sigmoid", score)), relu))
+    assert [summary(block) for block in catalog.blocks] == [("mlp", HIDDEN)]
+
+
+def test_inputs_of_a_4d_mask_are_no_images():
+    sizes = input_sizes(model_of("mask_added").graph, batch=2, sequence=9)
+    assert sizes == {"x": (2, 9, WIDTH), "added": (2, 1, 1, 9)}
+    facts = evaluate(model_of("mask_added").graph, sizes)
+    assert facts.shape(model_of("mask_added").graph.outputs[0]) == (2, 9, WIDTH)
+
+
+@pytest.mark.parametrize("name", zoo_models.NAMES)
+def test_the_catalog_of_a_real_export_is_the_truth(name):
+    truth = zoo_models.TRUTH[name]
+    catalog = find_blocks(graph.from_proto(zoo_models.load(name)))
+    attention = ("attention", truth["heads"], truth["head_width"], truth["head_width"])
+    expected = [(*attention, ("qk", "vo")), ("mlp", truth["mlp_width"])] * truth["mlp"]
+    assert [summary(block) for block in catalog.blocks] == expected
+    assert catalog.refusals == ()
+    masked = "attention_mask" in truth["inputs"]
+    assert all((block.padding is not None) == masked for block in catalog.blocks)
