@@ -71,7 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="for results")
     parser.add_argument("--assets", type=Path, default=Path(".assets"), help="models and data")
     parser.add_argument(
-        "--exports", type=Path, default=Path(".assets/exports"), help="kept exports; made if missing"
+        "--exports",
+        type=Path,
+        default=Path(".assets/exports"),
+        help="kept exports; made if missing",
     )
     parser.add_argument(
         "--quick", action="store_true", help="few samples, to see that it works; writes nothing"

@@ -13,7 +13,8 @@ Four things are done to every model, and each result is held against its referen
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ SEED = 0
 ASSETS: Mapping[str, str] = {"DINOv2 ViT-S": "vit_s_focus.onnx", "MiniLM-L3": "minilm_l3.onnx"}
 QUICK = ("MiniLM-L3", "hf_vit_sdpa.dynamo23", "hf_bert_eager.ts17")
 
-Outputs = Mapping[str, np.ndarray]
+Feeds = Mapping[str, np.ndarray]
 
 
 def measure(place: Place) -> Outcome:
@@ -52,7 +53,7 @@ def measure(place: Place) -> Outcome:
     wrong: list[Row] = []
     for name, path in _models(place):
         log.info("%s", name)
-        subject = _Subject(path)
+        subject = _Subject.of(path)
         rows += [{"model": name} | row for row in subject.right()]
         wrong += [{"model": name} | row for row in subject.wrong()]
     settings = {"bound": BOUND, "batches": BATCHES, "share_kept": SHARE_KEPT, "seed": SEED}
@@ -60,16 +61,24 @@ def measure(place: Place) -> Outcome:
     return Outcome(tables, (_exact(rows), _seen(wrong)), settings)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Subject:
-    """One model, what it answers, and solutions for it."""
+    """One model with its inputs, by batch size, and its answers to them."""
 
-    def __init__(self, path: Path) -> None:
-        self.model: Model = graph.load(path)
-        self.catalog: Catalog = find_blocks(self.model)
-        dense = open_session(self.model)
-        self.feeds = {batch: feeds(dense, batch) for batch in BATCHES}
-        self.answers = self._run(dense)
-        self.turned = turned(self.model, self.catalog, SEED)
+    model: Model
+    catalog: Catalog
+    feeds: Mapping[int, Feeds]
+    answers: Sequence[Feeds]
+    turned: Solution
+
+    @staticmethod
+    def of(path: Path) -> _Subject:
+        """A model, asked once."""
+        model = graph.load(path)
+        catalog, dense = find_blocks(model), open_session(model)
+        given = {batch: feeds(dense, batch) for batch in BATCHES}
+        answers = [dense.run(given[batch]) for batch in BATCHES]
+        return _Subject(model, catalog, given, answers, turned(model, catalog, SEED))
 
     def right(self) -> Iterator[Row]:
         """Errors of what must be exact."""
@@ -93,17 +102,15 @@ class _Subject:
         statistics = gather(self.model, self.catalog, self.feeds.values())
         return solve(self.model, self.catalog, plan, statistics, Recipe())
 
-    def _row(self, what: str, solution: Solution, reference: list[Outputs]) -> Row:
+    def _row(self, what: str, solution: Solution, reference: Sequence[Feeds]) -> Row:
         found = self._answers(solution)
         errors = [squared_error(y, x) for y, x in zip(found, reference, strict=True)]
         return {"what": what} | {
             f"batch {batch}": error for batch, error in zip(BATCHES, errors, strict=True)
         }
 
-    def _answers(self, solution: Solution) -> list[Outputs]:
-        return self._run(open_session(operate(self.model, self.catalog, solution).model))
-
-    def _run(self, session: Session) -> list[Outputs]:
+    def _answers(self, solution: Solution) -> list[Feeds]:
+        session = open_session(operate(self.model, self.catalog, solution).model)
         return [session.run(self.feeds[batch]) for batch in BATCHES]
 
 
@@ -113,6 +120,7 @@ def feeds(session: Session, batch: int) -> dict[str, np.ndarray]:
     made = {}
     for spec in session.inputs:
         shape = (batch, *(TOKENS if size is None else size for size in spec.shape[1:]))
+        values: np.ndarray
         if spec.dtype.kind == "f":
             values = rng.standard_normal(shape)
         elif "mask" in spec.name:
@@ -147,8 +155,8 @@ def _seen(rows: list[Row]) -> Check:
 
 
 def _largest(row: Row) -> float:
-    return max(row[f"batch {batch}"] for batch in BATCHES)
+    return max(float(row[f"batch {batch}"]) for batch in BATCHES)
 
 
 def _smallest(row: Row) -> float:
-    return min(row[f"batch {batch}"] for batch in BATCHES)
+    return min(float(row[f"batch {batch}"]) for batch in BATCHES)

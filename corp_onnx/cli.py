@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -288,6 +289,7 @@ def _run(command: Callable[[commands.Progress], Answer], as_json: bool, log_leve
         TimeElapsedColumn(),
         console=screen,
         transient=True,
+        disable=not screen.is_terminal,
     )
     try:
         with bar:
@@ -296,10 +298,19 @@ def _run(command: Callable[[commands.Progress], Answer], as_json: bool, log_leve
     except KeyboardInterrupt:
         raise typer.Exit(_complain("interrupted; nothing was written", INTERRUPTED)) from None
     if as_json:
-        print(json.dumps(answer.document, indent=2))
+        print(json.dumps(_finite(answer.document), indent=2, allow_nan=False))
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(answer.table)
     raise typer.Exit(answer.status)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 (whatever JSON holds)
+    """The same document with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _log_to(screen: Console, level: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,16 @@ class Bench:
 
     def __call__(self, progress: Progress) -> Answer:
         """Open all, run them in turn."""
-        engines = [_engine(path, self) for path in self.models]
+        models = [graph.load(path) for path in self.models]
+        known = {tensor.name for model in models for tensor in model.graph.inputs}
+        if not self.sizes.keys() <= known:
+            unknown = ", ".join(sorted(self.sizes.keys() - known))
+            raise PlanError(
+                f"--shapes names {unknown}, but the inputs are {', '.join(sorted(known))}"
+            )
+        engines = [
+            _engine(path, model, self) for path, model in zip(self.models, models, strict=True)
+        ]
         result = race(engines, warmup=self.warmup, runs=self.runs, seed=self.seed)
         document = present.race_json(
             result,
@@ -248,7 +257,7 @@ class Export:
             self.output,
             checkpoint=self.checkpoint,
             random_weights=self.random_weights,
-            exporter=self.exporter,  # type: ignore[arg-type]
+            exporter=self.exporter,
             opset=self.opset,
         )
         document = {key: _plain(value) for key, value in asdict(record).items()}
@@ -256,15 +265,14 @@ class Export:
         return Answer(document, Text(lines))
 
 
-def _engine(path: Path, bench: Bench) -> Callable[[], object]:
+def _engine(path: Path, model: Model, bench: Bench) -> Callable[[], object]:
     """One inference of a model on inputs made for timing."""
-    model = graph.load(path)
     known = {tensor.name for tensor in model.graph.inputs}
     given = {name: shape for name, shape in bench.sizes.items() if name in known}
     sizes = input_sizes(
         model.graph, batch=bench.batch, sequence=usual_sequence(model.graph), given=given
     )
-    session = open_session(path, bench.runtime)
+    session = open_session(path, replace(bench.runtime, spinning=False))
     feeds = timing_inputs(session.inputs, sizes, seed=bench.seed)
     return lambda: session.run(feeds)
 

@@ -14,13 +14,14 @@ from corp_onnx import example, graph
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import calibrate
 from corp_onnx.commands import Answer, Progress, Source
+from corp_onnx.errors import OutputError
 from corp_onnx.graph import Model
 from corp_onnx.labels import read_labels
 from corp_onnx.latency import race
 from corp_onnx.macs import Counts, count
 from corp_onnx.plan import DEFAULT_SHARES, uniform
 from corp_onnx.preprocessing import Preprocessing
-from corp_onnx.session import Session, open_session
+from corp_onnx.session import Runtime, Session, open_session
 from corp_onnx.shapes import usual_facts
 from corp_onnx.solve import METHODS, Recipe, solve
 from corp_onnx.statistics import Batch
@@ -61,7 +62,7 @@ class Demo:
 
     def __call__(self, progress: Progress) -> Answer:
         """Calibrate once, cut three times, compare and time all four models."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _make(self.folder)
         dense = graph.load(example.MODEL)
         models = {"dense": dense, **_pruned(dense, progress)}
         paths = {"dense": example.MODEL}
@@ -74,6 +75,13 @@ class Demo:
         rows = _rows({name: models[name] for name in REPAIRS}, paths)
         document = {"rows": [asdict(row) for row in rows], "output": str(paths["corp"])}
         return Answer(document, _table(rows, paths["corp"]))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
 
 
 def _pruned(dense: Model, progress: Progress) -> dict[str, Model]:
@@ -95,7 +103,8 @@ def _rows(models: dict[str, Model], paths: dict[str, Path]) -> list[Row]:
     data = Source(str(example.TEST)).open(example.MODEL, sessions["dense"])
     labels = read_labels(example.TEST, data)
     feeds = next(data.batches(BATCH_SIZE))
-    times = race([_inference(sessions[name], feeds) for name in models])
+    resting = {name: open_session(path, Runtime(spinning=False)) for name, path in paths.items()}
+    times = race([_inference(resting[name], feeds) for name in models])
     rows = []
     for (name, model), latency in zip(models.items(), times.latencies, strict=True):
         found = compare(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,18 +117,33 @@ def save(model: Model, path: Path) -> None:
     Models beyond protobuf's 2 GB get their weights in ``<name>.data`` beside them.
 
     Raises:
-        OutputError: If the folder cannot be written to.
+        OutputError: If it cannot be written.
+    """
+    proto = model.proto()
+    large = _size_bytes(proto) > LARGEST_PROTOBUF_BYTES
+    location = f"{path.name}.data" if large else None
+    with whole(path) as draft:
+        onnx.save(proto, draft, save_as_external_data=large, location=location)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A draft that takes the place of ``path`` once it is complete; else nothing of it is left.
+
+    What is written beside the draft is moved with it, and before it.
+
+    Raises:
+        OutputError: If it cannot be written.
     """
     require_writable(path)
-    proto = model.proto()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        draft = Path(folder) / path.name
-        data = f"{path.name}.data"
-        large = _size_bytes(proto) > LARGEST_PROTOBUF_BYTES
-        onnx.save(proto, draft, save_as_external_data=large, location=data if large else None)
-        if large:
-            os.replace(draft.with_name(data), path.with_name(data))  # noqa: PTH105 (as one pair)
-        draft.replace(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            draft = Path(folder) / path.name
+            yield draft
+            for file in sorted(draft.parent.iterdir(), key=lambda file: file == draft):
+                file.replace(path.with_name(file.name))
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def require_writable(path: Path) -> None:
@@ -137,8 +152,13 @@ def require_writable(path: Path) -> None:
         raise OutputError(f"cannot write {path}: it is a folder; name a file")
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"cannot write {path}: no permission to write in {path.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {path.parent} takes no files ({error.strerror or error})"
+        ) from error
 
 
 def opset_of(proto: onnx.ModelProto) -> int:

@@ -24,7 +24,7 @@ def read_labels(path: Path, data: Dataset) -> list[int]:
         raise DataError(f"the labels {path} do not exist")
     try:
         labels = _numbers(path)
-    except (ValueError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} holds no labels ({error}); give whole numbers in a .npy, under 'label' in a "
             ".npz, or one per line of a text file"

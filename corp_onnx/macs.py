@@ -42,6 +42,8 @@ def count(graph: gs.Graph, facts: Facts) -> Counts:
         if node.op not in _COUNTERS:
             continue
         try:
+            if node.domain not in {"", "ai.onnx", None}:
+                raise _UnknownSize
             by_node[node.name] = _COUNTERS[node.op](node, facts)
         except _UnknownSize:
             uncounted.append(node.name)

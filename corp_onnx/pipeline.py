@@ -11,7 +11,7 @@ from pathlib import Path
 from corp_onnx.blocks import Axis, Catalog, find_blocks
 from corp_onnx.calibrate import calibrate
 from corp_onnx.data import Dataset
-from corp_onnx.errors import DataError
+from corp_onnx.errors import DataError, PlanError
 from corp_onnx.graph import Model, load, require_writable, save
 from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, Plan, uniform
 from corp_onnx.promise import measured_errors
@@ -39,6 +39,15 @@ class Gates:
 
     max_error: float | None = None
     min_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_error is not None and not self.max_error >= 0:
+            raise PlanError(f"--max-error {self.max_error:g} is no limit; it must be 0 or more")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise PlanError(
+                f"--min-agreement {self.min_agreement:g} is no share of samples; it must be "
+                "between 0 and 1"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

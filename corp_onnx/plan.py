@@ -16,6 +16,14 @@ DEFAULT_ALIGN = 8
 """Widths that are a multiple of this run as fast as kernels can."""
 
 
+LOOKED_FOR: Mapping[Axis, str] = {
+    "mlp": "no two linear layers with a function between them",
+    "qk": "no attention",
+    "vo": "no attention",
+}
+"""What is missing in a model that offers nothing, and gives no reasons."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """One axis of one block: its dense width and the width it will have.
@@ -82,7 +90,9 @@ def _nothing(catalog: Catalog, shares: Mapping[Axis, float]) -> str:
     wanted = " or ".join(shares)
     reasons = [f"{item.op} {item.node!r}: {item.reason}" for item in catalog.refusals]
     reasons += [reason for block in catalog.blocks for reason in _refused(block, shares)]
-    found = "; ".join(reasons[:5]) or "it holds no Softmax and no pair of linear layers"
+    found = "; ".join(reasons[:5]) or " and ".join(
+        dict.fromkeys(LOOKED_FOR[axis] for axis in shares)
+    )
     more = f" (and {len(reasons) - 5} more; see `corp-onnx inspect`)" if len(reasons) > 5 else ""
     return f"nothing prunable was found for {wanted}: {found}{more}"
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from corp_onnx.errors import DataError
-from corp_onnx.graph import require_writable
+from corp_onnx.graph import whole
 
 _log = logging.getLogger(__name__)
 
@@ -162,14 +161,11 @@ class Preprocessing:
         """Write the recipe beside a model, whole or not at all, and return its path.
 
         Raises:
-            OutputError: If the folder cannot be written to.
+            OutputError: If it cannot be written.
         """
         path = self.path_beside(model)
-        require_writable(path)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            draft = Path(folder) / path.name
+        with whole(path) as draft:
             draft.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            draft.replace(path)
         return path
 
     def apply(self, image: Image.Image) -> Float32[np.ndarray, "c h w"]:

@@ -22,7 +22,10 @@ Json = dict[str, Any]
 def catalog_json(catalog: Catalog) -> Json:
     """What ``inspect --json`` prints."""
     return {
-        "blocks": [_block_json(block) for block in catalog.blocks],
+        "blocks": [
+            _block_json(block) | {"macs": catalog.macs_by_block[block.id]}
+            for block in catalog.blocks
+        ],
         "refusals": [asdict(refusal) for refusal in catalog.refusals],
         "shapes": {name: list(shape) for name, shape in catalog.sizes.items()},
         "macs": catalog.macs,
@@ -33,11 +36,14 @@ def catalog_json(catalog: Catalog) -> Json:
 
 def catalog_table(catalog: Catalog) -> RenderableType:
     """What ``inspect`` prints."""
-    table = _table("block", "width", "heads", "head width", "value width", "prunable", "refused")
+    table = _table(
+        "block", "MACs", "width", "heads", "head width", "value width", "prunable", "refused"
+    )
     for block in catalog.blocks:
         entry = _block_json(block)
         table.add_row(
             entry["id"],
+            f"{catalog.macs_by_block[block.id] / max(catalog.macs, 1):.1%}",
             *(str(entry[key] or "") for key in ("width", "heads", "head_width", "value_width")),
             " ".join(entry["prunable"]) or "-",
             "; ".join(f"{axis}: {reason}" for axis, reason in entry["refused"].items()),
@@ -52,7 +58,7 @@ def catalog_table(catalog: Catalog) -> RenderableType:
     sizes = ", ".join(f"{name} {list(shape)}" for name, shape in catalog.sizes.items())
     parts.append(
         Text(
-            f"{catalog.macs / 1e9:.3f} G MACs at {sizes}, {share:.0%} of them in linear layers "
+            f"{catalog.macs / 1e9:.3f} G MACs at {sizes}, {share:.0%} of them in blocks "
             f"that can be cut; {catalog.params / 1e6:.2f} M parameters"
         )
     )

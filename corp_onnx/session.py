@@ -13,10 +13,13 @@ import numpy as np
 import onnx
 
 from corp_onnx.data import InputSpec
-from corp_onnx.errors import BackendUnavailable, GraphError
+from corp_onnx.errors import BackendUnavailable, DataError, GraphError
 from corp_onnx.graph import LARGEST_PROTOBUF_BYTES, Model, save
 
 CPU: tuple[str, ...] = ("CPUExecutionProvider",)
+
+LOG_ONLY_FATAL = 4
+"""What ONNX Runtime logs of lesser errors it also raises."""
 
 NUMPY_TYPES = {
     "tensor(float)": np.float32,
@@ -41,7 +44,10 @@ class Runtime:
     providers: tuple[str, ...] = CPU
     threads: int = 0
     spinning: bool = True
-    """Whether idle threads wait busily for the next run: faster alone, slower beside others."""
+    """Whether idle threads wait busily for the next run: faster alone, slower beside others.
+
+    Models that are timed turn by turn must not: the one that rests would take the other's cores.
+    """
     custom_op_library: Path | None = None
 
 
@@ -56,10 +62,28 @@ class Session:
     def run(
         self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """Output arrays by name; inputs that the model does not have are left out."""
+        """Output arrays by name; inputs that the model does not have are left out.
+
+        Raises:
+            DataError: If an input is missing, or ONNX Runtime cannot run the model on these.
+        """
         names = list(self.outputs if outputs is None else outputs)
+        missing = [spec.name for spec in self.inputs if spec.name not in feeds]
+        if missing:
+            raise DataError(
+                f"the model also reads {', '.join(missing)}, which the data do not have; they have "
+                f"{', '.join(feeds)}"
+            )
         taken = {spec.name: feeds[spec.name] for spec in self.inputs}
-        return dict(zip(names, self._session.run(names, taken), strict=True))
+        try:
+            results = self._session.run(names, taken)
+        except _failures(_onnxruntime()) as error:
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in taken.items())
+            raise DataError(
+                f"ONNX Runtime cannot run the model on inputs of shape {shapes}: "
+                f"{str(error).strip()[:500]}; check the data against what the model was made for"
+            ) from error
+        return dict(zip(names, results, strict=True))
 
 
 def open_session(source: Model | Path, runtime: Runtime | None = None) -> Session:
@@ -73,15 +97,15 @@ def open_session(source: Model | Path, runtime: Runtime | None = None) -> Sessio
     ort = _onnxruntime()
     _require_providers(ort, runtime.providers)
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = LOG_ONLY_FATAL
     options.intra_op_num_threads = runtime.threads
     if not runtime.spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if runtime.custom_op_library is not None:
-        _register(options, runtime.custom_op_library)
+        _register(ort, options, runtime.custom_op_library)
     try:
         session = _open(ort, source, options, list(runtime.providers))
-    except _load_failures(ort) as error:
+    except _failures(ort) as error:
         raise GraphError(
             f"ONNX Runtime {ort.__version__} cannot load the model: {str(error)[:500]}; operators "
             "that it does not know can be brought with --custom-op-library"
@@ -136,14 +160,20 @@ def _require_providers(ort: ModuleType, providers: Sequence[str]) -> None:
         )
 
 
-def _register(options: Any, library: Path) -> None:  # noqa: ANN401 (ONNX Runtime ships no types)
+def _register(ort: ModuleType, options: Any, library: Path) -> None:  # noqa: ANN401 (ONNX Runtime ships no types)
     if not library.is_file():
         raise BackendUnavailable(f"the custom operator library {library} does not exist")
-    options.register_custom_ops_library(str(library))
+    try:
+        options.register_custom_ops_library(str(library.resolve()))
+    except _failures(ort) as error:
+        raise BackendUnavailable(
+            f"{library} is no library of custom operators that ONNX Runtime {ort.__version__} can "
+            f"load: {str(error)[:500]}"
+        ) from error
 
 
-def _load_failures(ort: ModuleType) -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises for a model that it cannot load."""
+def _failures(ort: ModuleType) -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a model that it cannot load or run."""
     state = ort.capi.onnxruntime_pybind11_state
     return (
         state.Fail,
@@ -151,6 +181,8 @@ def _load_failures(ort: ModuleType) -> tuple[type[Exception], ...]:
         state.InvalidArgument,
         state.InvalidProtobuf,
         state.NoSuchFile,
+        state.NotFound,
         state.NotImplemented,
+        state.EPFail,
         state.RuntimeException,
     )

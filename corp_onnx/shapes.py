@@ -121,11 +121,13 @@ def usual_facts(graph: gs.Graph, given: Sizes | None = None) -> Facts:
 
 
 def usual_sequence(graph: gs.Graph, given: Sizes | None = None) -> int:
-    """The longest usual sequence at which the shapes of the model fit together."""
-    known = {
-        sequence: len(evaluate(graph, input_sizes(graph, sequence=sequence, given=given)).shapes)
-        for sequence in DEFAULT_SEQUENCES
-    }
+    """The longest usual sequence at which the shapes of the model fit together best."""
+    known: dict[int, int] = {}
+    for sequence in DEFAULT_SEQUENCES:
+        sizes = input_sizes(graph, sequence=sequence, given=given)
+        known[sequence] = len(evaluate(graph, sizes).shapes)
+        if known[sequence] >= tensor_count(graph):
+            break
     return max(known, key=lambda sequence: (known[sequence], sequence))
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
+from numpy.lib import format as npy
 
 from corp_onnx.errors import DataError
-from corp_onnx.graph import require_writable
+from corp_onnx.graph import whole
 from corp_onnx.moments import Moments
 
 Batch = Mapping[str, np.ndarray]
@@ -72,8 +74,11 @@ class Statistics:
         )
 
     def save(self, path: Path) -> None:
-        """Write the statistics whole or not at all."""
-        require_writable(path)
+        """Write the statistics whole or not at all.
+
+        Raises:
+            OutputError: If they cannot be written.
+        """
         arrays: dict[str, np.ndarray] = {}
         for name, moments in self.sites.items():
             arrays[f"mean/{name}"] = moments.mean
@@ -89,10 +94,8 @@ class Statistics:
             "sha256": self.sha256,
         }
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            draft = Path(folder) / "statistics.npz"
-            np.savez(draft, **arrays)  # type: ignore[arg-type]
-            draft.replace(path)
+        with whole(path) as draft, draft.open("wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
 
     @staticmethod
     def load(path: Path) -> Statistics:
@@ -104,33 +107,44 @@ class Statistics:
         if not path.is_file():
             raise DataError(f"{path} does not exist; make it with `corp-onnx calibrate`")
         try:
-            with np.load(path) as stored:
-                arrays = {name: stored[name] for name in stored.files}
+            with zipfile.ZipFile(path) as archive:
+                arrays = {
+                    name.removesuffix(".npy"): _array(archive, name) for name in archive.namelist()
+                }
             about = json.loads(arrays.pop("about").tobytes())
-        except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+            if about["format"] != FORMAT:
+                raise DataError(
+                    f"{path} was written in format {about['format']}, this version reads {FORMAT}; "
+                    "calibrate again"
+                )
+            return _assembled(about, arrays)
+        except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, EOFError) as error:
             raise DataError(
-                f"{path} holds no calibration statistics ({error}); make it again with "
-                "`corp-onnx calibrate`"
+                f"{path} holds no calibration statistics, or only a part ({error}); make it again "
+                "with `corp-onnx calibrate`"
             ) from error
-        if about.get("format") != FORMAT:
-            raise DataError(
-                f"{path} was written in format {about.get('format')}, this version reads {FORMAT}; "
-                "calibrate again"
-            )
-        sites = {
+
+
+def _assembled(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Statistics:
+    """What `save` took apart."""
+    return Statistics(
+        {
             name: Moments(count, arrays[f"mean/{name}"], _unpack(arrays[f"scatter/{name}"]))
             for name, count in about["counts"].items()
-        }
-        return Statistics(
-            sites,
-            {name: arrays[f"energy/{name}"] for name in about["tokens"]},
-            about["tokens"],
-            about["samples"],
-            about["source"],
-            about["sha256"],
-            _unflatten("seen", arrays),
-            _unflatten("held_out", arrays),
-        )
+        },
+        {name: arrays[f"energy/{name}"] for name in about["tokens"]},
+        about["tokens"],
+        about["samples"],
+        about["source"],
+        about["sha256"],
+        _unflatten("seen", arrays),
+        _unflatten("held_out", arrays),
+    )
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(name) as stream:
+        return npy.read_array(stream, allow_pickle=False)
 
 
 def merged(parts: Iterable[Statistics]) -> Statistics:

@@ -166,7 +166,7 @@ def check_promises(solution: Solution, measured: Mapping[str, float]) -> Check:
             continue
         ratio = found / predicted if predicted > 0 else np.inf
         worst = max(worst, ratio)
-        if ratio > PROMISE_FACTOR:
+        if not ratio <= PROMISE_FACTOR:  # also when it is not a number
             broken.append(f"{fold.block} measured {found:.2e}, predicted {predicted:.2e}")
     if broken:
         return Check("promises", False, "; ".join(broken))

@@ -337,7 +337,11 @@ def scale_on_both(net: Net) -> list[str]:
     """Before the heads are split on one side, behind that on the other; values too."""
     query, key, value = projections(net)
     query, value = net("Mul", 0.7, query), net("Div", value, 0.5)
-    return [split_heads(net, query), net("Mul", split_heads(net, key), 0.6), split_heads(net, value)]
+    return [
+        split_heads(net, query),
+        net("Mul", split_heads(net, key), 0.6),
+        split_heads(net, value),
+    ]
 
 
 def scale_per_channel(net: Net) -> list[str]:
@@ -452,9 +456,7 @@ def tokens_first(seed: int) -> Tiny:
     net.x("tokens", "batch", WIDTH)
     sizes = [net("Gather", net("Shape", "x"), [axis], axis=0) for axis in range(2)]
     rows = net("Concat", sizes[0], net("Mul", sizes[1], [HEADS]), [HEAD], axis=0)
-    made = [
-        net("Transpose", net("Reshape", y, rows), perm=[1, 0, 2]) for y in projections(net)
-    ]
+    made = [net("Transpose", net("Reshape", y, rows), perm=[1, 0, 2]) for y in projections(net)]
     logits = net("MatMul", made[0], net("Transpose", made[1], perm=[0, 2, 1]))
     mixed = net("MatMul", softmax(net, scaled(net, logits)), made[2])
     back = net("Concat", *sizes, [HEADS * HEAD], axis=0)
@@ -534,7 +536,9 @@ def operator(**attrs: float) -> Builder:
 
     def build(seed: int) -> Tiny:
         net = Net(seed, opset=23)
-        return Tiny(net.build(merge_heads(net, net("Attention", *separate(net), **attrs))), (ATTENTION,))
+        return Tiny(
+            net.build(merge_heads(net, net("Attention", *separate(net), **attrs))), (ATTENTION,)
+        )
 
     return build
 

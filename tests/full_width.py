@@ -61,9 +61,7 @@ def padded(solution: Solution, share: float) -> Solution:
     return Solution("padded", tuple(_pad(fold, share) for fold in solution.folds))
 
 
-def run(
-    model: Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def run(model: Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Outputs of a model by name, computed in one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -80,7 +78,10 @@ def squared_error(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.nd
     """``‖actual - expected‖² / ‖expected‖²`` of the worst output."""
     assert actual.keys() == expected.keys()
     return max(
-        float(np.linalg.norm(actual[name].astype(float) - y) ** 2 / np.linalg.norm(y.astype(float)) ** 2)
+        float(
+            np.linalg.norm(actual[name].astype(float) - y) ** 2
+            / np.linalg.norm(y.astype(float)) ** 2
+        )
         for name, y in expected.items()
     )
 

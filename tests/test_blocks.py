@@ -39,8 +39,8 @@ ALL = pytest.mark.parametrize("name", TINY)
 ATTENTIONS = [name for name in TINY if "attention" in str(TINY[name](0).truth)]
 
 LEFT = {
-    "mlp_tied": ["its input 'x' comes from outside, not from a linear layer"],
-    "tied_attention": ["its input 'x' comes from outside, not from a linear layer"],
+    "mlp_tied": ["its input follows from 'x', which no layer computes"],
+    "tied_attention": ["its input follows from 'x', which no layer computes"],
     "transformer": ["a classifier's Softmax"],
 }
 """Models that hold more than blocks, and what is said of the rest."""
@@ -237,7 +237,9 @@ def plain(value, names):
     if isinstance(value, np.ndarray):
         return value.tolist()
     if dataclasses.is_dataclass(value):
-        fields = [f.name for f in dataclasses.fields(value) if f.name not in {"reason", "refused", "kind"}]
+        fields = [
+            f.name for f in dataclasses.fields(value) if f.name not in {"reason", "refused", "kind"}
+        ]
         return [plain(getattr(value, field), names) for field in fields]
     if isinstance(value, dict):
         return {plain(key, names): plain(item, names) for key, item in value.items()}

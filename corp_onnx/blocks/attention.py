@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,10 @@ from corp_onnx.blocks.records import (
     SizeReader,
     Target,
 )
-from corp_onnx.blocks.routes import Traced, trace
+from corp_onnx.blocks.routes import SHARED, Traced, trace
 from corp_onnx.blocks.view import View, follows_data
+
+_ROLES: Mapping[Axis, tuple[str, ...]] = {"qk": ("query", "key"), "vo": ("value",)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,13 +102,14 @@ def attention_of(view: View, parts: Parts, block_id: str) -> Attention | Refusal
     if not traced:
         reasons = "; ".join(dict.fromkeys(refused.values()))
         return Refusal(parts.anchor.name, parts.anchor.op, reasons)
-    readers = _readers(view, parts, list(traced.values()), refused, output)
+    readers = _readers(view, parts, traced, refused)
     shapes = {name: item.route.channels.shape for name, item in traced.items()}
     qk = shapes.get("query") or shapes.get("key") or (0, 0)
     vo = shapes.get("value") or (0, 0)
     return Attention(
         block_id,
         parts.anchor.name,
+        tuple(node.name for node in parts.products),
         query.route if isinstance(query, Traced) else None,
         key.route if isinstance(key, Traced) else None,
         value.route if isinstance(value, Traced) else None,
@@ -137,28 +140,28 @@ def _refusals(
         not np.array_equal(q.heads, k.heads)
         for q, k in zip(query.landings, key.landings, strict=True)
     ):
-        refused["qk"] = "several query heads share one key head"
+        refused["qk"] = f"the key {SHARED}"
     if isinstance(output, str):
         refused["vo"] = output
     return refused
 
 
 def _readers(
-    view: View,
-    parts: Parts,
-    traced: Sequence[Traced],
-    refused: dict[Axis, str],
-    output: Output | str,
+    view: View, parts: Parts, traced: Mapping[str, Traced], refused: dict[Axis, str]
 ) -> tuple[SizeReader, ...]:
-    """Shape nodes to be kept truthful; refuse every axis if anything else reads a projection."""
-    inside = {id(node) for item in traced for node in item.path.nodes}
+    """Shape nodes to be kept truthful; refuse an axis if anything else reads its projections."""
+    inside = {id(node) for item in traced.values() for node in item.path.nodes}
     inside |= {id(node) for node in parts.products}
-    readers = size_readers(view, [item.path for item in traced], inside)
-    if isinstance(readers, str):
-        for axis in ("qk", "vo"):
-            refused.setdefault(axis, readers)
-        return ()
-    return readers
+    readers: dict[str, SizeReader] = {}
+    for axis, roles in _ROLES.items():
+        sources = {traced[role].path.source.name for role in roles if role in traced}
+        own = [item for item in traced.values() if item.path.source.name in sources]
+        found = size_readers(view, own, inside)
+        if isinstance(found, str):
+            refused.setdefault(axis, found)
+        else:
+            readers |= {reader.node: reader for reader in found}
+    return tuple(readers.values())
 
 
 def _output(view: View, context: gs.Tensor, value: Traced) -> Output | str:
@@ -172,7 +175,7 @@ def _output(view: View, context: gs.Tensor, value: Traced) -> Output | str:
     for facts, landing in zip(view.probes, value.landings, strict=True):
         shape = facts.shape(context)
         if shape is None or int(np.prod(shape[:-2])) != landing.heads.size:
-            return "the mixed values have other heads than the values"
+            return f"the value {SHARED}"
         moved = move(
             path, np.arange(np.prod(shape)).reshape(shape), facts, view.opset, scaled=False
         )

@@ -19,7 +19,6 @@ from corp_onnx.blocks.records import (
     Mask,
     Mlp,
     Refusal,
-    axes_of,
     linears_of,
 )
 from corp_onnx.blocks.view import View
@@ -69,7 +68,7 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
         counts.sizes,
         counts.total,
         counts.params,
-        _prunable_macs(blocks, counts),
+        {block.id: _macs_of(block, counts) for block in blocks},
     )
 
 
@@ -77,9 +76,10 @@ def view_of(model: Model, sizes: Sizes | None = None) -> tuple[View, tuple[Refus
     """The graph with its linear layers, and products with constants that are none."""
     graph, opset = model.graph, model.fingerprint.opset
     order = {id(node): index for index, node in enumerate(graph.nodes)}
+    shown = {tensor.name for tensor in graph.outputs}
     linears, refusals = {}, []
     for node in graph.nodes:
-        linear = match_linear(node, opset)
+        linear = match_linear(node, opset, shown)
         if isinstance(linear, Linear):
             linears[linear.output] = linear
         elif isinstance(linear, Refusal):
@@ -185,7 +185,9 @@ def _in_subgraphs(graph: gs.Graph) -> Iterator[Refusal]:
             yield Refusal(node.name, node.op, reason)
 
 
-def _prunable_macs(blocks: Sequence[Block], counts: Counts) -> int:
-    """MACs of the linear layers of blocks that can be cut."""
-    nodes = {linear.node for block in blocks if axes_of(block) for linear in linears_of(block)}
+def _macs_of(block: Block, counts: Counts) -> int:
+    """MACs of a block's linear layers and products."""
+    nodes = {linear.node for linear in linears_of(block)}
+    if isinstance(block, Attention):
+        nodes.update(block.products)
     return sum(counts.by_node.get(node, 0) for node in nodes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64
@@ -10,8 +12,12 @@ from corp_onnx.blocks.records import Linear, Refusal
 from corp_onnx.blocks.view import constant_value
 
 
-def match_linear(node: gs.Node, opset: int) -> Linear | Refusal | None:
-    """Read a MatMul or Gemm as a linear layer; None if it is another operator or has no weight."""
+def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal | None:
+    """Read a MatMul or Gemm as a linear layer; None if it is another operator or has no weight.
+
+    ``shown`` are the names of the graph's outputs: a product that the caller sees keeps its bias
+    outside.
+    """
     if node.op not in {"MatMul", "Gemm"}:
         return None
     if constant_value(node.inputs[0], opset) is not None:
@@ -25,9 +31,14 @@ def match_linear(node: gs.Node, opset: int) -> Linear | Refusal | None:
         )
     if node.attrs.get("transA", 0):
         return Refusal(node.name, node.op, "the activation enters transposed (transA = 1)")
+    if node.op == "Gemm" and not _has_vector(node, opset):
+        return Refusal(
+            node.name, node.op, f"it adds {node.inputs[2].name!r}, which is no constant vector"
+        )
 
     width_in, width_out = weight.T.shape if node.attrs.get("transB", 0) else weight.shape
-    bias_node = _bias_node(node, width_out, opset) if node.op == "MatMul" else None
+    seen = node.op == "Gemm" or node.outputs[0].name in shown
+    bias_node = None if seen else _bias_node(node, width_out, opset)
     last = bias_node or node
     return Linear(
         node.name,
@@ -70,6 +81,14 @@ def dtype_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> np.dtype:
     weight = constant_value(nodes[linear.node].inputs[1], opset)
     assert weight is not None, f"{linear.node} has no constant weight"
     return weight.dtype
+
+
+def _has_vector(node: gs.Node, opset: int) -> bool:
+    """Whether what a Gemm adds, if anything, is the same for all rows and known."""
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        return True
+    value = constant_value(node.inputs[2], opset)
+    return value is not None and value.size == (value.shape[-1] if value.ndim else 1)
 
 
 def _bias_node(node: gs.Node, width: int, opset: int) -> gs.Node | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import PASSING_OPS
@@ -54,7 +55,11 @@ def match_softmax(view: View, node: gs.Node) -> Anchor | Refusal | None:
         return None
     if above.op != "Exp" or below.op != "ReduceSum" or below.inputs[0] is not node.inputs[0]:
         return None
-    return Anchor(node, _before_shift(above.inputs[0]), node.outputs[0])
+    axes, rank = _reduced(view, below), len(view.shape(node.inputs[0]) or ())
+    if [axis % rank for axis in axes] != [rank - 1]:
+        over = ", ".join(map(str, axes)) or "all"
+        return Refusal(node.name, node.op, f"it runs over axis {over}, which is not the last")
+    return Anchor(node, _before_shift(view, above.inputs[0]), node.outputs[0])
 
 
 def match_logits(view: View, tensor: gs.Tensor) -> Logits | str:
@@ -68,9 +73,9 @@ def match_logits(view: View, tensor: gs.Tensor) -> Logits | str:
         return Logits(node)
     if node.op in PASSING_OPS:
         return match_logits(view, node.inputs[0])
-    if node.op in RESHAPING_OPS:
+    if node.op in RESHAPING_OPS | {"Transpose"}:
         before, after = view.shape(node.inputs[0]), view.shape(tensor)
-        if before is None or after is None or before[-1] != after[-1]:
+        if node.op == "Transpose" or not before or not after or before[-1] != after[-1]:
             return f"its logits are rearranged by {node.op} ({node.name})"
         return match_logits(view, node.inputs[0])
     if node.op in {"Mul", "Div", "Add", "Sub", "Where"} | BENDING_OPS:
@@ -138,11 +143,21 @@ def _frozen(view: View, node: gs.Node) -> Iterator[Scalar]:
             yield Scalar(node.name, slot, float(value.reshape(())), str(value.dtype))
 
 
-def _before_shift(tensor: gs.Tensor) -> gs.Tensor:
+def _before_shift(view: View, tensor: gs.Tensor) -> gs.Tensor:
     """The logits before their maximum is subtracted, which Softmax ignores."""
     node = producer(tensor)
     if node is None or node.op != "Sub":
         return tensor
     peak = producer(node.inputs[1])
-    shifted = peak is not None and peak.op == "ReduceMax" and peak.inputs[0] is node.inputs[0]
-    return node.inputs[0] if shifted else tensor
+    if peak is None or peak.op != "ReduceMax" or peak.inputs[0] is not node.inputs[0]:
+        return tensor
+    rank = len(view.shape(tensor) or ())
+    return node.inputs[0] if _reduced(view, peak)[-1:] in ([-1], [rank - 1]) else tensor
+
+
+def _reduced(view: View, node: gs.Node) -> list[int]:
+    """The axes that a reduction runs over; empty for all of them."""
+    axes = node.attrs.get("axes")
+    if axes is None and len(node.inputs) > 1:
+        axes = view.known(node.inputs[1])
+    return [] if axes is None else [int(axis) for axis in np.ravel(axes)]

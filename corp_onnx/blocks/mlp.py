@@ -69,13 +69,14 @@ def why_not_hidden(view: View, linear: Linear, tensor: gs.Tensor) -> str:
         following = [value for value in node.inputs if view.known(value) is None]
         if not following or following[0].name in view.linears:
             break
-        node = producer(following[0])
-    if node is None:
-        return f"its input {tensor.name!r} comes from outside, not from a linear layer"
-    return (
-        f"its input comes through {node.op} ({node.name}), which mixes channels or is read "
-        f"elsewhere, and its {linear.width_out} outputs end in no other linear layer alone"
+        tensor = following[0]
+        node = producer(tensor)
+    above = (
+        f"follows from {tensor.name!r}, which no layer computes"
+        if node is None
+        else f"comes through {node.op} ({node.name}), which mixes channels or is read elsewhere"
     )
+    return f"its input {above}, and its {linear.width_out} outputs end in no other linear layer"
 
 
 def _climb(view: View, hidden: gs.Tensor) -> Region | None:

@@ -9,24 +9,27 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import Path, move
 from corp_onnx.blocks.records import SizeReader
+from corp_onnx.blocks.routes import Traced
 from corp_onnx.blocks.view import View, serves_only
 
 
 def size_readers(
-    view: View, paths: Sequence[Path], inside: set[int]
+    view: View, traced: Sequence[Traced], inside: set[int]
 ) -> tuple[SizeReader, ...] | str:
-    """Shape nodes outside that read tensors of the paths, or who else reads one of them.
+    """Shape nodes that read tensors of the paths and stay, or who else reads one of them.
 
-    Nodes in ``inside`` (by ``id``) belong to the block. A Shape node whose result serves only them
-    goes with the old path and is left out.
+    Nodes in ``inside`` (by ``id``) belong to the block. A Shape node whose result serves only paths
+    that will be replaced goes with them and is left out.
     """
     readers: dict[str, SizeReader] = {}
-    for path in paths:
+    splits = {item.route.layout.split for item in traced}
+    old = {id(n) for item in traced for n in item.path.nodes if n.name not in splits}
+    for path in (item.path for item in traced):
         for tensor in _tensors(path):
             if view.is_output(tensor):
                 return f"{tensor.name!r} is an output of the model"
             for node in tensor.outputs:
-                if id(node) in inside or (node.op == "Shape" and serves_only(node, inside)):
+                if id(node) in inside or (node.op == "Shape" and serves_only(node, old)):
                     continue
                 reader = _size_reader(view, path, tensor, node) if node.op == "Shape" else None
                 if reader is None:

@@ -158,6 +158,8 @@ class Attention:
 
     id: str
     anchor: str
+    products: tuple[str, ...]
+    """The nodes that multiply queries with keys and probabilities with values."""
     query: Route | None
     key: Route | None
     value: Route | None
@@ -199,7 +201,13 @@ class Catalog:
     sizes: Sizes
     macs: int
     params: int
-    macs_prunable: int
+    macs_by_block: Mapping[str, int]
+    """Of a block's linear layers and, in attention, of both products."""
+
+    @property
+    def macs_prunable(self) -> int:
+        """MACs of the blocks that have an axis to cut."""
+        return sum(self.macs_by_block[block.id] for block in self.blocks if axes_of(block))
 
 
 def axes_of(block: Block) -> tuple[Axis, ...]:

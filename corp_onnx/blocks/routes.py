@@ -21,6 +21,8 @@ BLOCKERS = {
     "RotaryEmbedding": "is rotated by its position (rotary embedding)",
 }
 
+SHARED = "is shared by several query heads"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Landing:
@@ -94,8 +96,8 @@ def land(path: Path, facts: Facts, opset: int, *, axis: int) -> Landing | str:
     table = channels[first, 0]
     if len(np.unique(table)) != table.size:
         return "has a channel that lands in two places"
-    if any((value[:, 0] != value[first[heads], 0]).any() for value in (gain, offset)):
-        return "is scaled differently where one head is used twice"
+    if rows.size > np.prod(shape[:-1]) * table.size:
+        return SHARED
     layout = _layout(path, moved, table, shape)
     return Landing(heads, table, gain[first, 0], offset[first, 0], layout)
 

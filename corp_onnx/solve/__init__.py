@@ -57,15 +57,15 @@ def solve(
 
     Raises:
         DataError: If the statistics are of another model.
-        PlanError: If the ridge is negative or the ranking unknown.
+        PlanError: If the ridge is negative or not finite, or the ranking unknown.
         IllConditioned: If a system cannot be solved.
     """
     if statistics.sha256 != model.fingerprint.sha256:
         raise DataError(
             f"the statistics ({statistics.source}) were taken of another model; calibrate this one"
         )
-    if recipe.ridge < 0:
-        raise PlanError(f"--ridge {recipe.ridge:g} is negative; it must be 0 or more")
+    if not 0 <= recipe.ridge < np.inf:
+        raise PlanError(f"--ridge {recipe.ridge:g} is no regularisation; it must be 0 or more")
     solver = _Solver({node.name: node for node in model.graph.nodes}, model, statistics, recipe)
     blocks = {block.id: block for block in catalog.blocks}
     with ThreadPoolExecutor(os.cpu_count()) as pool, threadpool_limits(1, user_api="blas"):

@@ -1,0 +1,566 @@
+"""What cannot be cut exactly is refused, axis by axis, with a reason."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from corp_onnx import graph
+from corp_onnx.blocks import Attention, axes_of, find_blocks
+from corp_onnx.errors import QuantisedModel
+from tests.builders import (
+    HEAD,
+    HEADS,
+    HIDDEN,
+    WIDTH,
+    Net,
+    merge_heads,
+    mix,
+    mlp,
+    packed_split,
+    projections,
+    relu,
+    residual_block,
+    scaled,
+    separate,
+    softmax,
+    split_heads,
+)
+
+SIZE = HEADS * HEAD
+
+
+def one_head(net):
+    """A projection with a single head, which broadcasts over those of the query."""
+    rows = net("Reshape", net.linear("x", WIDTH, HEAD), [0, 0, 1, HEAD])
+    return net("Transpose", rows, perm=[0, 2, 1, 3])
+
+
+def catalog_of(net, *outputs):
+    return find_blocks(graph.from_proto(net.build(*outputs)))
+
+
+def refused_attention(net, *outputs):
+    """The axes of the only block, and why the others cannot be cut."""
+    catalog = catalog_of(net, *outputs)
+    (block,) = catalog.blocks
+    assert isinstance(block, Attention)
+    assert set(axes_of(block)) | set(block.refused) == {"qk", "vo"}
+    return axes_of(block), block.refused
+
+
+def reasons_of(net, *outputs):
+    """All reasons by operator, of a model in which nothing is found."""
+    catalog = catalog_of(net, *outputs)
+    assert catalog.blocks == ()
+    return by_operator(catalog)
+
+
+def by_operator(catalog):
+    operators = {refusal.op for refusal in catalog.refusals}
+    return {op: [r.reason for r in catalog.refusals if r.op == op] for op in operators}
+
+
+def says(text, reasons):
+    return any(text in reason for reason in reasons)
+
+
+# Attention: between projections and products
+
+
+def rotated(net, y):
+    """Half of every head turned by a constant table: ``y · cos + swapped(y) · sin``."""
+    half = HEAD // 2
+    first, second = net("Split", y, [half, half], outputs=2, axis=3)
+    swapped = net("Concat", net("Neg", second), first, axis=3)
+    table = net.random(1, 1, 1, HEAD)
+    return net("Add", net("Mul", y, np.cos(table)), net("Mul", swapped, np.sin(table)))
+
+
+def test_rotary_embedding_refuses_query_and_key_only():
+    net = Net(0)
+    query, key, value = separate(net)
+    y = merge_heads(net, mix(net, rotated(net, query), rotated(net, key), value))
+    axes, refused = refused_attention(net, y)
+    assert axes == ("vo",)
+    assert (
+        "the query does not come from one linear layer by movement and scaling alone: Add"
+        in (refused["qk"])
+    )
+
+
+def test_a_rotary_operator_is_named():
+    net = Net(0, opset=23)
+    query, key, value = separate(net)
+    tables = [net.const(net.random(7, HEAD // 2)) for _ in range(2)]
+    places = net.input("places", "batch", "tokens", dtype=np.int64)
+    turned = [net("RotaryEmbedding", y, *tables, places) for y in (query, key)]
+    axes, refused = refused_attention(net, merge_heads(net, mix(net, *turned, value)))
+    assert axes == ("vo",)
+    assert "is rotated by its position (rotary embedding)" in refused["qk"]
+
+
+@pytest.mark.parametrize("role", ["query", "key"])
+def test_a_norm_of_query_or_key_refuses_these_only(role):
+    net = Net(0)
+    made = dict(zip(("query", "key", "value"), separate(net), strict=True))
+    made[role] = net("LayerNormalization", made[role], net.random(HEAD))
+    axes, refused = refused_attention(net, merge_heads(net, mix(net, *made.values())))
+    assert axes == ("vo",)
+    assert f"the {role} is normalised between the projection and the product" in refused["qk"]
+    assert "LayerNormalization" in refused["qk"]
+
+
+def test_a_norm_of_the_values_refuses_these_only():
+    net = Net(0)
+    query, key, value = separate(net)
+    value = net("LayerNormalization", value, net.random(HEAD))
+    axes, refused = refused_attention(net, merge_heads(net, mix(net, query, key, value)))
+    assert axes == ("qk",)
+    assert "the value is normalised" in refused["vo"]
+
+
+def test_a_norm_of_the_mixed_values_refuses_these_only():
+    net = Net(0)
+    mixed = net("LayerNormalization", mix(net, *separate(net)), net.random(HEAD))
+    axes, refused = refused_attention(net, merge_heads(net, mixed))
+    assert axes == ("qk",)
+    assert "LayerNormalization" in refused["vo"]
+    assert "stands between the mixed values and a linear layer" in refused["vo"]
+
+
+def test_a_scale_that_differs_between_tokens_is_refused():
+    net = Net(0)
+    net.x("batch", 5, WIDTH)
+    query, key, value = separate(net)
+    query = net("Mul", query, net.random(5, 1))
+    axes, refused = refused_attention(net, merge_heads(net, mix(net, query, key, value)))
+    assert axes == ("vo",)
+    assert "the query is scaled or shifted differently from token to token" in refused["qk"]
+
+
+def test_a_position_added_to_keys_is_refused():
+    net = Net(0)
+    net.x("batch", 5, WIDTH)
+    query, key, value = separate(net)
+    key = net("Add", key, net.random(5, HEAD))
+    axes, refused = refused_attention(net, merge_heads(net, mix(net, query, key, value)))
+    assert axes == ("vo",)
+    assert "the key is scaled or shifted differently from token to token" in refused["qk"]
+
+
+def test_a_scale_computed_from_the_data_is_refused():
+    net = Net(0)
+    query, key, value = separate(net)
+    temperature = net("ReduceMean", "x", [1, 2], keepdims=0)
+    query = net("Mul", query, net("Unsqueeze", temperature, [1, 2, 3]))
+    axes, refused = refused_attention(net, merge_heads(net, mix(net, query, key, value)))
+    assert axes == ("vo",)
+    assert "Mul" in refused["qk"]
+
+
+def test_keys_of_a_cache_are_refused():
+    net = Net(0)
+    query, key, value = separate(net)
+    past = net.input("past", "batch", HEADS, "others", HEAD)
+    past_value = net.input("past_value", "batch", HEADS, "others", HEAD)
+    key, value = net("Concat", past, key, axis=2), net("Concat", past_value, value, axis=2)
+    axes, refused = refused_attention(net, merge_heads(net, mix(net, query, key, value)))
+    assert axes == ()
+    assert "the key comes from 'past', an input or a constant" in refused["qk"]
+    assert "the value comes from 'past_value', an input or a constant" in refused["vo"]
+
+
+def test_learned_queries_refuse_query_and_key_only():
+    net = Net(0)
+    _, key, value = separate(net)
+    logits = net("MatMul", net.random(HEADS, 3, HEAD), net("Transpose", key, perm=[0, 1, 3, 2]))
+    mixed = net("MatMul", softmax(net, logits), value)
+    catalog = catalog_of(net, merge_heads(net, mixed))
+    assert catalog.blocks == ()
+    (reason, *_) = [r.reason for r in catalog.refusals if r.op == "Softmax"]
+    assert "mixes its logits" in reason
+
+
+def test_a_shared_key_head_is_refused_and_values_are_not():
+    net = Net(0)
+    query, _, value = separate(net)
+    y = merge_heads(net, mix(net, query, one_head(net), value))
+    axes, refused = refused_attention(net, y)
+    assert axes == ("vo",)
+    assert refused["qk"] == "the key is shared by several query heads"
+
+
+@pytest.mark.parametrize("expanded", [True, False])
+def test_shared_value_heads_are_refused(expanded):
+    net = Net(0)
+    query, key, _ = separate(net)
+    value = one_head(net)
+    if expanded:
+        value = net("Expand", value, [1, HEADS, 1, 1])
+    axes, refused = refused_attention(net, merge_heads(net, mix(net, query, key, value)))
+    assert axes == ("qk",)
+    assert refused["vo"] == "the value is shared by several query heads"
+
+
+def test_grouped_heads_of_the_operator_are_refused():
+    net = Net(0, opset=23)
+    query = split_heads(net, net.linear(net.x(), WIDTH, SIZE))
+    y = merge_heads(net, net("Attention", query, one_head(net), one_head(net)))
+    axes, refused = refused_attention(net, y)
+    assert axes == ()
+    assert refused["qk"] == "the key is shared by several query heads"
+    assert refused["vo"] == "the value is shared by several query heads"
+
+
+# Attention: other readers
+
+
+def test_a_query_that_another_product_reads_is_refused_and_values_are_not():
+    """Decomposed relative positions multiply the query with a table."""
+    net = Net(0)
+    query, key, value = separate(net)
+    bias = net("MatMul", query, net.random(HEAD, 7))
+    y = merge_heads(net, mix(net, query, key, value))
+    axes, refused = refused_attention(net, y, bias)
+    assert axes == ("vo",)
+    assert refused["qk"].endswith("is also read by MatMul (MatMul_12)")
+
+
+def test_a_query_that_is_an_output_is_refused_and_values_are_not():
+    net = Net(0)
+    query, key, value = separate(net)
+    axes, refused = refused_attention(net, merge_heads(net, mix(net, query, key, value)), query)
+    assert axes == ("vo",)
+    assert refused["qk"] == f"{query!r} is an output of the model"
+
+
+def test_values_that_something_else_reads_are_refused_and_queries_are_not():
+    net = Net(0)
+    query, key, value = separate(net)
+    axes, refused = refused_attention(
+        net, merge_heads(net, mix(net, query, key, value)), net("Exp", value)
+    )
+    assert axes == ("qk",)
+    assert "is also read by Exp" in refused["vo"]
+
+
+def test_another_reader_of_a_packed_projection_refuses_both():
+    net = Net(0)
+    query, key, value = packed_split(net)
+    y = merge_heads(net, mix(net, query, key, value))
+    axes, refused = refused_attention(net, y, net("Exp", query))
+    assert axes == ()
+    assert "is also read by Exp" in refused["qk"]
+    assert "is also read by Exp" in refused["vo"]
+
+
+def test_mixed_values_that_are_read_twice_are_refused():
+    net = Net(0)
+    mixed = mix(net, *separate(net))
+    axes, refused = refused_attention(net, merge_heads(net, mixed), net("Exp", mixed))
+    assert axes == ("qk",)
+    assert "are read 2 times" in refused["vo"]
+
+
+def test_an_attention_without_output_projection_keeps_its_values():
+    net = Net(0)
+    axes, refused = refused_attention(net, net("Exp", mix(net, *separate(net))))
+    assert axes == ("qk",)
+    assert "Exp" in refused["vo"]
+
+
+# Attention: the logits
+
+
+def between(change):
+    net = Net(0)
+    return net, merge_heads(net, mix(net, *separate(net), change))
+
+
+def test_capped_logits_refuse_query_and_key_only():
+    net, y = between(lambda net, logits: net("Mul", net("Tanh", scaled(net, logits)), 30.0))
+    axes, refused = refused_attention(net, y)
+    assert axes == ("vo",)
+    assert "its logits pass through Tanh" in refused["qk"]
+
+
+def test_the_soft_cap_of_the_operator_refuses_query_and_key_only():
+    net = Net(0, opset=23)
+    y = merge_heads(net, net("Attention", *separate(net), softcap=30.0))
+    axes, refused = refused_attention(net, y)
+    assert axes == ("vo",)
+    assert "its logits are capped (softcap)" in refused["qk"]
+
+
+def test_talking_heads_are_refused():
+    def talk(net, logits):
+        last = net("MatMul", net("Transpose", logits, perm=[0, 2, 3, 1]), net.weight(HEADS, HEADS))
+        return net("Transpose", last, perm=[0, 3, 1, 2])
+
+    net, y = between(talk)
+    assert says("its logits are rearranged by Transpose", reasons_of(net, y)["Softmax"])
+
+    net, y = between(lambda net, y: net("Conv", y, net.random(HEADS, HEADS, 1, 1)))
+    assert says("its logits come from Conv", reasons_of(net, y)["Softmax"])
+
+
+def test_logits_from_two_products_are_refused():
+    """A content term and a term of positions: disentangled attention."""
+    net = Net(0)
+    query, key, value = separate(net)
+
+    def add(net, logits):
+        table = net("Transpose", split_heads(net, net.linear("x", WIDTH, SIZE)), perm=[0, 1, 3, 2])
+        return net("Add", logits, net("MatMul", query, table))
+
+    y = merge_heads(net, mix(net, query, key, value, add))
+    assert says("two products of activations meet", reasons_of(net, y)["Softmax"])
+
+
+def test_a_classifier_is_no_attention():
+    net = Net(0)
+    y = net("Softmax", net.linear(net("ReduceMean", net.x(), [1], keepdims=0), WIDTH, 3), axis=-1)
+    assert says("a classifier's Softmax", reasons_of(net, y)["Softmax"])
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_softmax_over_another_axis_is_refused(axis):
+    net = Net(0)
+    query, key, value = separate(net)
+    logits = scaled(net, net("MatMul", query, net("Transpose", key, perm=[0, 1, 3, 2])))
+    mixed = net("MatMul", net("Softmax", logits, axis=axis), value)
+    reasons = reasons_of(net, merge_heads(net, mixed))
+    assert says(f"it runs over axis {axis}, which is not the last", reasons["Softmax"])
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_softmax_over_another_axis_is_refused_when_written_out(axis):
+    net = Net(0)
+    query, key, value = separate(net)
+    powers = net("Exp", scaled(net, net("MatMul", query, net("Transpose", key, perm=[0, 1, 3, 2]))))
+    total = net("ReduceSum", powers, [axis], keepdims=1)
+    mixed = net("MatMul", net("Div", powers, total), value)
+    reasons = reasons_of(net, merge_heads(net, mixed))
+    assert says(f"it runs over axis {axis}, which is not the last", reasons["Div"])
+
+
+def test_probabilities_that_enter_two_products_are_refused():
+    net = Net(0)
+    query, key, value = separate(net)
+    other = split_heads(net, net.linear("x", WIDTH, SIZE))
+    logits = scaled(net, net("MatMul", query, net("Transpose", key, perm=[0, 1, 3, 2])))
+    weights = softmax(net, logits)
+    y = merge_heads(net, net("MatMul", weights, value))
+    reasons = reasons_of(net, y, net("MatMul", weights, other))
+    assert says("enter more than one product", reasons["Softmax"])
+
+
+# Attention: fused
+
+
+@pytest.mark.parametrize("op", ["MultiHeadAttention", "GroupQueryAttention"])
+def test_fused_operators_are_refused(op):
+    net = Net(0)
+    made = projections(net)
+    y = net(op, *made, domain="com.microsoft", num_heads=HEADS)
+    assert says("export the model without fusing", with_unknown_output(net, y)[op])
+
+
+def test_the_fused_attention_of_onnx_runtime_is_refused():
+    net = Net(0)
+    y = net(
+        "Attention", net.x(), net.weight(WIDTH, 3 * SIZE), net.random(3 * SIZE),
+        domain="com.microsoft", num_heads=HEADS,
+    )  # fmt: skip
+    assert says("export the model without fusing", with_unknown_output(net, y)["Attention"])
+
+
+def with_unknown_output(net, y):
+    """Reasons of a model whose output has a type that no schema gives."""
+    model = net.build(net("Identity", "x"))
+    model.graph.output.append(helper.make_tensor_value_info(y, TensorProto.FLOAT, None))
+    catalog = find_blocks(graph.from_proto(model))
+    assert catalog.blocks == ()
+    return by_operator(catalog)
+
+
+def test_an_operator_that_splits_heads_itself_is_refused():
+    net = Net(0, opset=23)
+    y = net("Attention", *projections(net), q_num_heads=HEADS, kv_num_heads=HEADS)
+    reasons = reasons_of(net, net.linear(y, SIZE, WIDTH))
+    assert says("its inputs are 3-D; heads are split inside the operator", reasons["Attention"])
+
+
+def test_an_operator_with_a_cache_is_refused():
+    net = Net(0, opset=23)
+    made = separate(net)
+    past = [net.input(name, "batch", HEADS, "others", HEAD) for name in ("past_k", "past_v")]
+    y, *present = net("Attention", *made, "", *past, outputs=3)
+    reasons = reasons_of(net, merge_heads(net, y), *present)
+    assert says("kept in a cache", reasons["Attention"])
+
+
+# MLPs
+
+
+def hidden_of(net):
+    return relu(net, net.linear(net.x(), WIDTH, HIDDEN))
+
+
+def test_a_hidden_tensor_that_something_else_reads_is_refused():
+    net = Net(0)
+    hidden = hidden_of(net)
+    y = net.linear(hidden, HIDDEN, WIDTH)
+    reasons = reasons_of(net, y, net("ReduceMax", hidden, [2]))
+    assert says(f"its hidden tensor {hidden!r} is also read by ReduceMax", reasons["Linear"])
+
+
+def test_a_hidden_tensor_with_two_readers_below_is_refused():
+    net = Net(0)
+    hidden = hidden_of(net)
+    reasons = reasons_of(net, *(net.linear(hidden, HIDDEN, WIDTH) for _ in range(2)))
+    assert says("is also read by MatMul", reasons["Linear"])
+
+
+def test_a_hidden_tensor_that_is_an_output_is_refused():
+    net = Net(0)
+    hidden = hidden_of(net)
+    reasons = reasons_of(net, net.linear(hidden, HIDDEN, WIDTH), hidden)
+    assert says(f"its hidden tensor {hidden!r} is an output of the model", reasons["Linear"])
+
+
+def test_a_product_that_is_an_output_before_its_bias_is_refused():
+    net = Net(0)
+    product = net("MatMul", net.x(), net.weight(WIDTH, HIDDEN))
+    hidden = relu(net, net("Add", product, net.random(HIDDEN)))
+    reasons = reasons_of(net, net.linear(hidden, HIDDEN, WIDTH), product)
+    assert says(f"its hidden tensor {product!r} is an output of the model", reasons["Linear"])
+
+
+@pytest.mark.parametrize("op", ["LayerNormalization", "Softmax", "CumSum"])
+def test_an_operator_that_mixes_hidden_channels_is_refused(op):
+    net = Net(0)
+    hidden = hidden_of(net)
+    extra = {"LayerNormalization": [net.random(HIDDEN)], "Softmax": [], "CumSum": [np.int64(2)]}
+    mixed = net(op, hidden, *extra[op])
+    reasons = reasons_of(net, net.linear(mixed, HIDDEN, WIDTH))
+    assert says(f"through {op}", reasons["Linear"])
+
+
+def test_a_packed_gate_is_refused():
+    net = Net(0)
+    y = net.linear(net.x(), WIDTH, 2 * HIDDEN)
+    gate, up = net("Split", y, [HIDDEN, HIDDEN], outputs=2, axis=2)
+    reasons = reasons_of(net, net.linear(net("Mul", net("Sigmoid", gate), up), HIDDEN, WIDTH))
+    assert says("(a packed gate)", reasons["Linear"])
+
+
+def test_a_gate_with_one_value_per_sample_is_refused():
+    """Squeeze and excite: the gate has another shape than what it gates."""
+    net = Net(0)
+    up = relu(net, net.linear(net.x(), WIDTH, HIDDEN))
+    squeezed = net("ReduceMean", "x", [1], keepdims=1)
+    gate = net("Sigmoid", net.linear(squeezed, WIDTH, HIDDEN))
+    reasons = reasons_of(net, net.linear(net("Mul", up, gate), HIDDEN, WIDTH))
+    assert says("do not reach its input one to one", reasons["Linear"])
+
+
+def test_a_constant_that_differs_between_tokens_is_refused():
+    net = Net(0)
+    hidden = relu(net, net.linear(net.x("batch", 5, WIDTH), WIDTH, HIDDEN))
+    shifted = net("Add", hidden, net.random(5, HIDDEN))
+    reasons = reasons_of(net, net.linear(shifted, HIDDEN, WIDTH))
+    assert says(f"meets a constant of shape [5, {HIDDEN}]", reasons["Linear"])
+
+
+def test_weights_that_are_no_matrices_are_refused():
+    """Experts stacked in one tensor."""
+    net = Net(0)
+    net.x("batch", 3, "tokens", WIDTH)
+    hidden = relu(net, net("MatMul", "x", net.random(3, WIDTH, HIDDEN)))
+    reasons = reasons_of(net, net("MatMul", hidden, net.random(3, HIDDEN, WIDTH)))
+    assert says("is 3-D, no matrix", reasons["MatMul"])
+
+
+def test_a_transposed_activation_is_refused():
+    net = Net(0)
+    net.x(WIDTH, "batch")
+    y = net("Gemm", "x", net.weight(WIDTH, HIDDEN), transA=1)
+    reasons = reasons_of(net, net("Gemm", relu(net, y), net.weight(HIDDEN, WIDTH)))
+    assert says("enters transposed (transA = 1)", reasons["Gemm"])
+
+
+def test_a_constant_on_the_left_is_refused():
+    net = Net(0)
+    y = net("MatMul", net.random(HIDDEN, WIDTH), net.x("batch", WIDTH, "tokens"))
+    y = net("MatMul", net.random(WIDTH, HIDDEN), relu(net, y))
+    assert says("multiplies from the left", reasons_of(net, y)["MatMul"])
+
+
+def test_a_gemm_that_adds_an_activation_is_refused():
+    """The residual stream enters as the third operand: it is no bias."""
+    net = Net(0)
+    hidden = relu(net, net("Gemm", net.x("batch", WIDTH), net.weight(WIDTH, HIDDEN)))
+    y = net("Gemm", hidden, net.weight(HIDDEN, WIDTH), "x")
+    assert says("adds 'x', which is no constant vector", reasons_of(net, y)["Gemm"])
+
+
+def test_large_layers_in_no_block_are_mentioned_and_small_ones_are_not():
+    net = Net(0)
+    y = residual_block(net, net.x())
+    wide = net.linear(net("Softplus", y), WIDTH, 4 * WIDTH)
+    first = net("Gather", y, np.int64(0), axis=1)
+    (refusal,) = catalog_of(net, wide, net.linear(first, WIDTH, 2)).refusals
+    assert refusal.op == "Linear"
+    assert "end in no other linear layer" in refusal.reason
+
+
+# Whole models
+
+
+def test_blocks_inside_a_branch_are_left_as_they_are():
+    net = Net(0)
+    inner = Net(1)
+    y = mlp(inner, net.x(), relu)
+    body = helper.make_graph(
+        inner.nodes, "body", [], [helper.make_tensor_value_info(y, TensorProto.FLOAT, None)],
+        inner.tensors,
+    )  # fmt: skip
+    condition = net("Greater", net("ReduceMax", "x", keepdims=0), 0.0)
+    outcome = net("If", condition, then_branch=body, else_branch=renamed(body))
+    catalog = catalog_of(net, net("Add", outcome, mlp(net, "x", relu)))
+    assert [block.id for block in catalog.blocks] == ["mlp.0"]
+    assert len(catalog.refusals) == 4
+    assert {r.reason for r in catalog.refusals} == {
+        "it lies inside the body of an If, Loop or Scan, which is left as it is"
+    }
+
+
+def renamed(body):
+    """A copy of a branch with names of its own, as ONNX asks for."""
+    other = onnx.GraphProto()
+    other.CopyFrom(body)
+    for node in other.node:
+        node.name += "'"
+        node.input[:] = [name if name == "x" else f"{name}'" for name in node.input]
+        node.output[:] = [f"{name}'" for name in node.output]
+    for value in (*other.output, *other.initializer):
+        value.name += "'"
+    return other
+
+
+@pytest.mark.parametrize("op", ["DequantizeLinear", "MatMulInteger"])
+def test_quantised_models_are_refused_on_loading(op, tmp_path):
+    net = Net(0)
+    if op == "DequantizeLinear":
+        weight = net(op, np.ones((WIDTH, HIDDEN), np.int8), 0.1, np.int8(0))
+        y = net("MatMul", net.x(), weight)
+    else:
+        net.input("x", "batch", WIDTH, dtype=np.uint8)
+        y = net(op, "x", np.ones((WIDTH, HIDDEN), np.uint8))
+    onnx.save(net.build(y), tmp_path / "int8.onnx")
+    with pytest.raises(QuantisedModel, match=f"it holds {op}.*quantise the result"):
+        graph.load(tmp_path / "int8.onnx")
