@@ -40,7 +40,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "macs": Benchmark(macs.measure, "multiply-adds of DeiT, dense and cut, by hand count", TORCH),
 }
 
-SCREEN = Console(width=None if sys.stdout.isatty() else 140)
+ALL = "all"
+
+SCREEN = Console(width=None if sys.stdout.isatty() else 160)
 log = logging.getLogger("benchmarks")
 
 
@@ -48,10 +50,11 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmarks that are named; 0 if all their checks hold."""
     parser = _parser()
     asked = parser.parse_args(argv)
-    unknown = [name for name in asked.names if name not in BENCHMARKS]
+    names = list(BENCHMARKS) if asked.names == [ALL] else asked.names
+    unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"there is no benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
-    if not asked.names:
+    if not names:
         for name, benchmark in BENCHMARKS.items():
             print(f"{name:12} {benchmark.about}")
         return DONE
@@ -59,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     log.setLevel(logging.INFO)
     place = Place(asked.assets, asked.exports, asked.quick)
     try:
-        return max([_run(name, place, asked.out, argv) for name in asked.names])
+        return max([_run(name, place, asked.out, argv) for name in names])
     except CorpError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return UNUSABLE
@@ -67,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(BENCHMARKS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join((*BENCHMARKS, ALL)))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="for results")
     parser.add_argument("--assets", type=Path, default=Path(".assets"), help="models and data")
     parser.add_argument(
@@ -85,9 +88,16 @@ def _parser() -> argparse.ArgumentParser:
 def _run(name: str, place: Place, out: Path, argv: Sequence[str]) -> int:
     """Measure one thing, print it, write it down."""
     benchmark = BENCHMARKS[name]
+    circumstances = _circumstances(name, benchmark, argv)
     start = perf_counter()
     outcome = benchmark.measure(place)
-    document = _document(name, benchmark, outcome, argv) | {"seconds": perf_counter() - start}
+    document = circumstances | {
+        "seconds": perf_counter() - start,
+        "settings": dict(outcome.settings),
+        "checks": [asdict(check) for check in outcome.checks],
+        "passed": outcome.passed,
+        "tables": dict(outcome.tables),
+    }
     _show(outcome)
     if not place.quick:
         path = out / f"{document['date']}-{name}-{machine.slug(machine.cpu())}.json"
@@ -97,9 +107,8 @@ def _run(name: str, place: Place, out: Path, argv: Sequence[str]) -> int:
     return DONE if outcome.passed else FAILED
 
 
-def _document(
-    name: str, benchmark: Benchmark, outcome: Outcome, argv: Sequence[str]
-) -> dict[str, Any]:
+def _circumstances(name: str, benchmark: Benchmark, argv: Sequence[str]) -> dict[str, Any]:
+    """What, where, when and with which versions."""
     return {
         "benchmark": name,
         "about": benchmark.about,
@@ -109,10 +118,6 @@ def _document(
         "os": machine.system(),
         "versions": machine.versions(benchmark.packages),
         **machine.commit(),
-        "settings": dict(outcome.settings),
-        "checks": [asdict(check) for check in outcome.checks],
-        "passed": outcome.passed,
-        "tables": dict(outcome.tables),
     }
 
 
@@ -128,14 +133,16 @@ def _portable(argument: str) -> str:
 
 def _show(outcome: Outcome) -> None:
     for title, rows in outcome.tables.items():
-        SCREEN.print(_table(title, rows))
+        SCREEN.print(f"\n{title}", style="bold", highlight=False)
+        SCREEN.print(_table(rows))
+    SCREEN.print()
     for check in outcome.checks:
         verdict = "passed" if check.passed else "FAILED"
         SCREEN.print(f"{verdict}  {check.name}: {check.found}", markup=False, highlight=False)
 
 
-def _table(title: str, rows: list[Row]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+def _table(rows: list[Row]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column, value in rows[0].items():
         table.add_column(column, justify="left" if isinstance(value, str) else "right")
     for row in rows:

@@ -53,11 +53,19 @@ def versions(optional: tuple[str, ...]) -> dict[str, str]:
 
 
 def commit() -> dict[str, object]:
-    """The commit that is checked out, and whether the sources differ from it."""
+    """The commit that is checked out, and whether the sources differ from it; None if unknown."""
     changed = _git("status", "--porcelain", "--", *SOURCES)
-    return {"commit": _git("rev-parse", "HEAD"), "changed": bool(changed)}
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "changed": None if changed is None else changed != "",
+    }
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> str | None:
+    """What git says; None outside a checkout, or without git."""
     command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        answer = subprocess.run(command, check=False, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

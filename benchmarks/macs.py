@@ -48,8 +48,6 @@ def _row(place: Place, size: str) -> Row:
         "cut": surgery.pruned.total,
         "cut by hand, G": cut,
         "removed": 1 - surgery.pruned.total / surgery.dense.total,
-        "parameters": surgery.dense.params,
-        "parameters left": surgery.pruned.params,
     }
 
 

@@ -60,7 +60,11 @@ def measure(place: Place) -> Outcome:
         rows, variants = subject.methods(), subject.variants()
         tables |= {task.name: rows, f"{task.name}: both cuts, other recipes": variants}
         checks += [_check(task.name, rows, cut) for cut in ("MLP", "both")]
-        settings[task.name] = {"tensor": task.tensor, "samples": task.samples}
+        settings[task.name] = {
+            "tensor": task.tensor,
+            "samples": task.samples,
+            "largest_standard_error": round(0.5 / task.samples["test"] ** 0.5, 4),
+        }
     return Outcome(tables, tuple(checks), settings)
 
 

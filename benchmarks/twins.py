@@ -58,15 +58,15 @@ def _scale_of_narrow_head(fold: Fold) -> Fold | None:
 
 
 FULL_WIDTH: Mapping[str, Mistake] = {
-    "query map transposed": _query_transposed,
-    "value map transposed": _value_transposed,
-    "MLP bias dropped": _mlp_bias_dropped,
-    "output bias dropped": _output_bias_dropped,
-    "two heads of the query swapped": _query_heads_swapped,
-    "two heads of the output swapped": _output_heads_swapped,
-    "scale forgotten": _scale_forgotten,
+    "query Aᵀ": _query_transposed,
+    "value Pᵀ": _value_transposed,
+    "no MLP bias": _mlp_bias_dropped,
+    "no output bias": _output_bias_dropped,
+    "query heads swapped": _query_heads_swapped,
+    "output heads swapped": _output_heads_swapped,
+    "no scale": _scale_forgotten,
 }
-NARROW: Mapping[str, Mistake] = {"scale of the narrow head": _scale_of_narrow_head}
+NARROW: Mapping[str, Mistake] = {"narrow scale": _scale_of_narrow_head}
 
 
 def wrong(solution: Solution, mistake: Mistake) -> Solution:

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
 from corp_onnx.blocks.records import Mask, Route
 from corp_onnx.data import Dataset
-from corp_onnx.errors import DataError, TooFewSamples
+from corp_onnx.errors import DataError, NothingPrunable, TooFewSamples
 from corp_onnx.graph import Model
 from corp_onnx.moments import Accumulator, Moments
 from corp_onnx.session import Runtime, open_session
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 BATCH_SIZE = 8
 HELD_OUT_SHARE = 0.2
 MOST_HELD_OUT = 32
-MOST_SEEN = 16
+MOST_SEEN = 32
 ENOUGH_TOKENS_PER_CHANNEL = 10
 MASKED_BELOW = -1e3
 """A value added to a logit that hides a token: exporters write -10000, -65504, -3.4e38 or -inf."""
@@ -61,6 +61,7 @@ def calibrate(
     Raises:
         DataError: If an activation holds NaN or infinity.
         TooFewSamples: If an axis has more channels than there are tokens.
+        NothingPrunable: If no block has an axis that statistics are needed for.
     """
     held_out, used = _split(data, seed)
     statistics = gather(
@@ -72,7 +73,7 @@ def calibrate(
         on_batch=on_batch,
     )
     require_enough(statistics)
-    seen = tuple(used.take(np.arange(min(MOST_SEEN, used.samples))).batches(batch_size))
+    seen = tuple(_drawn(used, MOST_SEEN, seed).batches(batch_size))
     return replace(statistics, seen=seen, held_out=tuple(held_out.batches(batch_size)))
 
 
@@ -85,8 +86,17 @@ def gather(
     source: str = "",
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> Statistics:
-    """Moments over exactly these batches, none held out and none too few."""
+    """Moments over exactly these batches, none held out and none too few.
+
+    Raises:
+        DataError: If there are no batches, or an activation holds NaN or infinity.
+        NothingPrunable: If no block has an axis that statistics are needed for.
+    """
     sites = tuple(_Site(block) for block in catalog.blocks if _is_read(block))
+    if not sites:
+        raise NothingPrunable(
+            "no block of the model has an axis to calibrate; `corp-onnx inspect` says why"
+        )
     runtime = replace(runtime or Runtime(), spinning=False)
     session = open_session(exposed(model, _tensors(sites)), runtime)
     samples = 0
@@ -119,24 +129,45 @@ def exposed(model: Model, tensors: Iterable[str]) -> Model:
 
 
 def require_enough(statistics: Statistics) -> None:
-    """Fail where an axis has more channels than tokens, warn where it has few."""
-    for name, moments in statistics.sites.items():
-        if moments.count < moments.width:
-            per_sample = moments.count / statistics.samples
-            needed = int(np.ceil(ENOUGH_TOKENS_PER_CHANNEL * moments.width / per_sample))
-            raise TooFewSamples(
-                f"{statistics.samples} samples give {moments.count} tokens, fewer than the "
-                f"{moments.width} channels of {name}; give at least {needed} samples "
-                f"({ENOUGH_TOKENS_PER_CHANNEL} tokens per channel)"
-            )
-        if moments.count < ENOUGH_TOKENS_PER_CHANNEL * moments.width:
+    """Fail where an axis has more channels than tokens, warn where it has few.
+
+    Raises:
+        TooFewSamples: If there is such an axis; says how many samples would do for all of them.
+        DataError: If every token is masked.
+    """
+    per_channel = {
+        name: moments.count / moments.width for name, moments in statistics.sites.items()
+    }
+    scarcest = min(per_channel, key=per_channel.__getitem__, default="")
+    if scarcest and per_channel[scarcest] < 1:
+        raise _too_few(statistics, scarcest)
+    for name, tokens in per_channel.items():
+        if tokens < ENOUGH_TOKENS_PER_CHANNEL:
             log.warning(
                 "%s has only %.1f tokens per channel; the repair may fit the calibration data more "
                 "than the task: %d or more are better",
                 name,
-                moments.count / moments.width,
+                tokens,
                 ENOUGH_TOKENS_PER_CHANNEL,
             )
+
+
+def _too_few(statistics: Statistics, site: str) -> DataError:
+    """What to say of a site that has more channels than tokens."""
+    moments = statistics.sites[site]
+    if not moments.count:
+        return DataError(
+            f"no token of {statistics.source} reaches {site}: its mask hides all of them; check "
+            "the mask among the inputs"
+        )
+    per_sample = moments.count / statistics.samples
+    used = int(np.ceil(ENOUGH_TOKENS_PER_CHANNEL * moments.width / per_sample))
+    held_out = int(np.ceil(used * HELD_OUT_SHARE / (1 - HELD_OUT_SHARE)))
+    return TooFewSamples(
+        f"{statistics.samples} samples give {moments.count} tokens, fewer than the "
+        f"{moments.width} channels of {site}; give at least {used + min(MOST_HELD_OUT, held_out)} "
+        f"samples ({ENOUGH_TOKENS_PER_CHANNEL} tokens per channel, and some to verify with)"
+    )
 
 
 @dataclass(slots=True)
@@ -159,10 +190,11 @@ class _Site:
     def add(self, tensors: Batch) -> None:
         """Add one batch of activations."""
         try:
-            if isinstance(self.block, Mlp):
-                self._add_hidden(self.block, tensors)
-            else:
-                self._add_heads(self.block, tensors)
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is an error anyway
+                if isinstance(self.block, Mlp):
+                    self._add_hidden(self.block, tensors)
+                else:
+                    self._add_heads(self.block, tensors)
         except DataError as error:
             raise DataError(
                 f"at {', '.join(self.tensors())} of {self.block.id}: {error}"
@@ -249,6 +281,12 @@ def visible(mask: Mask, values: np.ndarray) -> np.ndarray:
     if mask.kind == "drops":
         keeps = ~keeps
     return np.atleast_2d(np.any(keeps, axis=tuple(range(1, keeps.ndim - 1))))
+
+
+def _drawn(data: Dataset, most: int, seed: int) -> Dataset:
+    """A random choice of samples, in the order of the data."""
+    order = np.random.default_rng(seed).permutation(data.samples)
+    return data.take(np.sort(order[: max(most, data.fixed_batch or 1)]))
 
 
 def _split(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:

@@ -128,7 +128,10 @@ def calibrate(
     samples: Samples = None,
     seed: Seed = 0,
     allow_random: AllowRandom = False,
-    shard: Annotated[str, typer.Option("--shard", help="i/n: every n-th sample from i.")] = "0/1",
+    shard: Annotated[
+        str, typer.Option("--shard", help="i/n: one of n random parts, i from 0.")
+    ] = "0/1",
+    shapes: Shapes = None,
     providers: Providers = DEFAULT_PROVIDERS,
     threads: Threads = 0,
     custom_op_library: CustomOps = None,
@@ -141,6 +144,7 @@ def calibrate(
         output,
         Source(data, samples, seed, allow_random),
         _shard(shard),
+        _sizes(shapes),
         _runtime(providers, threads, custom_op_library),
     )
     _run(command, as_json, log_level)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -83,16 +84,18 @@ class Calibrate:
     output: Path
     source: Source
     shard: tuple[int, int]
+    sizes: Sizes
     runtime: Runtime
 
     def __call__(self, progress: Progress) -> Answer:
         """Run the model on the shard's samples and write what was found."""
         graph.require_writable(self.output)
         model = graph.load(self.model)
-        catalog = find_blocks(model)
+        catalog = find_blocks(model, self.sizes)
         data = self.source.open(self.model, open_session(self.model, self.runtime))
         index, parts = self.shard
-        shard = data.take(range(index, data.samples, parts))
+        order = np.random.default_rng(self.source.seed).permutation(data.samples)
+        shard = data if parts == 1 else data.take(np.sort(order[index::parts]))
         statistics = calibrate(
             model,
             catalog,

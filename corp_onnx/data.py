@@ -61,6 +61,11 @@ class Dataset:
         return None if labels is None else tuple(labels[index] for index in self.indices)
 
     @property
+    def places(self) -> Int[np.ndarray, " n"]:
+        """The number of every sample in the source, in order."""
+        return np.array([self.store.place(index) for index in self.indices.tolist()], np.intp)
+
+    @property
     def fixed_batch(self) -> int | None:
         """The only batch size that the model takes; None if it takes any."""
         return next((spec.shape[0] for spec in self.inputs if spec.shape[0] is not None), None)
@@ -254,15 +259,16 @@ def _how_to_preprocess(folder: Path, spec: InputSpec) -> str:
             f"{shape_text(spec)} and takes none; give arrays in a .npz"
         )
     height, width = (size or 224 for size in spec.shape[2:])
+    grey = spec.shape[1] == 1
+    mean, std = ((0.5,), (0.5,)) if grey else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     example = Preprocessing(
-        *(spec.name, (height, width), 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        interpolation="bicubic",
-        crop_pct=0.9,
+        *(spec.name, (height, width), len(mean), mean, std), interpolation="bicubic", crop_pct=0.9
     )
+    used = "pixels between -1 and 1" if grey else "ImageNet's mean and standard deviation"
     return (
         f"{folder} holds images, but there is no <model>.preprocessing.json beside the model that "
-        "says how a picture becomes its input; write one. For a model trained with ImageNet's mean "
-        f"and standard deviation it holds {json.dumps(asdict(example))}"
+        f"says how a picture becomes its input; write one. For a model trained with {used} it "
+        f"holds {json.dumps(asdict(example))}"
     )
 
 

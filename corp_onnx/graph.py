@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, EncodeError
@@ -80,8 +81,6 @@ def load(path: Path) -> Model:
     proto = _read(path)
     opset = _require_known_opset(proto, path)
     _require_float(proto, path)
-    if proto.functions:
-        proto = inline_local_functions(proto)
     digest = _sha256(path, proto)
     try:
         onnx.external_data_helper.load_external_data_for_model(proto, str(path.parent))
@@ -98,6 +97,8 @@ def from_proto(proto: onnx.ModelProto, fingerprint: Fingerprint | None = None) -
     if fingerprint is None:
         digest = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
         fingerprint = Fingerprint(digest, opset_of(proto), _producer(proto))
+    if proto.functions:
+        proto = inline_local_functions(proto)
     header = onnx.ModelProto()
     for field, value in proto.ListFields():
         if field.name not in {"graph", "functions"}:
@@ -216,13 +217,24 @@ def _constants_from_nodes(graph: gs.Graph) -> None:
     """Turn every Constant node into a constant tensor of the same name."""
     outputs = {id(tensor) for tensor in graph.outputs}
     for node in graph.nodes:
-        value = node.attrs.get("value")
-        if node.op != "Constant" or not isinstance(value, gs.Constant):
+        value = _value(node) if node.op == "Constant" else None
+        if value is None or id(node.outputs[0]) in outputs:
             continue
         (output,) = node.outputs
-        if id(output) not in outputs:
-            node.outputs.clear()
-            output.to_constant(value.values)
+        node.outputs.clear()
+        output.to_constant(value)
+
+
+def _value(node: gs.Node) -> np.ndarray | None:
+    """The value of a Constant node; None if it is sparse or text."""
+    value = node.attrs.get("value")
+    if isinstance(value, gs.Constant):
+        return np.asarray(value.values)
+    for suffix, dtype in (("float", np.float32), ("int", np.int64)):
+        for name in (f"value_{suffix}", f"value_{suffix}s"):
+            if name in node.attrs:
+                return np.asarray(node.attrs[name], dtype=dtype)
+    return None
 
 
 def _name_every_node(graph: gs.Graph) -> None:

@@ -31,12 +31,13 @@ def read_labels(path: Path, data: Dataset) -> list[int]:
         ) from error
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(f"{path} holds {labels.dtype} of shape {labels.shape}, not whole numbers")
-    if data.samples and int(data.indices.max()) >= len(labels):
+    places = data.places
+    if data.samples and int(places.max()) >= len(labels):
         raise DataError(
             f"{path} holds {len(labels)} labels, but {data.source} has at least "
-            f"{int(data.indices.max()) + 1} samples; give one label per sample"
+            f"{int(places.max()) + 1} samples; give one label per sample"
         )
-    return [int(label) for label in labels[data.indices]]
+    return [int(label) for label in labels[places]]
 
 
 def _numbers(path: Path) -> np.ndarray:

@@ -46,9 +46,13 @@ class Rows:
         """That of the batch it came in."""
         return self.samples[index].layout
 
-    def name(self, index: int) -> str:
+    def place(self, index: int) -> int:
         """A sample's place among all that were yielded, counted from 0."""
-        return f"sample {self.samples[index].position}"
+        return self.samples[index].position
+
+    def name(self, index: int) -> str:
+        """That place, in words."""
+        return f"sample {self.place(index)}"
 
     def read(self, indices: Int[np.ndarray, " n"]) -> dict[str, Shaped[np.ndarray, "n ..."]]:
         """Those rows, stacked."""

@@ -23,13 +23,12 @@ from corp_onnx.statistics import Statistics
 from corp_onnx.surgery import Surgery, operate
 from corp_onnx.verify import (
     Check,
-    Comparison,
     Verification,
     check_gates,
     check_promises,
     check_repair,
     check_structure,
-    compare,
+    compare_each,
 )
 
 
@@ -173,26 +172,23 @@ def verify(
         )
     found = find_blocks(surgery.model, sizes)
     checks: list[Check] = [check_structure(plan, surgery.model, model, found)]
-    dense = open_session(model, runtime)
-    comparison = compare(dense, open_session(surgery.model, runtime), statistics.held_out)
+    candidates = [surgery.model]
+    if solution.method != "none":
+        candidates.append(_without_repair(model, catalog, plan, statistics))
+    comparison, *unrepaired = compare_each(
+        open_session(model, runtime),
+        [open_session(candidate, runtime) for candidate in candidates],
+        statistics.held_out,
+    )
     if checks[0].passed:
         measured = measured_errors(model, catalog, surgery.model, found, statistics.seen, runtime)
         checks.append(check_promises(solution, measured))
-    if solution.method != "none":
-        unrepaired = _without_repair(model, catalog, plan, statistics, runtime)
-        checks.append(check_repair(comparison, unrepaired))
+    checks += [check_repair(comparison, bare) for bare in unrepaired]
     checks += check_gates(comparison, max_error=gates.max_error, min_agreement=gates.min_agreement)
     return Verification(tuple(checks), comparison)
 
 
-def _without_repair(
-    model: Model,
-    catalog: Catalog,
-    plan: Plan,
-    statistics: Statistics,
-    runtime: Runtime | None,
-) -> Comparison:
+def _without_repair(model: Model, catalog: Catalog, plan: Plan, statistics: Statistics) -> Model:
     """The same cut with nothing put in place of what goes."""
     solution = solve(model, catalog, plan, statistics, Recipe(method="none"))
-    bare = operate(model, catalog, solution).model
-    return compare(open_session(model, runtime), open_session(bare, runtime), statistics.held_out)
+    return operate(model, catalog, solution).model

@@ -152,7 +152,8 @@ def comparison_table(document: Mapping[str, Any]) -> RenderableType:
     for key, scale, unit in (("macs", 1e9, "G"), ("params", 1e6, "M")):
         pair = document[key]
         table.add_row(key, _change("", pair["dense"], pair["pruned"], scale, unit))
-    return table
+    checks = [Check(**check) for check in document["checks"]]
+    return Group(table, checks_table(checks)) if checks else table
 
 
 def checks_table(checks: Iterable[Check]) -> Table:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from corp_onnx.blocks import Attention, Block, Catalog, Mlp
+from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
 from corp_onnx.blocks.records import Linear, Route
 from corp_onnx.calibrate import exposed, operand, seen_rows
 from corp_onnx.graph import Model
@@ -33,13 +33,12 @@ def measured_errors(
     For an MLP it is the error of the down projection's output over that output's variance; for
     attention the error of the logits over all pairs of tokens in a batch, over the squared logits:
     the same quantities that solving predicts. The smaller graph is cut open at the blocks' inputs,
-    so what is measured ran in ONNX Runtime.
+    so what is measured ran in ONNX Runtime. MLPs that share a layer, the end of one and the
+    beginning of the other, are left out: what passes between them is narrower now.
     """
-    pairs = [
-        (block, other)
-        for block, other in zip(dense_catalog.blocks, pruned_catalog.blocks, strict=True)
-        if isinstance(block, Mlp) or block.query is not None
-    ]
+    pairs = _measurable(dense_catalog, pruned_catalog)
+    if not pairs:
+        return {}
     entries = list(dict.fromkeys(name for block, _ in pairs for name in _entries(block)))
     whole = open_session(
         exposed(dense, [*entries, *(name for block, _ in pairs for name in _reads(block))]), runtime
@@ -56,6 +55,29 @@ def measured_errors(
     return {name: meter.error() for name, meter in meters.items()}
 
 
+def _measurable(dense: Catalog, pruned: Catalog) -> list[tuple[Block, Block]]:
+    """Blocks before and after that have something to measure and take dense inputs."""
+    pairs = list(zip(dense.blocks, pruned.blocks, strict=True))
+    narrower = {
+        block.hidden
+        for block, other in pairs
+        if isinstance(block, Mlp) and other.width != block.width
+    }
+    return [
+        (block, other)
+        for block, other in pairs
+        if axes_of(block) not in {(), ("vo",)}
+        and narrower.isdisjoint(_entries(block))
+        and not (isinstance(block, Mlp) and _narrows_output(block, other))
+    ]
+
+
+def _narrows_output(block: Mlp, other: Block) -> bool:
+    """Whether the down projection is the up projection of another block that was cut."""
+    return isinstance(other, Mlp) and other.down.width_out != block.down.width_out
+
+
+@runtime_checkable
 class _Meter(Protocol):
     """Compares one block before and after, batch by batch."""
 

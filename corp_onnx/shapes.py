@@ -61,10 +61,10 @@ class Facts:
             return np.asarray(tensor.values)
         return self.values.get(tensor.name)
 
-    def is_boolean(self, tensor: gs.Tensor) -> bool:
-        """Whether a tensor is known to hold truth values."""
+    def dtype(self, tensor: gs.Tensor) -> np.dtype | None:
+        """The element type of a tensor, or None if it could not be inferred."""
         kind = self.types.get(tensor.name) or _type_of_constant(tensor)
-        return kind is not None and kind.tensor_type.elem_type == onnx.TensorProto.BOOL
+        return kind and onnx.helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)
 
     def shape(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
         """The shape of a tensor, or None if it could not be inferred."""
@@ -133,7 +133,7 @@ def usual_sequence(graph: gs.Graph, given: Sizes | None = None) -> int:
 
 def tensor_count(graph: gs.Graph) -> int:
     """How many tensors a graph computes or takes in."""
-    return len(graph.inputs) + sum(len(node.outputs) for node in graph.nodes)
+    return len(graph.inputs) + sum(bool(t.name) for node in graph.nodes for t in node.outputs)
 
 
 def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:
@@ -163,18 +163,6 @@ def run(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tuple[np
     evaluator = ReferenceEvaluator(proto, opsets={"": opset})
     feeds = {name: inputs[name] for name in names if name}
     return tuple(np.asarray(value) for value in evaluator.run(None, feeds))
-
-
-def constant_across(probes: tuple[Facts, ...], tensor: gs.Tensor) -> np.ndarray | None:
-    """The value of a tensor that is the same at all probed sizes, else None."""
-    first = probes[0].value(tensor)
-    if first is None or isinstance(tensor, gs.Constant):
-        return first
-    for probe in probes[1:]:
-        other = probe.value(tensor)
-        if other is None or not np.array_equal(first, other):
-            return None
-    return first
 
 
 def _static(size: object) -> int | None:
@@ -262,14 +250,32 @@ def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> No
     proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
     try:
         inferred = onnx.shape_inference.infer_node_outputs(schema, proto, inputs, data)
-    except onnx.shape_inference.InferenceError as error:
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         log.debug("shape inference failed at %s: %s", node.name, error)
         return
+    known = {name: _shape_of(kind) for name, kind in inferred.items() if name}
+    if not _runs(node, facts, known.get(node.outputs[0].name)):
+        return
     facts.types.update(inferred)
-    for name, kind in inferred.items():
-        dims = kind.tensor_type.shape.dim
-        if kind.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
-            facts.shapes[name] = tuple(dim.dim_value for dim in dims)
+    facts.shapes.update({name: shape for name, shape in known.items() if shape is not None})
+
+
+def _runs(node: gs.Node, facts: Facts, after: tuple[int, ...] | None) -> bool:
+    """What inference does not look at: elements of a Reshape, indices of a Gather."""
+    before = facts.shape(node.inputs[0]) if node.inputs else None
+    if node.op == "Reshape" and before is not None and after is not None:
+        return bool(np.prod(before) == np.prod(after))
+    if node.op == "Gather" and before is not None:
+        indices = facts.value(node.inputs[1])
+        return indices is None or bool((indices < before[node.attrs.get("axis", 0)]).all())
+    return True
+
+
+def _shape_of(kind: onnx.TypeProto) -> tuple[int, ...] | None:
+    dims = kind.tensor_type.shape.dim
+    if not kind.tensor_type.HasField("shape") or any(not d.HasField("dim_value") for d in dims):
+        return None
+    return tuple(dim.dim_value for dim in dims)
 
 
 def _type_of_constant(tensor: gs.Tensor) -> onnx.TypeProto | None:

@@ -47,6 +47,9 @@ class Store(Protocol):
     def layout(self, index: int) -> Layout:
         """Names, dtypes and shapes of one sample, found without reading it."""
 
+    def place(self, index: int) -> int:
+        """A sample's number in the source, which may hold more than the store."""
+
     def name(self, index: int) -> str:
         """What to call one sample in a message."""
 
@@ -86,6 +89,10 @@ class Images:
         wanted = self.preprocessing
         shape = (None, wanted.channels, *wanted.size)
         return (InputSpec(wanted.input, np.dtype(np.float32), shape),)
+
+    def place(self, index: int) -> int:
+        """Its own number: all pictures are in the store."""
+        return index
 
     def name(self, index: int) -> str:
         """A picture's file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import zipfile
 import zlib
@@ -69,8 +70,8 @@ class Statistics:
             self.samples + other.samples,
             self.source if self.source == other.source else f"{self.source}, {other.source}",
             self.sha256,
-            self.seen or other.seen,
-            self.held_out or other.held_out,
+            _mixed(self.seen, other.seen),
+            _mixed(self.held_out, other.held_out),
         )
 
     def save(self, path: Path) -> None:
@@ -129,8 +130,9 @@ def _assembled(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Stati
     """What `save` took apart."""
     return Statistics(
         {
-            name: Moments(count, arrays[f"mean/{name}"], _unpack(arrays[f"scatter/{name}"]))
+            name: Moments(count, mean, _unpack(arrays[f"scatter/{name}"], mean.shape))
             for name, count in about["counts"].items()
+            for mean in [arrays[f"mean/{name}"]]
         },
         {name: arrays[f"energy/{name}"] for name in about["tokens"]},
         about["tokens"],
@@ -147,6 +149,13 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         return npy.read_array(stream, allow_pickle=False)
 
 
+def _mixed(one: tuple[Batch, ...], other: tuple[Batch, ...]) -> tuple[Batch, ...]:
+    """Batches of both in turn, no more than the longer has."""
+    turns = itertools.zip_longest(one, other)
+    mixed = [batch for pair in turns for batch in pair if batch is not None]
+    return tuple(mixed[: max(len(one), len(other))])
+
+
 def merged(parts: Iterable[Statistics]) -> Statistics:
     """All parts together; there is at least one."""
     first, *rest = parts
@@ -161,10 +170,12 @@ def _pack(scatter: Float64[np.ndarray, "*h d d"]) -> Float64[np.ndarray, "*h t"]
     return scatter[..., rows, columns]
 
 
-def _unpack(packed: Float64[np.ndarray, "*h t"]) -> Float64[np.ndarray, "*h d d"]:
-    width = int((np.sqrt(8 * packed.shape[-1] + 1) - 1) / 2)
-    rows, columns = np.triu_indices(width)
-    scatter = np.empty((*packed.shape[:-1], width, width))
+def _unpack(
+    packed: Float64[np.ndarray, "*h t"], shape: tuple[int, ...]
+) -> Float64[np.ndarray, "*h d d"]:
+    """The whole matrices of a mean of this shape."""
+    rows, columns = np.triu_indices(shape[-1])
+    scatter = np.empty((*shape, shape[-1]))
     scatter[..., rows, columns] = packed
     scatter[..., columns, rows] = packed
     scatter.setflags(write=False)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64
 
 from corp_onnx.blocks.linear import bias_of, dtype_of, weight_of
 from corp_onnx.blocks.records import Layout, Linear, Route, SizeReader, Target
 from corp_onnx.emit import Emitter
-from corp_onnx.errors import SurgeryError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,10 +128,13 @@ class Theatre:
                 "Add", [y, self.emit.constant(f"{role}_bias", vector.astype(dtype))], dtype=dtype
             )
         operand = self._lay_out(y, route.layout, mapping.shape[0], mapping.shape[2])
+        if route.dtype != dtype.name:
+            code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(route.dtype))
+            operand = self.emit.node("Cast", [operand], dtype=route.dtype, attrs={"to": code})
         if scale == 1.0:
             return operand
-        constant = self.emit.constant(f"{role}_scale", np.asarray(scale, dtype=dtype))
-        return self.emit.node("Mul", [operand, constant], dtype=dtype)
+        constant = self.emit.constant(f"{role}_scale", np.asarray(scale, dtype=route.dtype))
+        return self.emit.node("Mul", [operand, constant], dtype=route.dtype)
 
     def _lay_out(self, y: gs.Variable, layout: Layout, heads: int, width: int) -> gs.Variable:
         """Reshape and permute a projection ``[t0, …, tk, h·r]`` into an operand of a product."""
@@ -158,19 +161,17 @@ class Theatre:
 
     def _merged_sizes(self, operand: gs.Variable, layout: Layout) -> gs.Tensor:
         """The target that merges neighbouring axes as the layout's groups say."""
-        if sum(count > 1 for count in layout.groups) > 1:
-            raise SurgeryError(f"{layout} merges two groups of axes, which is not supported")
         pieces: list[gs.Tensor | Sequence[int]] = []
         axis = 0
         for count in layout.groups:
-            if count == 1:
-                pieces.append(self._size(operand, axis))
-            else:
-                pieces.append([-1] if count else [1])
+            pieces.append(self._size(operand, axis, count) if count else [1])
             axis += count
         return self.emit.join(pieces)
 
-    def _size(self, tensor: gs.Tensor, axis: int) -> gs.Variable:
-        """The size of one axis at run time, as a vector of one entry."""
+    def _size(self, tensor: gs.Tensor, axis: int, count: int = 1) -> gs.Variable:
+        """The size of ``count`` axes together at run time, as a vector of one entry."""
         shape = self.emit.node("Shape", [tensor], dtype=np.int64)
-        return self.emit.part(shape, axis, axis + 1)
+        sizes = self.emit.part(shape, axis, axis + count)
+        if count == 1:
+            return sizes
+        return self.emit.node("ReduceProd", [sizes], dtype=np.int64, attrs={"keepdims": 1})

@@ -1,7 +1,7 @@
 """Tiny models, each one way of writing an MLP or an attention, with seeded weights.
 
-Sizes are all different, so that no axis can stand in for another: 10 channels, 14 hidden, 2 heads of
-6 (values of 4 where they differ). Batch and sequence are dynamic unless the name says otherwise.
+Sizes are all different, so that no axis can stand in for another: 10 channels, 14 hidden, 2 heads
+of 6 (values of 4 where they differ). Batch and sequence are dynamic unless a name says otherwise.
 """
 
 from __future__ import annotations
@@ -420,7 +420,7 @@ def softmax_written_out(seed: int) -> Tiny:
 
 
 def attention_gemm(seed: int) -> Tiny:
-    """Tokens of all samples in one axis; sizes are read off the input."""
+    """Tokens of all samples in one axis; sizes are read off the input, the scale off the query."""
     net = Net(seed)
     rows = net("Reshape", net.x(), [-1, WIDTH])
     tokens = net("Slice", net("Shape", "x"), [0], [2])
@@ -430,7 +430,7 @@ def attention_gemm(seed: int) -> Tiny:
         y = net("Gemm", rows, weight, net.random(HEADS * HEAD), transB=1, alpha=0.8)
         heads = net("Reshape", y, net("Concat", tokens, [HEADS, HEAD], axis=0))
         made.append(net("Transpose", heads, perm=[0, 2, 1, 3]))
-    mixed = net("Transpose", mix(net, *made), perm=[0, 2, 1, 3])
+    mixed = net("Transpose", mix(net, *made, scale_at_run_time), perm=[0, 2, 1, 3])
     flat = net("Reshape", mixed, [-1, HEADS * HEAD])
     y = net("Gemm", flat, net.weight(HEADS * HEAD, WIDTH), net.random(WIDTH))
     return Tiny(net.build(net("Reshape", y, net("Shape", "x"))), (ATTENTION,))
@@ -503,14 +503,19 @@ def single_head(seed: int) -> Tiny:
     return Tiny(net.build(net.linear(mixed, HEAD, WIDTH)), (expected,))
 
 
-def static_sizes(seed: int) -> Tiny:
-    """One sample of five tokens, and targets that say so."""
-    net = Net(seed)
-    net.x(1, 5, WIDTH)
-    made = [net("Reshape", y, [1, 5, HEADS, HEAD]) for y in projections(net)]
-    mixed = mix(net, *(net("Transpose", y, perm=[0, 2, 1, 3]) for y in made))
-    rows = net("Reshape", net("Transpose", mixed, perm=[0, 2, 1, 3]), [1, 5, HEADS * HEAD])
-    return Tiny(net.build(net.linear(rows, HEADS * HEAD, WIDTH)), (ATTENTION,))
+def one_sample(batch: int | str, tokens: int) -> Builder:
+    """Targets that say that there is one sample, whatever the input may declare."""
+
+    def build(seed: int) -> Tiny:
+        net = Net(seed)
+        net.x(batch, 5, WIDTH)
+        made = [net("Reshape", y, [1, tokens, HEADS, HEAD]) for y in projections(net)]
+        mixed = mix(net, *(net("Transpose", y, perm=[0, 2, 1, 3]) for y in made))
+        rows = net("Transpose", mixed, perm=[0, 2, 1, 3])
+        flat = net("Reshape", rows, [1, tokens, HEADS * HEAD])
+        return Tiny(net.build(net.linear(flat, HEADS * HEAD, WIDTH)), (ATTENTION,))
+
+    return build
 
 
 def without_output(seed: int) -> Tiny:
@@ -521,6 +526,35 @@ def without_output(seed: int) -> Tiny:
     return Tiny(net.build(net("Reshape", mixed, [0, 0, HEADS * HEAD])), (expected,))
 
 
+def shared_head(*roles: str) -> Builder:
+    """One key or value head for all query heads: its axis cannot be cut, the other can."""
+
+    def build(seed: int) -> Tiny:
+        net = Net(seed)
+        made = dict(zip(("query", "key", "value"), separate(net), strict=True))
+        for role in roles:
+            rows = net("Reshape", net.linear("x", WIDTH, HEAD), [0, 0, 1, HEAD])
+            made[role] = net("Transpose", rows, perm=[0, 2, 1, 3])
+        axes = ("vo",) if "key" in roles else ("qk",)
+        y = merge_heads(net, mix(net, *made.values()))
+        return Tiny(net.build(y), (("attention", HEADS, HEAD, HEAD, axes),))
+
+    return build
+
+
+def seen_by_caller(role: str) -> Builder:
+    """One operand is an output of the model: its axis cannot be cut, the other can."""
+
+    def build(seed: int) -> Tiny:
+        net = Net(seed)
+        made = dict(zip(("query", "key", "value"), separate(net), strict=True))
+        axes = ("qk",) if role == "value" else ("vo",)
+        y = merge_heads(net, mix(net, *made.values()))
+        return Tiny(net.build(y, made[role]), (("attention", HEADS, HEAD, HEAD, axes),))
+
+    return build
+
+
 def sizes_read(seed: int) -> Tiny:
     """The sizes of a query, a key and a value are outputs of the model."""
     net = Net(seed)
@@ -528,6 +562,18 @@ def sizes_read(seed: int) -> Tiny:
     operands = [split_heads(net, y) for y in (query, key, value)]
     y = merge_heads(net, mix(net, *operands))
     sizes = [net("Shape", tensor) for tensor in (query, operands[1], value)]
+    return Tiny(net.build(y, *sizes), (ATTENTION,))
+
+
+def mixed_sizes_read(seed: int) -> Tiny:
+    """The sizes of mixed values are outputs of the model, and scale the result."""
+    net = Net(seed)
+    mixed = mix(net, *separate(net))
+    rows = net("Transpose", mixed, perm=[0, 2, 1, 3])
+    sizes = [net("Shape", mixed), net("Shape", rows, start=2)]
+    flat = net("Reshape", rows, [0, 0, HEADS * HEAD])
+    elements = net("Cast", net("ReduceProd", sizes[1], keepdims=0), to=TensorProto.FLOAT)
+    y = net("Div", net.linear(flat, HEADS * HEAD, WIDTH), elements)
     return Tiny(net.build(y, *sizes), (ATTENTION,))
 
 
@@ -563,6 +609,18 @@ def attention_half(seed: int) -> Tiny:
 
     query, key, value = separate(net)
     return Tiny(net.build(merge_heads(net, mix(net, query, key, value, scale))), (ATTENTION,))
+
+
+def attention_half_upcast(seed: int) -> Tiny:
+    """Half precision, but the products are computed in single."""
+    net = Net(seed, dtype=np.float16)
+    made = [net("Cast", y, to=TensorProto.FLOAT) for y in separate(net)]
+    scale = np.float32(HEAD**-0.5)
+    net.tensors.append(numpy_helper.from_array(np.asarray(scale), "scale"))
+    mixed = mix(net, *made, lambda net, logits: net("Mul", logits, "scale"))
+    return Tiny(
+        net.build(merge_heads(net, net("Cast", mixed, to=TensorProto.FLOAT16))), (ATTENTION,)
+    )
 
 
 # Whole blocks
@@ -667,15 +725,30 @@ TINY: Mapping[str, Builder] = {
     "narrow_values": narrow_values,
     "cross_attention": cross_attention,
     "single_head": single_head,
-    "static_sizes": static_sizes,
+    "static_sizes": one_sample(1, 5),
+    "baked_batch": one_sample("batch", 5),
+    "joined_batch": one_sample("batch", -1),
     "without_output": without_output,
+    "shared_key_head": shared_head("key"),
+    "shared_value_head": shared_head("value"),
+    "query_seen": seen_by_caller("query"),
+    "value_seen": seen_by_caller("value"),
     "sizes_read": sizes_read,
+    "mixed_sizes_read": mixed_sizes_read,
     "operator": operator(),
     "operator_scale": operator(scale=0.3, is_causal=1),
     "operator_mask": operator_mask,
     "attention_half": attention_half,
+    "attention_half_upcast": attention_half_upcast,
     "transformer": transformer,
     "tied_attention": tied_attention,
     "text_encoder": text_encoder,
 }
 """Every tiny model by name, made from a seed."""
+
+
+def sizes_of(name: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of (batch, tokens) that a tiny model can run at."""
+    if name in {"static_sizes", "baked_batch"}:
+        return ((1, 5),)
+    return ((1, 5), (3, 5)) if name == "joined_batch" else ((1, 5), (3, 7))

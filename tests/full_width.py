@@ -28,6 +28,8 @@ from corp_onnx.solve.folds import (
 Bases = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 """From heads and width to ``A, B [h, e, e]`` with ``A Bᵀ = I``."""
 
+Outputs = Mapping[str, np.ndarray]
+
 
 def unchanged(model: Model, catalog: Catalog) -> Solution:
     """Ratio 0: every map is the identity."""
@@ -61,8 +63,8 @@ def padded(solution: Solution, share: float) -> Solution:
     return Solution("padded", tuple(_pad(fold, share) for fold in solution.folds))
 
 
-def run(model: Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Outputs of a model by name, computed in one thread."""
+def run(model: Model | onnx.ModelProto, *feeds: Mapping[str, np.ndarray]) -> list[Outputs]:
+    """Outputs of a model by name for every set of inputs, computed in one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -71,10 +73,10 @@ def run(model: Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
+    return [dict(zip(names, session.run(names, given), strict=True)) for given in feeds]
 
 
-def squared_error(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> float:
+def squared_error(actual: Outputs, expected: Outputs) -> float:
     """``‖actual - expected‖² / ‖expected‖²`` of the worst output."""
     assert actual.keys() == expected.keys()
     return max(

@@ -31,6 +31,7 @@ from tests.builders import (
     relu,
     scaled,
     separate,
+    sizes_of,
     split_heads,
 )
 from tests.full_width import run
@@ -42,6 +43,7 @@ LEFT = {
     "mlp_tied": ["its input follows from 'x', which no layer computes"],
     "tied_attention": ["its input follows from 'x', which no layer computes"],
     "transformer": ["a classifier's Softmax"],
+    "shared_value_head": ["its input comes through Transpose"],
 }
 """Models that hold more than blocks, and what is said of the rest."""
 
@@ -103,7 +105,7 @@ def test_records_name_what_is_in_the_graph(name):
 def test_a_route_says_what_becomes_of_a_projection(name):
     """``gain · y[channels] + offset``, laid out as the route says, is the operand."""
     proto = TINY[name](3).proto
-    batch, tokens = (1, 5) if name == "static_sizes" else (3, 7)
+    *_, (batch, tokens) = sizes_of(name)
     inputs = feeds(proto, batch, tokens)
     block = next(b for b in find_blocks(graph.from_proto(proto)).blocks if isinstance(b, Attention))
     for route in (block.query, block.key, block.value):
@@ -129,7 +131,7 @@ def tensors_of(proto, inputs, names):
     shown.CopyFrom(proto)
     del shown.graph.output[:]
     shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    made = run(shown, inputs)
+    (made,) = run(shown, inputs)
     return [made[name] for name in names]
 
 

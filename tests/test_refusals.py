@@ -215,6 +215,16 @@ def test_grouped_heads_of_the_operator_are_refused():
     assert refused["vo"] == "the value is shared by several query heads"
 
 
+@pytest.mark.parametrize("twice", ["query and key", "key and value"])
+def test_operands_that_are_one_tensor_are_refused(twice):
+    net = Net(0, opset=23)
+    first, second, third = separate(net)
+    operands = (first, first, third) if twice == "query and key" else (first, second, second)
+    axes, refused = refused_attention(net, merge_heads(net, net("Attention", *operands)))
+    assert axes == ()
+    assert set(refused.values()) == {"queries, keys and values are not three different tensors"}
+
+
 # Attention: other readers
 
 
@@ -263,6 +273,15 @@ def test_mixed_values_that_are_read_twice_are_refused():
     axes, refused = refused_attention(net, merge_heads(net, mixed), net("Exp", mixed))
     assert axes == ("qk",)
     assert "are read 2 times" in refused["vo"]
+
+
+def test_mixed_values_whose_elements_are_counted_are_refused():
+    net = Net(0)
+    mixed = mix(net, *separate(net))
+    count = net("Cast", net("Size", mixed), to=TensorProto.FLOAT)
+    axes, refused = refused_attention(net, net("Div", merge_heads(net, mixed), count))
+    assert axes == ("qk",)
+    assert "the number of elements" in refused["vo"]
 
 
 def test_an_attention_without_output_projection_keeps_its_values():
@@ -358,7 +377,7 @@ def test_probabilities_that_enter_two_products_are_refused():
     assert says("enter more than one product", reasons["Softmax"])
 
 
-# Attention: fused
+# Fused attention
 
 
 @pytest.mark.parametrize("op", ["MultiHeadAttention", "GroupQueryAttention"])
@@ -564,3 +583,15 @@ def test_quantised_models_are_refused_on_loading(op, tmp_path):
     onnx.save(net.build(y), tmp_path / "int8.onnx")
     with pytest.raises(QuantisedModel, match=f"it holds {op}.*quantise the result"):
         graph.load(tmp_path / "int8.onnx")
+
+
+def test_a_model_that_runs_at_one_batch_only_is_refused_without_a_crash():
+    """Four samples are baked into targets although the input says otherwise."""
+    net = Net(0)
+    hidden = net("Reshape", hidden_of(net), [4 * 5, HIDDEN])
+    y = net("Reshape", net.linear(hidden, HIDDEN, WIDTH), [4, 5, WIDTH])
+    made = [net("Reshape", part, [4, 5, HEADS, HEAD]) for part in projections(net, y)]
+    operands = [net("Transpose", part, perm=[0, 2, 1, 3]) for part in made]
+    reasons = reasons_of(net, merge_heads(net, mix(net, *operands)))
+    assert says("its size is not known", reasons["Softmax"])
+    assert says("its size is not known", reasons["Linear"])

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.logits import Anchor, match_logits, match_mixing
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Path, move
-from corp_onnx.blocks.readers import size_readers
+from corp_onnx.blocks.readers import readers_below, size_readers
 from corp_onnx.blocks.records import (
     Attention,
     Axis,
@@ -82,7 +82,7 @@ def match_operator(view: View, node: gs.Node) -> Parts | Refusal:
         )
     padding = None
     if mask.name and follows_data(mask):
-        padding = Mask(mask.name, "keeps" if view.probes[0].is_boolean(mask) else "added")
+        padding = Mask(mask.name, "keeps" if view.probes[0].dtype(mask) == np.bool_ else "added")
     bent = "its logits are capped (softcap)" if node.attrs.get("softcap", 0.0) else None
     return Parts(node, query, key, 3, value, node.outputs[0], (node,), (), padding, bent)
 
@@ -119,7 +119,7 @@ def attention_of(view: View, parts: Parts, block_id: str) -> Attention | Refusal
         head_width=qk[1],
         value_width=vo[1],
         frozen=parts.frozen,
-        readers=readers,
+        readers=(*readers, *(output.readers if isinstance(output, Output) else ())),
         padding=parts.mask,
         refused=refused,
     )
@@ -130,6 +130,9 @@ def _refusals(
 ) -> dict[Axis, str]:
     """Why an axis cannot be cut exactly, for those that cannot."""
     refused: dict[Axis, str] = {}
+    if len({id(parts.query), id(parts.key), id(parts.value)}) < 3:
+        one = "queries, keys and values are not three different tensors"
+        return {"qk": one, "vo": one}
     if isinstance(query, str):
         refused["qk"] = query
     elif isinstance(key, str):
@@ -152,11 +155,13 @@ def _readers(
     """Shape nodes to be kept truthful; refuse an axis if anything else reads its projections."""
     inside = {id(node) for item in traced.values() for node in item.path.nodes}
     inside |= {id(node) for node in parts.products}
+    names = {scalar.node for scalar in parts.frozen}
+    scaled = {id(node) for node in view.graph.nodes if node.name in names}
     readers: dict[str, SizeReader] = {}
     for axis, roles in _ROLES.items():
         sources = {traced[role].path.source.name for role in roles if role in traced}
         own = [item for item in traced.values() if item.path.source.name in sources]
-        found = size_readers(view, own, inside)
+        found = size_readers(view, own, inside, scaled)
         if isinstance(found, str):
             refused.setdefault(axis, found)
         else:
@@ -172,6 +177,7 @@ def _output(view: View, context: gs.Tensor, value: Traced) -> Output | str:
     linear = next(item for item in view.linears.values() if item.input == path.target.name)
     found: list[np.ndarray] = []
     targets: tuple[Target, ...] = ()
+    readers: tuple[SizeReader, ...] | str = ()
     for facts, landing in zip(view.probes, value.landings, strict=True):
         shape = facts.shape(context)
         if shape is None or int(np.prod(shape[:-2])) != landing.heads.size:
@@ -186,9 +192,12 @@ def _output(view: View, context: gs.Tensor, value: Traced) -> Output | str:
             return "the output projection reads heads in an order that changes from token to token"
         found.append(places)
         targets = _targets(path, moved, shape[-1])
+        readers = readers_below(path, moved, shape[-1])
+        if isinstance(readers, str):
+            return readers
     if any(not np.array_equal(found[0], places) for places in found):
         return "the output projection reads other channels when a size changes"
-    return Output(linear, found[0], targets)
+    return Output(linear, found[0], targets, readers)
 
 
 def _descend(view: View, context: gs.Tensor) -> Path | str:
@@ -228,7 +237,8 @@ def _targets(path: Path, moved: Mapping[str, np.ndarray], width: int) -> tuple[T
         if node.op != "Reshape":
             continue
         position = moved[node.outputs[0].name] % width
-        axis = next(a for a in reversed(range(position.ndim)) if np.diff(position, axis=a).any())
+        moving = [axis for axis in range(position.ndim) if np.diff(position, axis=axis).any()]
+        axis = moving[-1] if moving else position.ndim - 1
         heads = position.shape[axis] // width
         targets.append(Target(node.name, axis, position.ndim, heads))
     return tuple(targets)

@@ -26,8 +26,11 @@ from corp_onnx.graph import Model, nodes_of_subgraphs
 from corp_onnx.macs import Counts, count
 from corp_onnx.shapes import Facts, Sizes, evaluate, input_sizes, tensor_count, usual_facts
 
-PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)))
-"""Pairs of (batch, sequence) at which data movement is run; larger where smaller do not fit."""
+PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)), ((1, 5), (1, 7)))
+"""Pairs of (batch, sequence) at which data movement is run; the next where one does not fit.
+
+Last comes a batch of one, which is all that some exporters leave possible.
+"""
 
 SMALL_SHARE = 0.01
 """Linear layers below this share of all MACs go unmentioned."""

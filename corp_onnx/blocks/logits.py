@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import PASSING_OPS
 from corp_onnx.blocks.records import Mask, Refusal, Scalar
-from corp_onnx.blocks.view import View, follows_data, producer
+from corp_onnx.blocks.view import OPEN_SIZE, View, follows_data, producer
 
 BENDING_OPS = frozenset({"Tanh", "Relu", "Sigmoid", "Clip", "Max", "Min", "Exp", "Softsign", "Erf"})
 """Functions of the logits that end their being bilinear in queries and keys."""
@@ -44,7 +44,7 @@ def match_softmax(view: View, node: gs.Node) -> Anchor | Refusal | None:
         rank = len(view.shape(logits) or ())
         axis = node.attrs.get("axis", -1 if view.opset >= 13 else 1)
         if not rank:
-            return Refusal(node.name, node.op, "the size of its input depends on the data")
+            return Refusal(node.name, node.op, f"its {OPEN_SIZE}")
         if axis % rank != rank - 1:
             return Refusal(node.name, node.op, f"it runs over axis {axis}, which is not the last")
         return Anchor(node, logits, node.outputs[0])

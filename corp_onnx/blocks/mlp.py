@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from corp_onnx import shapes
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS
 from corp_onnx.blocks.records import Linear, Mlp, Refusal, SizeReader, Source, Target, Vector
-from corp_onnx.blocks.view import View, producer, serves_only
+from corp_onnx.blocks.view import OPEN_SIZE, View, producer, serves_only
 from corp_onnx.shapes import Facts
 
 CHANNELWISE_OPS = frozenset(
@@ -146,8 +146,8 @@ def _trace(
     vectors: dict[tuple[str, int], Vector] = {}
     for source in region.sources:
         shape = facts.shape(source)
-        if shape is None:
-            return "its size depends on the data"
+        if shape is None or facts.shape(hidden) is None:
+            return f"its {OPEN_SIZE}"
         arrays = {source.name: np.arange(np.prod(shape)).reshape(shape)}
         for node in region.nodes:
             reason = _step(view, node, arrays, facts, vectors, width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,16 +14,16 @@ from corp_onnx.blocks.view import View, serves_only
 
 
 def size_readers(
-    view: View, traced: Sequence[Traced], inside: set[int]
+    view: View, traced: Sequence[Traced], inside: set[int], scaled: set[int]
 ) -> tuple[SizeReader, ...] | str:
     """Shape nodes that read tensors of the paths and stay, or who else reads one of them.
 
-    Nodes in ``inside`` (by ``id``) belong to the block. A Shape node whose result serves only paths
-    that will be replaced goes with them and is left out.
+    Nodes in ``inside`` (by ``id``) belong to the block. A Shape node that serves only paths that
+    will be replaced, or nodes in ``scaled``, whose scale becomes a constant, is left out.
     """
     readers: dict[str, SizeReader] = {}
     splits = {item.route.layout.split for item in traced}
-    old = {id(n) for item in traced for n in item.path.nodes if n.name not in splits}
+    old = scaled | {id(n) for item in traced for n in item.path.nodes if n.name not in splits}
     for path in (item.path for item in traced):
         for tensor in _tensors(path):
             if view.is_output(tensor):
@@ -36,6 +36,31 @@ def size_readers(
                     return f"{tensor.name!r} is also read by {node.op} ({node.name})"
                 readers[node.name] = reader
     return tuple(readers.values())
+
+
+def readers_below(
+    path: Path, moved: Mapping[str, np.ndarray], width: int
+) -> tuple[SizeReader, ...] | str:
+    """Shape nodes that read mixed values of ``width`` on their way, or who wants their size.
+
+    What only says where these values are to move goes along with them and is left out.
+    """
+    inside = {id(node) for node in path.nodes}
+    readers = []
+    for tensor in _tensors(path):
+        position = moved[tensor.name] % width
+        for node in tensor.outputs:
+            if node.op not in {"Shape", "Size"} or serves_only(node, inside):
+                continue
+            if node.op == "Size":
+                return f"the number of elements of {tensor.name!r} is read ({node.name})"
+            sizes = [
+                size if np.diff(position, axis=axis).any() else f"t{axis}"
+                for axis, size in enumerate(position.shape)
+            ]
+            read = slice(node.attrs.get("start", 0), node.attrs.get("end"))
+            readers.append(SizeReader(node.name, tuple(sizes[read]), tensor.name))
+    return tuple(readers)
 
 
 def _tensors(path: Path) -> list[gs.Tensor]:

@@ -139,6 +139,8 @@ class Route:
     layout: Layout
     axis: int
     """The operand's axis that holds a head's channels."""
+    dtype: str
+    """The operand's type, which a Cast on the way may have changed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,6 +152,7 @@ class Output:
     """Head and position within the head, for every input channel of the layer."""
     targets: tuple[Target, ...]
     """What Reshape nodes on the way say of the value width."""
+    readers: tuple[SizeReader, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

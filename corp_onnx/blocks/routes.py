@@ -10,7 +10,7 @@ from jaxtyping import Float64, Int64
 
 from corp_onnx.blocks.movement import Blocked, Path, climb, move
 from corp_onnx.blocks.records import Layout, Route
-from corp_onnx.blocks.view import View
+from corp_onnx.blocks.view import OPEN_SIZE, View
 from corp_onnx.shapes import Facts
 
 BLOCKERS = {
@@ -68,7 +68,14 @@ def trace(view: View, operand: gs.Tensor, *, axis: int, name: str) -> Traced | s
         return f"{name} is laid out in a way that one Reshape and one Transpose cannot write"
     linear = view.linears[path.source.name]
     route = Route(
-        linear, first.channels, first.gain, first.offset, operand.name, first.layout, axis
+        linear,
+        first.channels,
+        first.gain,
+        first.offset,
+        operand.name,
+        first.layout,
+        axis,
+        str(view.probes[0].dtype(operand)),
     )
     return Traced(route, path, tuple(landings))
 
@@ -76,8 +83,8 @@ def trace(view: View, operand: gs.Tensor, *, axis: int, name: str) -> Traced | s
 def land(path: Path, facts: Facts, opset: int, *, axis: int) -> Landing | str:
     """Run a path's movement on element numbers and read off what landed where."""
     shape = facts.shape(path.source)
-    if shape is None:
-        return "has a size that depends on the data"
+    if shape is None or facts.shape(path.target) is None:
+        return f"cannot be followed: its {OPEN_SIZE}"
     numbers = np.arange(np.prod(shape)).reshape(shape)
     moved = move(path, numbers, facts, opset, scaled=False)
     zeros = move(path, np.zeros(shape), facts, opset, scaled=True)

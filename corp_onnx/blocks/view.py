@@ -15,6 +15,9 @@ from corp_onnx.shapes import COMPUTED_OPS, Facts
 FOLDED_OPS = frozenset({"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators on a constant that leave it a constant: a weight behind them is read through."""
 
+OPEN_SIZE = "size is not known: it depends on the data, or the model runs at one size only"
+"""What is said of a tensor whose shape could not be inferred."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
@@ -30,7 +33,11 @@ class View:
 
     def known(self, tensor: gs.Tensor) -> np.ndarray | None:
         """The value of a tensor that is the same for all data and sizes, else None."""
-        return shapes.constant_across(self.probes, tensor)
+        first, *others = (facts.value(tensor) for facts in self.probes)
+        if first is None or isinstance(tensor, gs.Constant):
+            return first
+        same = all(other is not None and np.array_equal(first, other) for other in others)
+        return first if same else None
 
     def shape(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
         """The shape of a tensor at the first set of sizes."""

@@ -26,7 +26,7 @@ BATCH, TOKENS = 2, 12
 
 IMAGE, IDS, MASK = "pixel_values", "input_ids", "attention_mask"
 
-OTHER_WEIGHTS = "give a file with --checkpoint, or --random for freshly drawn weights"
+OTHER_WEIGHTS = "give a file with --checkpoint, or --random-weights for freshly drawn weights"
 
 
 def load_module(source: str, *, checkpoint: Path | None, random_weights: bool) -> Module:

@@ -1,0 +1,300 @@
+"""The whole story: what is written, what is recorded, and what is left after a failure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from corp_onnx.blocks import find_blocks
+from corp_onnx.calibrate import calibrate
+from corp_onnx.data import open_data
+from corp_onnx.errors import DataError, NothingPrunable, OutputError, PlanError, TooFewSamples
+from corp_onnx.graph import load
+from corp_onnx.pipeline import Clock, Gates, prune
+from corp_onnx.session import open_session
+from corp_onnx.solve import METHODS, Recipe
+from tests.builders import HEAD, HIDDEN, WIDTH
+from tests.conftest import activations
+from tests.tolerances import distance, rounding
+
+HALF = {"mlp": 0.5, "qk": 0.5}
+
+
+def data_of(path, source):
+    return lambda model: open_data(str(source), open_session(path).inputs)
+
+
+def pruned(files, output, **options):
+    settings = {"shares_removed": HALF, "align": 1} | options
+    return prune(files.model, output, data_of(files.model, files.data), **settings)
+
+
+def outputs(path, x):
+    return open_session(Path(path)).run({"x": x})
+
+
+@pytest.fixture(scope="module")
+def result(files, tmp_path_factory):
+    output = tmp_path_factory.mktemp("pruned") / "small.onnx"
+    return pruned(files, output), output
+
+
+def test_the_result_is_a_smaller_model_that_still_does_its_work(files, result):
+    record, output = result
+    dense, small = onnx.load(files.model), onnx.load(output)
+    onnx.checker.check_model(small, full_check=True)
+    assert [value.name for value in small.graph.output] == [
+        value.name for value in dense.graph.output
+    ]
+    assert output.stat().st_size < files.model.stat().st_size
+    widths = {block.id: block.width for block in find_blocks(load(output)).blocks}
+    half = {"attention": HEAD, "mlp": HIDDEN // 2}
+    assert widths == {name: half[name.partition(".")[0]] for name in widths}
+    assert record.surgery.pruned.total < record.surgery.dense.total
+
+    x = activations(20, seed=9)
+    (before,), (after,) = (outputs(path, x).values() for path in (files.model, output))
+    assert distance(after, before) ** 2 < 0.02
+
+
+def test_every_stage_leaves_its_record(result):
+    record, _ = result
+    assert list(record.seconds) == [
+        "load",
+        "blocks",
+        "calibrate",
+        "solve",
+        "surgery",
+        "verify",
+        "save",
+    ]
+    assert all(seconds >= 0 for seconds in record.seconds.values())
+    assert (record.samples, record.solution.method) == (51, "corp")
+    assert [check.name for check in record.verification.checks] == [
+        "structure",
+        "promises",
+        "repair",
+    ]
+    assert record.verification.passed
+    assert record.verification.comparison.samples == 13
+
+
+def test_the_repair_helps_on_samples_it_has_not_seen(files, tmp_path):
+    errors = {}
+    for method in METHODS:
+        record = pruned(files, tmp_path / f"{method}.onnx", recipe=Recipe(method))
+        errors[method] = record.verification.comparison.relative_error
+    assert errors["corp"] < min(errors["mean"], errors["none"])
+
+
+@pytest.mark.parametrize("name", ["model", "text"])
+def test_nothing_removed_gives_back_the_function(files, tmp_path, name):
+    model, data = (files.folder / f"{name}.onnx", files.folder / f"{name}.npz")
+    data = files.data if name == "model" else data
+    output = tmp_path / "same.onnx"
+    nothing = {"mlp": 0.0, "qk": 0.0}
+    record = prune(model, output, data_of(model, data), shares_removed=nothing)
+    assert record.verification.passed
+    assert {cut.to for cut in record.plan.cuts} == {HEAD, HIDDEN}
+    tolerance = rounding(width=200, dtype=np.float32) ** 2
+    assert record.verification.comparison.relative_error <= tolerance
+    assert output.read_bytes() != model.read_bytes()  # the surgery was done
+
+
+def test_a_pruned_model_runs_at_sizes_that_were_never_calibrated(result):
+    _, output = result
+    for samples, tokens in ((1, 1), (3, 40)):
+        (y,) = outputs(output, activations(samples, tokens)).values()
+        assert y.shape == (samples, 3)
+
+
+def test_a_pruned_model_can_be_pruned_again(files, result, tmp_path):
+    _, output = result
+    again = tmp_path / "smaller.onnx"
+    record = prune(output, again, data_of(output, files.data), shares_removed={"mlp": 0.3}, align=1)
+    assert record.verification.passed
+    assert {cut.width for cut in record.plan.cuts} == {HIDDEN // 2}
+
+
+def test_statistics_from_a_file_give_the_same_file(files, tmp_path):
+    model = load(files.model)
+    data = data_of(files.model, files.data)(model)
+    calibrate(model, find_blocks(model), data).save(tmp_path / "statistics.npz")
+    pruned(files, tmp_path / "first.onnx")
+    prune(
+        files.model,
+        tmp_path / "second.onnx",
+        tmp_path / "statistics.npz",
+        shares_removed=HALF,
+        align=1,
+    )
+    first, second = ((tmp_path / f"{name}.onnx").read_bytes() for name in ("first", "second"))
+    assert first == second
+
+
+def test_the_seed_decides_what_is_held_out(files, tmp_path):
+    errors = [
+        pruned(files, tmp_path / "out.onnx", seed=seed).verification.comparison.relative_error
+        for seed in (1, 1, 2)
+    ]
+    assert errors[0] == errors[1] != errors[2]
+
+
+def test_progress_is_told_every_sample(files, tmp_path):
+    counted = []
+    pruned(files, tmp_path / "out.onnx", on_batch=counted.append)
+    assert sum(counted) == 51
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("gates", "failed"),
+    [
+        (Gates(max_error=0.0), ["max-error"]),
+        (Gates(max_error=1.0), []),
+        (Gates(min_agreement=1.0, max_error=1e-9), ["max-error"]),
+    ],
+)
+def test_gates_are_held_against_held_out_samples(files, tmp_path, gates, failed):
+    record = pruned(files, tmp_path / "out.onnx", gates=gates)
+    checks = record.verification.checks
+    assert [check.name for check in checks if not check.passed] == failed
+    assert record.verification.passed == (not failed)
+    assert (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_error": -0.1}, "--max-error -0.1 is no limit"),
+        ({"max_error": np.nan}, "--max-error nan is no limit"),
+        ({"min_agreement": 1.1}, "--min-agreement 1.1 is no share"),
+        ({"min_agreement": np.nan}, "--min-agreement nan is no share"),
+    ],
+)
+def test_gates_that_are_none_are_refused(limits, message):
+    with pytest.raises(PlanError, match=message):
+        Gates(**limits)
+
+
+def test_no_repair_is_not_compared_with_itself(files, tmp_path):
+    record = pruned(files, tmp_path / "out.onnx", recipe=Recipe("none"))
+    assert [check.name for check in record.verification.checks] == ["structure", "promises"]
+
+
+def test_a_repair_that_does_harm_fails(files, tmp_path, monkeypatch):
+    """The wrong twin of a repair: every fold gets a bias that the next norm does not undo."""
+    from corp_onnx import pipeline
+    from corp_onnx.solve.folds import MlpFold
+
+    def spoiled(*arguments):
+        solution = solve(*arguments)
+        if solution.method == "none":
+            return solution
+        return replace(
+            solution,
+            folds=tuple(
+                replace(fold, bias=fold.bias + wrong) if isinstance(fold, MlpFold) else fold
+                for fold in solution.folds
+            ),
+        )
+
+    wrong = 3.0 * (-1) ** np.arange(WIDTH)
+    solve = pipeline.solve
+    monkeypatch.setattr(pipeline, "solve", spoiled)
+    record = pruned(files, tmp_path / "out.onnx")
+    failed = [check.name for check in record.verification.checks if not check.passed]
+    assert failed == ["promises", "repair"]
+
+
+# Failures
+
+
+def failing(files, error, match, *, folder, **options):
+    with pytest.raises(error, match=match):
+        pruned(files, **options)
+    assert not list(folder.iterdir())
+
+
+def test_nothing_is_written_when_a_request_cannot_be_met(files, tmp_path):
+    output = tmp_path / "out.onnx"
+    for options, error, match in [
+        ({"shares_removed": {"mlp": 1.5}}, PlanError, "--mlp 1.5"),
+        ({"align": 0}, PlanError, "--align 0"),
+        ({"recipe": Recipe(ridge=-1)}, PlanError, "--ridge -1"),
+        ({"recipe": Recipe(ranking="none")}, PlanError, "no ranking"),
+        ({"sizes": {"y": (1, 2)}}, PlanError, "inputs of the model are x"),
+        ({"sizes": {"x": (1, 2, 9)}}, PlanError, "does not fit"),
+    ]:
+        failing(files, error, match, folder=tmp_path, output=output, **options)
+
+
+def test_nothing_is_written_when_the_data_do_not_do(files, tmp_path):
+    for make, error, match in [
+        (lambda x: x[:2, :5], TooFewSamples, "fewer than the 14 channels"),
+        (lambda x: x * np.nan, DataError, "is not finite"),
+        (lambda x: x[..., :9], DataError, "has|gives"),
+    ]:
+        np.save(files.folder / "odd.npy", make(activations()))
+        odd = replace(files, data=files.folder / "odd.npy")
+        failing(odd, error, match, folder=tmp_path, output=tmp_path / "out.onnx")
+
+
+def test_nothing_prunable_is_said_before_data_are_read(files, tmp_path):
+    def unread(model):
+        raise AssertionError("data were opened")
+
+    with pytest.raises(NothingPrunable):
+        prune(files.model, tmp_path / "out.onnx", unread, shares_removed={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(files, tmp_path):
+    missing = replace(files, model=tmp_path / "none.onnx")
+    with pytest.raises(OutputError, match="nowhere does not exist"):
+        pruned(missing, tmp_path / "nowhere" / "out.onnx")
+
+
+def test_statistics_that_keep_nothing_to_verify_with_are_refused(files, tmp_path):
+    model = load(files.model)
+    data = data_of(files.model, files.data)(model)
+    statistics = replace(calibrate(model, find_blocks(model), data), held_out=())
+    statistics.save(tmp_path / "statistics.npz")
+    with pytest.raises(DataError, match="keep no samples to verify with"):
+        prune(
+            files.model,
+            tmp_path / "out.onnx",
+            tmp_path / "statistics.npz",
+            shares_removed=HALF,
+            align=1,
+        )
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_an_older_result_survives_a_failure(files, tmp_path):
+    output = tmp_path / "out.onnx"
+    output.write_text("older")
+    with pytest.raises(PlanError):
+        pruned(files, output, align=0)
+    assert output.read_text() == "older"
+
+
+# The clock
+
+
+def test_visits_to_a_stage_add_up(monkeypatch):
+    from corp_onnx import pipeline
+
+    times = iter([0.0, 1.0, 10.0, 12.5])
+    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: next(times))
+    clock = Clock()
+    for _ in range(2):
+        with clock.stage("solve"):
+            pass
+    assert clock.seconds == {"solve": 3.5}
