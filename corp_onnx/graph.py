@@ -93,7 +93,17 @@ def load(path: Path) -> Model:
 
 
 def from_proto(proto: onnx.ModelProto, fingerprint: Fingerprint | None = None) -> Model:
-    """Bring a model that is already in memory into canonical form."""
+    """Bring a model that is already in memory into canonical form.
+
+    Raises:
+        GraphError: If it keeps weights as sparse tensors.
+    """
+    if proto.graph.sparse_initializer:
+        names = ", ".join(tensor.values.name for tensor in proto.graph.sparse_initializer[:3])
+        raise GraphError(
+            f"weights are stored as sparse tensors ({names}), which are not read; store them as "
+            "ordinary initializers"
+        )
     if fingerprint is None:
         digest = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
         fingerprint = Fingerprint(digest, opset_of(proto), _producer(proto))

@@ -6,7 +6,7 @@ Element-wise operators, normalisations and Softmax do not. A bias costs no MAC.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,5 +114,5 @@ def _is_float(tensor: gs.Constant) -> bool:
     return isinstance(dtype, int) or np.dtype(dtype).kind == "f"
 
 
-def _size(shape: tuple[int, ...]) -> int:
+def _size(shape: Sequence[int]) -> int:
     return int(np.prod(shape, dtype=np.int64))

@@ -222,7 +222,7 @@ def _axis(fold: Fold) -> str:
     return "qk" if isinstance(fold, QueryKeyFold) else "vo"
 
 
-def _change(what: str, before: float, after: float, scale: float, unit: str) -> str:
+def _change(what: str, before: int, after: int, scale: float, unit: str) -> str:
     share = after / before if before else 1.0
     return f"{what} {before / scale:.3f} → {after / scale:.3f} {unit} ({share:.0%})".strip()
 

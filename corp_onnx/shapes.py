@@ -8,6 +8,7 @@ allocated.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -286,7 +287,7 @@ def _type_of_constant(tensor: gs.Tensor) -> onnx.TypeProto | None:
 
 def _is_small(tensor: gs.Tensor) -> bool:
     """Whether a tensor is a constant that may be a shape, an axis or a bound."""
-    return isinstance(tensor, gs.Constant) and np.prod(tensor.shape) <= LARGEST_SHAPE_OPERAND
+    return isinstance(tensor, gs.Constant) and math.prod(tensor.shape) <= LARGEST_SHAPE_OPERAND
 
 
 @cache

@@ -12,14 +12,9 @@ import onnx
 import pytest
 
 from corp_onnx import cli
-from corp_onnx.arrays import Arrays
-from corp_onnx.data import Dataset
 from corp_onnx.graph import Model, from_proto
-from corp_onnx.session import open_session
-from corp_onnx.sources import layout_of
-from tests.builders import TINY, WIDTH
-
-SAMPLES, TOKENS = 64, 7
+from tests.builders import TINY
+from tests.inputs import activations, sentences
 
 
 @pytest.fixture
@@ -31,21 +26,6 @@ def rng() -> np.random.Generator:
 def tiny() -> Callable[[str], Model]:
     """A tiny model by name."""
     return lambda name: from_proto(TINY[name](0).proto)
-
-
-def dataset(model: Model, **arrays: np.ndarray) -> Dataset:
-    """Arrays in memory as a data set that fits a model."""
-    layout, samples = layout_of("memory", arrays)
-    specs = open_session(model).inputs
-    return Dataset(Arrays(arrays, layout, samples), specs, np.arange(samples), "memory")
-
-
-def activations(samples: int = SAMPLES, tokens: int = TOKENS, seed: int = 0) -> np.ndarray:
-    """Inputs whose channels are correlated, so that there is something to repair from."""
-    rng = np.random.default_rng(seed)
-    causes = rng.standard_normal((samples, tokens, 4))
-    mixed = causes @ np.random.default_rng(7).standard_normal((4, WIDTH))
-    return (mixed + 0.1 * rng.standard_normal(mixed.shape)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +54,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     np.savez(made.data, x=activations())
     np.savez(made.text_data, **sentences(np.random.default_rng(0), samples=40, length=9))
     return made
-
-
-def sentences(rng: np.random.Generator, *, samples: int, length: int) -> dict[str, np.ndarray]:
-    """Inputs of the text encoder: every other text is shorter and padded."""
-    seen = np.ones((samples, length), np.float32)
-    seen[::2, length - 3 :] = 0
-    return {"ids": rng.integers(0, 8, (samples, length)), "seen": seen}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import numpy as np
 import onnx
@@ -56,8 +57,14 @@ MASKS = {
 }
 
 
-def model_of(name, seed=0):
-    return graph.from_proto(TINY[name](seed).proto)
+@cache
+def model_of(name):
+    return graph.from_proto(TINY[name](0).proto)
+
+
+@cache
+def catalog_of(name):
+    return find_blocks(model_of(name))
 
 
 def catalog_of_net(net, *outputs):
@@ -88,7 +95,7 @@ def test_records_name_what_is_in_the_graph(name):
     model = model_of(name)
     nodes = {node.name for node in model.graph.nodes}
     tensors = set(model.graph.tensors())
-    for block in find_blocks(model).blocks:
+    for block in catalog_of(name).blocks:
         for linear in linears_of(block):
             assert {linear.node, linear.bias_node or linear.node} <= nodes
             assert {linear.input, linear.output} <= tensors
@@ -119,7 +126,7 @@ def test_a_route_says_what_becomes_of_a_projection(name):
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_places_are_all_heads_and_positions(name):
-    for block in find_blocks(model_of(name)).blocks:
+    for block in catalog_of(name).blocks:
         if isinstance(block, Attention) and block.output is not None:
             places = set(map(tuple, block.output.places.tolist()))
             assert len(block.output.places) == block.output.linear.width_in
@@ -136,14 +143,14 @@ def tensors_of(proto, inputs, names):
 
 
 def test_heads_of_a_position_major_layer_are_interleaved():
-    (block,) = find_blocks(model_of("position_major")).blocks
+    (block,) = catalog_of("position_major").blocks
     expected = np.arange(HEADS * HEAD).reshape(HEAD, HEADS).T
     assert np.array_equal(block.query.channels, expected)
     assert np.array_equal(block.key.channels, expected)
 
 
 def test_packed_projections_lie_behind_one_another():
-    (block,) = find_blocks(model_of("packed_split")).blocks
+    (block,) = catalog_of("packed_split").blocks
     size = HEADS * HEAD
     for index, route in enumerate((block.query, block.key, block.value)):
         expected = index * size + np.arange(size).reshape(HEADS, HEAD)
@@ -152,14 +159,14 @@ def test_packed_projections_lie_behind_one_another():
 
 
 def test_scales_on_the_way_are_gains():
-    (block,) = find_blocks(model_of("scale_on_both")).blocks
+    (block,) = catalog_of("scale_on_both").blocks
     for route, gain in ((block.query, 0.7), (block.key, 0.6), (block.value, 2.0)):
         np.testing.assert_allclose(route.gain, gain, rtol=1e-6)
         assert not route.offset.any()
 
 
 def test_a_bias_behind_the_split_into_heads_is_an_offset():
-    (block,) = find_blocks(model_of("late_bias")).blocks
+    (block,) = catalog_of("late_bias").blocks
     for route in (block.query, block.key, block.value):
         assert len(np.unique(route.offset)) == HEADS * HEAD
         assert np.all(route.gain == 1)
@@ -167,17 +174,17 @@ def test_a_bias_behind_the_split_into_heads_is_an_offset():
 
 def test_a_scale_computed_from_shapes_is_frozen_at_its_dense_value():
     for name in ("scale_at_run_time", "attention_half"):
-        (block,) = find_blocks(model_of(name)).blocks
+        (block,) = catalog_of(name).blocks
         (scalar,) = block.frozen
         value = scalar.value if name == "scale_at_run_time" else 1 / scalar.value
         assert value == pytest.approx(HEAD**-0.5, rel=1e-3)
-    (block,) = find_blocks(model_of("scale_divided")).blocks
+    (block,) = catalog_of("scale_divided").blocks
     assert block.frozen == ()
 
 
 @ALL
 def test_padding_is_found_where_it_is_and_with_its_kind(name):
-    for block in find_blocks(model_of(name)).blocks:
+    for block in catalog_of(name).blocks:
         if name not in MASKS:
             assert block.padding is None
         else:
@@ -276,11 +283,11 @@ def test_sizes_that_do_not_fit_are_said_to():
 
 
 def test_counts_are_those_of_the_model():
-    catalog = find_blocks(model_of("mlp"))
+    catalog = catalog_of("mlp")
     assert catalog.sizes == {"x": (1, 128, WIDTH)}
     assert catalog.macs == catalog.macs_prunable == 128 * 2 * WIDTH * HIDDEN
     assert catalog.params == 2 * WIDTH * HIDDEN + WIDTH + HIDDEN
-    (attention,) = find_blocks(model_of("without_output")).blocks
+    (attention,) = catalog_of("without_output").blocks
     assert axes_of(attention) == ("qk",)
 
 

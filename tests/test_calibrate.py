@@ -30,7 +30,7 @@ from tests.builders import (
     mlp,
     separate,
 )
-from tests.conftest import activations, dataset, sentences
+from tests.inputs import activations, dataset, sentences
 from tests.oracles import two_pass
 from tests.tolerances import distance, rounding
 

@@ -17,7 +17,8 @@ from onnx import helper
 
 from corp_onnx.preprocessing import Preprocessing
 from tests.builders import HEAD, HIDDEN, TINY, Net, mlp
-from tests.conftest import Files, activations, sentences
+from tests.conftest import Files
+from tests.inputs import activations, sentences
 
 VERBS = ("demo", "export", "inspect", "calibrate", "merge", "prune", "verify", "bench")
 HALF = ("--mlp", 0.5, "--qk", 0.5, "--align", 1)

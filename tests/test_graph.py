@@ -124,6 +124,17 @@ def test_a_truncated_file(path, share):
         graph.load(path)
 
 
+def test_sparse_weights_are_said_not_to_be_read(proto):
+    weight = proto.graph.initializer[0]
+    values = numpy_helper.from_array(np.ones(1, np.float32), weight.name)
+    indices = numpy_helper.from_array(np.zeros(1, np.int64))
+    sparse = helper.make_sparse_tensor(values, indices, list(weight.dims))
+    proto.graph.sparse_initializer.append(sparse)
+    del proto.graph.initializer[0]
+    with pytest.raises(GraphError, match=r"sparse tensors \(constant_0\), which are not read"):
+        graph.from_proto(proto)
+
+
 def test_a_model_without_a_graph(tmp_path):
     empty = helper.make_model(helper.make_graph([], "empty", [], []))
     onnx.save(empty, tmp_path / "empty.onnx")

@@ -18,7 +18,7 @@ from corp_onnx.pipeline import Clock, Gates, prune
 from corp_onnx.session import open_session
 from corp_onnx.solve import METHODS, Recipe
 from tests.builders import HEAD, HIDDEN, WIDTH
-from tests.conftest import activations
+from tests.inputs import activations
 from tests.tolerances import distance, rounding
 
 HALF = {"mlp": 0.5, "qk": 0.5}
@@ -227,7 +227,7 @@ def test_nothing_is_written_when_a_request_cannot_be_met(files, tmp_path):
     for options, error, match in [
         ({"shares_removed": {"mlp": 1.5}}, PlanError, "--mlp 1.5"),
         ({"align": 0}, PlanError, "--align 0"),
-        ({"recipe": Recipe(ridge=-1)}, PlanError, "--ridge -1"),
+        ({"recipe": Recipe(ridge=-1.0)}, PlanError, "--ridge -1"),
         ({"recipe": Recipe(ranking="none")}, PlanError, "no ranking"),
         ({"sizes": {"y": (1, 2)}}, PlanError, "inputs of the model are x"),
         ({"sizes": {"x": (1, 2, 9)}}, PlanError, "does not fit"),

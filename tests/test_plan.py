@@ -94,7 +94,7 @@ def test_an_axis_that_is_not_named_is_not_cut(tiny):
 
 
 def test_a_share_of_zero_is_a_cut_all_the_same(tiny):
-    plan = uniform(find_blocks(tiny("transformer")), {"mlp": 0, "qk": 0})
+    plan = uniform(find_blocks(tiny("transformer")), {"mlp": 0.0, "qk": 0.0})
     assert [(cut.width, cut.to) for cut in plan.cuts] == 2 * [(HEAD, HEAD), (HIDDEN, HIDDEN)]
 
 

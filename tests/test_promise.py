@@ -18,7 +18,7 @@ from corp_onnx.solve.folds import MlpFold, Solution
 from corp_onnx.surgery import operate
 from corp_onnx.verify import check_promises
 from tests.builders import TINY, Net, feeds, mlp
-from tests.conftest import activations, sentences
+from tests.inputs import activations, sentences
 from tests.tolerances import rounding
 
 ROUNDING = rounding(width=200, dtype=np.float32)
@@ -103,7 +103,7 @@ def test_the_measured_error_is_the_predicted_one(case, name, method):
 @pytest.mark.parametrize("name", ["mlp", "mask_keeps", "transformer"])
 def test_nothing_removed_is_nothing_lost(case, name):
     made = case(name)
-    solution = made.solution("corp", share=0)
+    solution = made.solution("corp", share=0.0)
     assert {fold.evidence.error for fold in solution.folds} == {0.0}
     measured = made.measured(operate(made.model, made.catalog, solution).model)
     assert max(measured.values()) <= ROUNDING**2

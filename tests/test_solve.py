@@ -18,7 +18,7 @@ from corp_onnx.solve.bilinear import recover_query_key
 from corp_onnx.solve.folds import MlpFold, QueryKeyFold
 from corp_onnx.surgery import operate
 from tests.builders import HEAD, HEADS, HIDDEN, WIDTH, Net, merge_heads, mix, split_heads
-from tests.conftest import activations
+from tests.inputs import activations
 from tests.tolerances import distance, rounding
 
 REDUNDANT = 1e-8

@@ -15,7 +15,7 @@ from corp_onnx.errors import DataError, OutputError
 from corp_onnx.plan import uniform
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.statistics import Statistics, merged
-from tests.conftest import activations, dataset
+from tests.inputs import activations, dataset
 from tests.tolerances import distance
 
 SAME = 1e-6
