@@ -29,7 +29,8 @@ check: .venv/test ## Lint, format, types and import layers
 	$(BIN)/lint-imports
 
 bench: .venv/test ## Measure again what README and docs quote
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m tools.fetch_assets
+	$(BIN)/python -m benchmarks all
 
 clean: ## Remove the environment and everything derived
 	rm -rf .venv build dist *.egg-info

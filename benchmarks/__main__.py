@@ -124,7 +124,7 @@ def _circumstances(name: str, benchmark: Benchmark, argv: Sequence[str]) -> dict
 def _portable(argument: str) -> str:
     """An argument without the folders of this machine.
 
-    >>> _portable("--assets=/home/me/assets"), _portable("/home/me/assets")
+    >>> _portable("--assets=/data/assets"), _portable("/data/assets")
     ('--assets=assets', 'assets')
     """
     option, equals, value = argument.rpartition("=")

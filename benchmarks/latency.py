@@ -14,8 +14,8 @@ import numpy as np
 from benchmarks import exports
 from benchmarks.halves import IMAGE, SEED, halved
 from benchmarks.outcome import Outcome, Place, Row
-from corp_onnx.latency import RUNS, WARMUP, race
-from corp_onnx.session import Session, open_session
+from corp_onnx.latency import WARMUP, race
+from corp_onnx.session import Runtime, Session, open_session
 from corp_onnx.solve import Recipe
 from corp_onnx.verify import Check
 
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 BATCHES = (1, 8)
 JUDGED = ("DeiT-S", 8)
 LEAST_SHARE = 0.85
+RUNS = 25
 
 
 def measure(place: Place) -> Outcome:
@@ -39,7 +40,8 @@ def measure(place: Place) -> Outcome:
 def _races(place: Place, size: str, runs: int) -> Iterator[Row]:
     path = exports.deit(place, size)
     surgery = halved(path, Recipe())
-    sessions = (open_session(path), open_session(surgery.model))
+    resting = Runtime(spinning=False)
+    sessions = (open_session(path, resting), open_session(surgery.model, resting))
     macs = surgery.dense.total / surgery.pruned.total
     for batch in BATCHES:
         log.info("%s, batch %d", size, batch)

@@ -111,7 +111,7 @@ _COUNTERS = {
 
 def _is_float(tensor: gs.Constant) -> bool:
     dtype = tensor.dtype
-    return isinstance(dtype, int) or np.dtype(dtype).kind == "f"
+    return isinstance(dtype, int) or "float" in np.dtype(dtype).name
 
 
 def _size(shape: Sequence[int]) -> int:

@@ -168,8 +168,8 @@ class Accumulator:
             return
         with np.errstate(over="ignore", invalid="ignore"):
             mean = x.mean(axis=0, dtype=np.float64)
-        _require_finite(mean)
-        within = _scatter(x, mean)
+            _require_finite(mean)
+            within = _scatter(x, mean)
         _require_finite(np.diagonal(within, axis1=-2, axis2=-1))
 
         count = self._count + len(x)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.blocks.records import Mask
-from corp_onnx.calibrate import calibrate, gather, require_enough, visible
+from corp_onnx.calibrate import MOST_SEEN, calibrate, gather, require_enough, visible
 from corp_onnx.errors import DataError, NothingPrunable, TooFewSamples
 from corp_onnx.graph import from_proto
 from corp_onnx.session import open_session
@@ -247,7 +247,7 @@ def test_held_out_samples_are_in_no_statistic(tiny):
     found = calibrate(model, find_blocks(model), dataset(model, x=x), seed=4)
     held_out = np.concatenate([batch["x"] for batch in found.held_out])
     seen = np.concatenate([batch["x"] for batch in found.seen])
-    assert (found.samples, len(held_out), len(seen)) == (40, 10, 16)
+    assert (found.samples, len(held_out), len(seen)) == (40, 10, min(MOST_SEEN, 40))
     used = np.array([row for row in x if not (row == held_out).all(axis=(1, 2)).any()])
     assert len(used) == 40
     assert all((row == used).all(axis=(1, 2)).any() for row in seen)

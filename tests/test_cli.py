@@ -690,7 +690,7 @@ def test_bench_refuses_sizes_of_inputs_that_are_not_there(command, files):
     [
         ((), "corp-onnx"),
         (("trim",), "No such command 'trim'"),
-        (("export", "somewhere", "-o", "out.onnx"), "is no source; give timm:NAME"),
+        (("export", "timm:vit_tiny_patch16_224"), "Missing option '--output'"),
         (("inspect",), "Missing argument 'MODEL'"),
         (("merge", "-o", "out.npz"), "Missing argument 'FILE...'"),
         (("bench", "model.onnx", "--target", "abacus"), "is not"),

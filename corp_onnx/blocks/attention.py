@@ -177,7 +177,7 @@ def _output(view: View, context: gs.Tensor, value: Traced) -> Output | str:
     linear = next(item for item in view.linears.values() if item.input == path.target.name)
     found: list[np.ndarray] = []
     targets: tuple[Target, ...] = ()
-    readers: tuple[SizeReader, ...] | str = ()
+    readers: tuple[SizeReader, ...] = ()
     for facts, landing in zip(view.probes, value.landings, strict=True):
         shape = facts.shape(context)
         if shape is None or int(np.prod(shape[:-2])) != landing.heads.size:
@@ -192,9 +192,10 @@ def _output(view: View, context: gs.Tensor, value: Traced) -> Output | str:
             return "the output projection reads heads in an order that changes from token to token"
         found.append(places)
         targets = _targets(path, moved, shape[-1])
-        readers = readers_below(path, moved, shape[-1])
-        if isinstance(readers, str):
-            return readers
+        below = readers_below(path, moved, shape[-1])
+        if isinstance(below, str):
+            return below
+        readers = below
     if any(not np.array_equal(found[0], places) for places in found):
         return "the output projection reads other channels when a size changes"
     return Output(linear, found[0], targets, readers)

@@ -1,0 +1,123 @@
+"""What README and docs say can be typed, clicked and imported."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer.main
+
+from corp_onnx import cli
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "corp_onnx").rglob("*.md")]
+)
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+COMMANDS = typer.main.get_command(cli.app).commands
+
+FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+\s+(.*)$", re.MULTILINE)
+
+
+def blocks(path, language):
+    """The fenced blocks of one language."""
+    found = FENCED.findall(path.read_text(encoding="utf-8"))
+    return [body for name, body in found if name == language]
+
+
+def lines(program):
+    """Every line in a bash block of a document that runs a program, as words."""
+    return [
+        pytest.param(words, id=f"{name}: {' '.join(words)}")
+        for name, path in zip(NAMES, DOCUMENTS, strict=True)
+        for body in blocks(path, "bash")
+        for line in body.replace("\\\n", " ").splitlines()
+        for words in [shlex.split(line, comments=True)]
+        if words and words[0] == program
+    ]
+
+
+@pytest.mark.parametrize("words", lines("corp-onnx"))
+def test_every_command_that_is_shown_can_be_typed(words):
+    """Its verb, its flags and the number of its arguments are those of the program."""
+    _, verb, *arguments = words
+    assert verb in COMMANDS
+    assert COMMANDS[verb].make_context(verb, arguments).params
+
+
+@pytest.mark.parametrize("words", lines("corp-onnx"))
+def test_the_help_of_every_verb_that_is_shown_names_its_flags(words, command):
+    _, verb, *arguments = words
+    ended = command(verb, "--help")
+    assert ended.status == 0
+    for flag in (word.partition("=")[0] for word in arguments if word.startswith("-")):
+        assert re.search(rf"(?<![\w-]){flag}(?![\w-])", ended.stdout), flag
+
+
+@pytest.mark.parametrize("words", lines("make"))
+def test_every_make_target_that_is_shown_exists(words):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert set(words[1:]) <= set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+
+
+PYTHON_BLOCKS = [
+    pytest.param(body, id=f"{name}:{number}")
+    for name, path in zip(NAMES, DOCUMENTS, strict=True)
+    for number, body in enumerate(blocks(path, "python"))
+]
+
+
+@pytest.mark.parametrize("body", PYTHON_BLOCKS)
+def test_every_python_block_compiles_and_imports_what_exists(body):
+    for node in ast.walk(ast.parse(body)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("corp_onnx"):
+            module = __import__(node.module, fromlist=[alias.name for alias in node.names])
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def slugs(path):
+    """The anchors of a document's headings, as GitHub makes them."""
+    text = FENCED.sub("", path.read_text(encoding="utf-8"))
+    return {
+        re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
+        for heading in HEADING.findall(text)
+    }
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_every_link_leads_somewhere(path):
+    text = FENCED.sub("", path.read_text(encoding="utf-8"))
+    for target in (link or image for link, image in LINK.findall(text)):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        place, _, anchor = target.partition("#")
+        linked = (path.parent / place).resolve() if place else path
+        assert linked.exists(), target
+        assert linked.is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in slugs(linked), target
+
+
+def test_the_two_commands_come_first():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = FENCED.search(readme)
+    assert first is not None
+    assert [line.split("#")[0].strip() for line in first[2].splitlines()] == [
+        "make demo",
+        "make test",
+    ]
+
+
+@pytest.mark.parametrize("verb", list(COMMANDS))
+def test_every_command_is_in_the_reference(verb):
+    reference = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert f"corp-onnx {verb}" in reference
+    for parameter in COMMANDS[verb].params:
+        if isinstance(parameter, click.Option):
+            assert any(f"{flag}" in reference for flag in parameter.opts), parameter.opts
