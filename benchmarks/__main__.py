@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import calibration, exactness, latency, machine, macs, quality
+from benchmarks import calibration, demo, exactness, latency, machine, macs, quality
 from benchmarks.outcome import Benchmark, Outcome, Place, Row
 from corp_onnx.errors import CorpError
 
@@ -25,6 +25,7 @@ DONE, FAILED, UNUSABLE = 0, 1, 2
 
 TORCH = ("torch", "timm", "transformers", "onnxscript")
 BENCHMARKS: Mapping[str, Benchmark] = {
+    "demo": Benchmark(demo.measure, "the bundled model, cut and repaired by every method"),
     "exactness": Benchmark(
         exactness.measure, "ratio 0 and changes of basis give back the dense function", TORCH
     ),

@@ -13,10 +13,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
-from corp_onnx.blocks.records import Mask, Route
+from corp_onnx.blocks.records import Route
 from corp_onnx.data import Dataset
 from corp_onnx.errors import DataError, NothingPrunable, TooFewSamples
 from corp_onnx.graph import Model
+from corp_onnx.masks import seen_rows
 from corp_onnx.moments import Accumulator, Moments
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.statistics import Batch, Statistics
@@ -28,8 +29,6 @@ HELD_OUT_SHARE = 0.2
 MOST_HELD_OUT = 32
 MOST_SEEN = 32
 ENOUGH_TOKENS_PER_CHANNEL = 10
-MASKED_BELOW = -1e3
-"""A value added to a logit that hides a token: exporters write -10000, -65504, -3.4e38 or -inf."""
 
 
 def calibrate(
@@ -260,27 +259,6 @@ def _query_and_key(block: Attention) -> tuple[Route, Route]:
 
 def _tensors(sites: Iterable[_Site]) -> list[str]:
     return list(itertools.chain.from_iterable(site.tensors() for site in sites))
-
-
-def seen_rows(mask: Mask | None, tokens: np.ndarray, tensors: Batch) -> np.ndarray | slice:
-    """Which tokens somebody may attend to: a selection of the rows of ``tokens [..., d]``."""
-    if mask is None:
-        return slice(None)
-    seen = visible(mask, tensors[mask.tensor])
-    rows = int(np.prod(tokens.shape[:-1]))
-    if seen.shape[0] == 1 and rows % seen.size == 0:
-        seen = np.broadcast_to(seen, (rows // seen.size, seen.shape[1]))
-    if seen.all() or seen.size != rows:
-        return slice(None)
-    return seen.reshape(-1)
-
-
-def visible(mask: Mask, values: np.ndarray) -> np.ndarray:
-    """Per sample and key whether any query may attend to it, from a mask ``[b, …, t]``."""
-    keeps = values > MASKED_BELOW if mask.kind == "added" else values.astype(bool)
-    if mask.kind == "drops":
-        keeps = ~keeps
-    return np.atleast_2d(np.any(keeps, axis=tuple(range(1, keeps.ndim - 1))))
 
 
 def _drawn(data: Dataset, most: int, seed: int) -> Dataset:

@@ -27,7 +27,7 @@ from corp_onnx.errors import CorpError, NothingPrunable, PlanError
 from corp_onnx.pipeline import Gates
 from corp_onnx.plan import DEFAULT_ALIGN
 from corp_onnx.session import CPU, Runtime
-from corp_onnx.shapes import Sizes
+from corp_onnx.sizes import Sizes
 from corp_onnx.solve import DEFAULT_RIDGE, Method, Recipe
 from corp_onnx.solve.ranking import RANKINGS
 
@@ -40,42 +40,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Exporter = Literal["torchscript", "dynamo"]
-ModelFile = Annotated[Path, typer.Argument(help="An ONNX file.", metavar="MODEL")]
-OutputFile = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
-Shapes = Annotated[
-    list[str] | None,
-    typer.Option("--shapes", help="Input dimensions for counting: NAME:1x3x224x224. Repeatable."),
-]
-DEFAULT_PROVIDERS = ",".join(CPU)
-Providers = Annotated[
-    str, typer.Option("--providers", help="Execution providers of ONNX Runtime, comma-separated.")
-]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads; 0 takes all cores.")]
-CustomOps = Annotated[
-    Path | None, typer.Option("--custom-op-library", help="Shared library of custom operators.")
-]
-DATA_HELP = (
-    "Folder of images, .npz (keys are input names), .npy, script.py:load_data or module:Class."
-)
-Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
-MaybeData = Annotated[str | None, typer.Option("--data", help=DATA_HELP)]
-Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Take only so many.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
-AllowRandom = Annotated[
-    bool, typer.Option("--allow-random", help="Let --data random feed noise (ruins statistics).")
-]
-MaxError = Annotated[
-    float | None, typer.Option("--max-error", help="Fail above this held-out relative error.")
-]
-MinAgreement = Annotated[
-    float | None, typer.Option("--min-agreement", help="Fail below this top-1 agreement.")
-]
-Share = float | None
-
 
 @app.command()
 def demo(
@@ -117,7 +81,7 @@ def inspect(
     log_level: LogLevel = "warning",
 ) -> None:
     """Show what can be cut, why the rest cannot, and where the MACs are."""
-    _run(commands.Inspect(model, _sizes(shapes)), as_json, log_level)
+    _run(commands.Inspect(model, sizes_of(shapes)), as_json, log_level)
 
 
 @app.command()
@@ -143,9 +107,9 @@ def calibrate(
         model,
         output,
         Source(data, samples, seed, allow_random),
-        _shard(shard),
-        _sizes(shapes),
-        _runtime(providers, threads, custom_op_library),
+        shard_of(shard),
+        sizes_of(shapes),
+        runtime_of(providers, threads, custom_op_library),
     )
     _run(command, as_json, log_level)
 
@@ -206,8 +170,8 @@ def prune(
         align,
         Recipe(method, ranking, ridge),
         Gates(max_error, min_agreement),
-        _sizes(shapes),
-        _runtime(providers, threads, custom_op_library),
+        sizes_of(shapes),
+        runtime_of(providers, threads, custom_op_library),
     )
     _run(command, as_json, log_level)
 
@@ -242,7 +206,7 @@ def verify(
         labels,
         output,
         Gates(max_error, min_agreement),
-        _runtime(providers, threads, custom_op_library),
+        runtime_of(providers, threads, custom_op_library),
     )
     _run(command, as_json, log_level)
 
@@ -264,7 +228,7 @@ def bench(
 ) -> None:
     """Time models turn by turn, so that drift hits all alike."""
     runtime = Runtime(threads=threads, custom_op_library=custom_op_library)
-    command = commands.Bench(tuple(models), batch, warmup, runs, _sizes(shapes), seed, runtime)
+    command = commands.Bench(tuple(models), batch, warmup, runs, sizes_of(shapes), seed, runtime)
     _run(command, as_json, log_level)
 
 
@@ -327,34 +291,6 @@ def _log_to(screen: Console, level: str) -> None:
 def _complain(error: object, status: int) -> int:
     print(f"corp-onnx: {error}", file=sys.stderr)
     return status
-
-
-def _runtime(providers: str, threads: int, custom_op_library: Path | None) -> Runtime:
-    return Runtime(
-        tuple(name.strip() for name in providers.split(",")),
-        threads,
-        custom_op_library=custom_op_library,
-    )
-
-
-def _sizes(shapes: list[str] | None) -> Sizes:
-    """``NAME:1x3x224x224`` as dimensions by input name."""
-    sizes = {}
-    for text in shapes or []:
-        name, _, dims = text.rpartition(":")
-        numbers = dims.split("x")
-        if not name or not all(number.isdigit() and int(number) for number in numbers):
-            raise PlanError(f"--shapes {text!r} is not of the form NAME:1x3x224x224")
-        sizes[name] = tuple(int(number) for number in numbers)
-    return sizes
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """``i/n`` as numbers, i from 0."""
-    index, _, parts = text.partition("/")
-    if not (index.isdigit() and parts.isdigit() and int(index) < int(parts)):
-        raise PlanError(f"--shard {text!r} is not of the form i/n with i from 0 to n - 1")
-    return int(index), int(parts)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from corp_onnx.pipeline import Gates, prune
 from corp_onnx.plan import DEFAULT_SHARES
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import Runtime, Session, open_session
-from corp_onnx.shapes import Sizes, input_sizes, usual_facts, usual_sequence
+from corp_onnx.shapes import usual_facts, usual_sequence
+from corp_onnx.sizes import Sizes, input_sizes
 from corp_onnx.solve import Recipe
 from corp_onnx.statistics import Statistics, merged
 from corp_onnx.verify import check_gates, comparable, compare
@@ -282,24 +283,6 @@ def _engine(path: Path, model: Model, bench: Bench) -> Callable[[], object]:
 
 def _counts(model: Model) -> Counts:
     return count(model.graph, usual_facts(model.graph))
-
-
-def _statistics_answer(statistics: Statistics, output: Path) -> Answer:
-    tokens = {name: moments.count for name, moments in statistics.sites.items()}
-    document = {
-        "samples": statistics.samples,
-        "source": statistics.source,
-        "sha256": statistics.sha256,
-        "tokens": tokens,
-        "held_out": sum(len(next(iter(batch.values()))) for batch in statistics.held_out),
-        "output": str(output),
-    }
-    text = (
-        f"{statistics.samples} samples of {statistics.source}: {min(tokens.values())} tokens or "
-        f"more at each of {len(tokens)} sites; {document['held_out']} samples held out\n"
-        f"written to {output}"
-    )
-    return Answer(document, Text(text))
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 (whatever a record holds)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from corp_onnx.data import InputSpec
-from corp_onnx.shapes import Sizes
+from corp_onnx.sizes import Sizes
 
 WARMUP = 5
 RUNS = 50

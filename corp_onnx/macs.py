@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.shapes import Facts, Sizes
+from corp_onnx.shapes import Facts
+from corp_onnx.sizes import Sizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from corp_onnx.graph import Model, load, require_writable, save
 from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, Plan, uniform
 from corp_onnx.promise import measured_errors
 from corp_onnx.session import Runtime, open_session
-from corp_onnx.shapes import Sizes
+from corp_onnx.sizes import Sizes
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import Solution
 from corp_onnx.statistics import Statistics

@@ -15,7 +15,8 @@ from corp_onnx.blocks.catalog import view_of
 from corp_onnx.blocks.records import Mask
 from corp_onnx.blocks.routes import arrange
 from corp_onnx.errors import PlanError
-from corp_onnx.shapes import evaluate, input_sizes
+from corp_onnx.shapes import evaluate
+from corp_onnx.sizes import input_sizes
 from tests import zoo_models
 from tests.builders import (
     HEAD,

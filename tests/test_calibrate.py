@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.blocks.records import Mask
-from corp_onnx.calibrate import MOST_SEEN, calibrate, gather, require_enough, visible
+from corp_onnx.calibrate import MOST_SEEN, calibrate, gather, require_enough
 from corp_onnx.errors import DataError, NothingPrunable, TooFewSamples
 from corp_onnx.graph import from_proto
+from corp_onnx.masks import visible
 from corp_onnx.session import open_session
 from tests import numpy_block
 from tests.builders import (

@@ -10,7 +10,8 @@ from onnx import TensorProto
 from corp_onnx import graph
 from corp_onnx.blocks import Mlp, find_blocks
 from corp_onnx.macs import count
-from corp_onnx.shapes import evaluate, input_sizes
+from corp_onnx.shapes import evaluate
+from corp_onnx.sizes import input_sizes
 from corp_onnx.solve.folds import EXACT, MlpFold, QueryKeyFold, Solution
 from corp_onnx.surgery import operate
 from tests.builders import HEAD, HEADS, WIDTH, Net, merge_heads, separate

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import shlex
 from pathlib import Path
 
-import click
+import numpy as np
 import pytest
 import typer.main
+from PIL import Image
 
-from corp_onnx import cli
+from corp_onnx import cli, example
+from corp_onnx.preprocessing import Preprocessing
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "corp_onnx").rglob("*.md")]
 )
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 COMMANDS = typer.main.get_command(cli.app).commands
 
+OPERATORS = {"|", "||", "&&", ">", ";", "2>"}
 FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+\s+(.*)$", re.MULTILINE)
@@ -32,15 +37,21 @@ def blocks(path, language):
 
 
 def lines(program):
-    """Every line in a bash block of a document that runs a program, as words."""
+    """Every line in a bash block of any document that runs a program, as words."""
     return [
         pytest.param(words, id=f"{name}: {' '.join(words)}")
         for name, path in zip(NAMES, DOCUMENTS, strict=True)
-        for body in blocks(path, "bash")
-        for line in body.replace("\\\n", " ").splitlines()
-        for words in [shlex.split(line, comments=True)]
-        if words and words[0] == program
+        for words in typed(path, program)
     ]
+
+
+def typed(path, program):
+    """The words of every such line of one document, up to the first operator of the shell."""
+    for body in blocks(path, "bash"):
+        for line in body.replace("\\\n", " ").splitlines():
+            if line.split()[:1] == [program]:
+                words = shlex.split(line, comments=True)
+                yield list(itertools.takewhile(lambda word: word not in OPERATORS, words))
 
 
 @pytest.mark.parametrize("words", lines("corp-onnx"))
@@ -81,6 +92,37 @@ def test_every_python_block_compiles_and_imports_what_exists(body):
             assert all(hasattr(module, alias.name) for alias in node.names)
 
 
+@pytest.fixture
+def folder_of_a_reader(tmp_path, monkeypatch):
+    """What the README takes for granted: a model, and a folder of images for it."""
+    model = tmp_path / "model.onnx"
+    model.write_bytes(example.MODEL.read_bytes())
+    recipe = Preprocessing.beside(example.MODEL)
+    assert recipe is not None
+    recipe.save_beside(model)
+    (tmp_path / "images").mkdir()
+    with np.load(example.CALIBRATION) as stored:
+        for number, image in enumerate(stored[recipe.input][:300]):
+            Image.fromarray(image[0]).save(tmp_path / "images" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_one_after_the_other(folder_of_a_reader, command):
+    for words in typed(README, "corp-onnx"):
+        if words[1] != "export":  # it may download weights
+            ended = command(*words[1:])
+            assert ended.status == 0, (words, ended)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(folder_of_a_reader, capsys):
+    for body in blocks(README, "python"):
+        exec(compile(body, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out
+
+
 def slugs(path):
     """The anchors of a document's headings, as GitHub makes them."""
     text = FENCED.sub("", path.read_text(encoding="utf-8"))
@@ -105,8 +147,7 @@ def test_every_link_leads_somewhere(path):
 
 
 def test_the_two_commands_come_first():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    first = FENCED.search(readme)
+    first = FENCED.search(README.read_text(encoding="utf-8"))
     assert first is not None
     assert [line.split("#")[0].strip() for line in first[2].splitlines()] == [
         "make demo",
@@ -118,6 +159,6 @@ def test_the_two_commands_come_first():
 def test_every_command_is_in_the_reference(verb):
     reference = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
     assert f"corp-onnx {verb}" in reference
-    for parameter in COMMANDS[verb].params:
-        if isinstance(parameter, click.Option):
-            assert any(f"{flag}" in reference for flag in parameter.opts), parameter.opts
+    flags = [flag for option in COMMANDS[verb].params for flag in option.opts if flag[:2] == "--"]
+    assert "--json" in flags
+    assert [flag for flag in flags if flag not in reference] == []

@@ -35,22 +35,11 @@ def test_every_public_name_is_in_the_reference(name):
     assert f"`{name}" in reference or f" {name}" in reference
 
 
-@pytest.mark.parametrize("name", corp_onnx.__all__)
-def test_arguments_of_public_functions_are_annotated(name):
-    """Of what a user calls; mypy sees to the rest."""
-    public = getattr(corp_onnx, name)
-    if not inspect.isfunction(public):
-        public = type(public) if not inspect.isclass(public) else public
-    signature = inspect.signature(public)
-    for parameter in signature.parameters.values():
-        assert parameter.annotation is not parameter.empty or issubclass(public, Exception)
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_says_what_it_is_for(name):
     module = importlib.import_module(name)
     assert module.__doc__
-    assert module.__doc__.strip().splitlines()[0].endswith(".")
+    assert module.__doc__.strip().splitlines()[0].endswith((".", "?"))
 
 
 def test_types_are_shipped():

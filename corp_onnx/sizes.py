@@ -1,0 +1,85 @@
+"""Concrete dimensions for the inputs of a model, as counting and probing need them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from corp_onnx.errors import PlanError
+
+DEFAULT_BATCH = 1
+DEFAULT_SEQUENCES = (128, 64, 32, 16, 8)
+"""Sequence lengths for counting: the first that all tensors of the model admit."""
+
+DEFAULT_PIXELS = 224
+
+Sizes = Mapping[str, tuple[int, ...]]
+"""Concrete dimensions of every graph input, by input name."""
+
+
+def input_sizes(
+    graph: gs.Graph,
+    *,
+    batch: int = DEFAULT_BATCH,
+    sequence: int = DEFAULT_SEQUENCES[0],
+    given: Sizes | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Concrete dimensions for every graph input: those given, else static ones, else by place.
+
+    The first dimension is the batch; the last two of a 4-D input are pixels; any other that is
+    dynamic is a sequence. Dimensions of one name have one size, that of the first input to have it:
+    one that is given, else one that is no image.
+
+    Raises:
+        PlanError: If ``given`` names an unknown input or contradicts a static dimension.
+    """
+    given = given or {}
+    unknown = given.keys() - {tensor.name for tensor in graph.inputs}
+    if unknown:
+        raise PlanError(
+            f"sizes are given for {', '.join(sorted(unknown))}, but the inputs of the model are "
+            f"{', '.join(tensor.name for tensor in graph.inputs)}"
+        )
+    sizes: dict[str, tuple[int, ...]] = {}
+    named: dict[str, int] = {}
+    for tensor in sorted(
+        graph.inputs, key=lambda t: (t.name not in given, len(t.shape or ()) == 4)
+    ):
+        declared = list(tensor.shape or ())
+        if tensor.name in given:
+            sizes[tensor.name] = _checked(tensor.name, declared, given[tensor.name])
+        else:
+            sizes[tensor.name] = _by_place(declared, named, batch, sequence)
+        for name, size in zip(declared, sizes[tensor.name], strict=True):
+            named.setdefault(str(name), size)
+    return {tensor.name: sizes[tensor.name] for tensor in graph.inputs}
+
+
+def _static(size: object) -> int | None:
+    return int(size) if isinstance(size, (int, np.integer)) and size > 0 else None
+
+
+def _by_place(
+    declared: Sequence[object], named: Mapping[str, int], batch: int, sequence: int
+) -> tuple[int, ...]:
+    """Sizes of dynamic dimensions: by their name if it is known, else by their place."""
+    places = [batch] + [sequence] * (len(declared) - 1)
+    if len(declared) == 4:
+        places[2:] = [DEFAULT_PIXELS, DEFAULT_PIXELS]
+    return tuple(
+        _static(size) or (named.get(size, place) if isinstance(size, str) and size else place)
+        for size, place in zip(declared, places[: len(declared)], strict=True)
+    )
+
+
+def _checked(name: str, declared: Sequence[object], given: tuple[int, ...]) -> tuple[int, ...]:
+    static = [_static(size) for size in declared]
+    fits = len(static) == len(given) and all(
+        size in {None, asked} for size, asked in zip(static, given, strict=True)
+    )
+    if not fits:
+        shown = ["?" if size is None else size for size in static]
+        raise PlanError(f"input {name!r} has shape {shown}, which {list(given)} does not fit")
+    return tuple(given)
