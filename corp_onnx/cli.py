@@ -6,28 +6,25 @@ input, 3 nothing prunable was found, 130 interrupted.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from corp_onnx import commands
+from corp_onnx import commands, options, present
 from corp_onnx.blocks import Axis
 from corp_onnx.commands import Answer, Source
 from corp_onnx.demo import Demo
 from corp_onnx.errors import CorpError, NothingPrunable, PlanError
 from corp_onnx.pipeline import Gates
 from corp_onnx.plan import DEFAULT_ALIGN
-from corp_onnx.session import CPU, Runtime
-from corp_onnx.sizes import Sizes
+from corp_onnx.session import Runtime
 from corp_onnx.solve import DEFAULT_RIDGE, Method, Recipe
 from corp_onnx.solve.ranking import RANKINGS
 
@@ -41,13 +38,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
 @app.command()
 def demo(
     run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder for the results.")] = Path(
         "runs/demo"
     ),
-    as_json: AsJson = False,
-    log_level: LogLevel = "warning",
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
 ) -> None:
     """Prune the bundled model on the bundled images and print the evidence."""
     _run(Demo(run_dir), as_json, log_level)
@@ -56,17 +54,17 @@ def demo(
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(help="timm:NAME, hf:DIR or script.py:function.")],
-    output: OutputFile,
+    output: options.OutputFile,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="Local weights: .safetensors or .pth.")
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Draw weights instead of loading any.")
     ] = False,
-    exporter: Annotated[Exporter, typer.Option("--exporter")] = "torchscript",
+    exporter: Annotated[options.Exporter, typer.Option("--exporter")] = "torchscript",
     opset: Annotated[int | None, typer.Option("--opset", help="Default: 17, dynamo 18.")] = None,
-    as_json: AsJson = False,
-    log_level: LogLevel = "warning",
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
 ) -> None:
     """Write an ONNX file with a dynamic batch, its preprocessing beside it (needs torch)."""
     command = commands.Export(source, output, checkpoint, random_weights, exporter, opset)
@@ -75,41 +73,41 @@ def export(
 
 @app.command()
 def inspect(
-    model: ModelFile,
-    shapes: Shapes = None,
-    as_json: AsJson = False,
-    log_level: LogLevel = "warning",
+    model: options.ModelFile,
+    shapes: options.Shapes = None,
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
 ) -> None:
     """Show what can be cut, why the rest cannot, and where the MACs are."""
-    _run(commands.Inspect(model, sizes_of(shapes)), as_json, log_level)
+    _run(commands.Inspect(model, options.sizes_of(shapes)), as_json, log_level)
 
 
 @app.command()
 def calibrate(
-    model: ModelFile,
-    data: Data,
-    output: OutputFile,
-    samples: Samples = None,
-    seed: Seed = 0,
-    allow_random: AllowRandom = False,
+    model: options.ModelFile,
+    data: options.Data,
+    output: options.OutputFile,
+    samples: options.Samples = None,
+    seed: options.Seed = 0,
+    allow_random: options.AllowRandom = False,
     shard: Annotated[
         str, typer.Option("--shard", help="i/n: one of n random parts, i from 0.")
     ] = "0/1",
-    shapes: Shapes = None,
-    providers: Providers = DEFAULT_PROVIDERS,
-    threads: Threads = 0,
-    custom_op_library: CustomOps = None,
-    as_json: AsJson = False,
-    log_level: LogLevel = "warning",
+    shapes: options.Shapes = None,
+    providers: options.Providers = options.DEFAULT_PROVIDERS,
+    threads: options.Threads = 0,
+    custom_op_library: options.CustomOps = None,
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
 ) -> None:
     """Gather statistics once; `prune --stats` then tries any ratio in seconds."""
     command = commands.Calibrate(
         model,
         output,
         Source(data, samples, seed, allow_random),
-        shard_of(shard),
-        sizes_of(shapes),
-        runtime_of(providers, threads, custom_op_library),
+        options.shard_of(shard),
+        options.sizes_of(shapes),
+        options.runtime_of(providers, threads, custom_op_library),
     )
     _run(command, as_json, log_level)
 
@@ -117,9 +115,9 @@ def calibrate(
 @app.command()
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Statistics of shards.", metavar="FILE...")],
-    output: OutputFile,
-    as_json: AsJson = False,
-    log_level: LogLevel = "warning",
+    output: options.OutputFile,
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
 ) -> None:
     """Add up statistics that were gathered in shards."""
     _run(commands.Merge(tuple(files), output), as_json, log_level)
@@ -127,15 +125,15 @@ def merge(
 
 @app.command()
 def prune(
-    model: ModelFile,
-    output: OutputFile,
-    data: MaybeData = None,
+    model: options.ModelFile,
+    output: options.OutputFile,
+    data: options.MaybeData = None,
     stats: Annotated[
         Path | None, typer.Option("--stats", help="Statistics of an earlier calibration.")
     ] = None,
     method: Annotated[Method, typer.Option("--method")] = "corp",
-    mlp: Annotated[Share, typer.Option("--mlp", help="Share of MLP width to remove.")] = None,
-    qk: Annotated[Share, typer.Option("--qk", help="Share of query-key width to remove.")] = None,
+    mlp: options.MlpShare = None,
+    qk: options.QueryKeyShare = None,
     align: Annotated[
         int, typer.Option("--align", help="Widths become multiples of this.")
     ] = DEFAULT_ALIGN,
@@ -145,17 +143,17 @@ def prune(
     ranking: Annotated[
         str, typer.Option("--ranking", help=f"One of {', '.join(RANKINGS)}.")
     ] = "energy",
-    max_error: MaxError = None,
-    min_agreement: MinAgreement = None,
-    samples: Samples = None,
-    seed: Seed = 0,
-    allow_random: AllowRandom = False,
-    shapes: Shapes = None,
-    providers: Providers = DEFAULT_PROVIDERS,
-    threads: Threads = 0,
-    custom_op_library: CustomOps = None,
-    as_json: AsJson = False,
-    log_level: LogLevel = "warning",
+    max_error: options.MaxError = None,
+    min_agreement: options.MinAgreement = None,
+    samples: options.Samples = None,
+    seed: options.Seed = 0,
+    allow_random: options.AllowRandom = False,
+    shapes: options.Shapes = None,
+    providers: options.Providers = options.DEFAULT_PROVIDERS,
+    threads: options.Threads = 0,
+    custom_op_library: options.CustomOps = None,
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
 ) -> None:
     """Cut a model, repair it, verify it, write it. Without shares: --mlp 0.5 --qk 0.5."""
     if (data is None) == (stats is None):
@@ -170,8 +168,8 @@ def prune(
         align,
         Recipe(method, ranking, ridge),
         Gates(max_error, min_agreement),
-        sizes_of(shapes),
-        runtime_of(providers, threads, custom_op_library),
+        options.sizes_of(shapes),
+        options.runtime_of(providers, threads, custom_op_library),
     )
     _run(command, as_json, log_level)
 
@@ -180,23 +178,23 @@ def prune(
 def verify(
     dense: Annotated[Path, typer.Argument(help="The reference.", metavar="DENSE")],
     pruned: Annotated[Path, typer.Argument(help="The model to judge.", metavar="PRUNED")],
-    data: Data,
+    data: options.Data,
     labels: Annotated[
         Path | None, typer.Option("--labels", help="Class numbers: .npy, .npz or text.")
     ] = None,
     output: Annotated[
         str | None, typer.Option("--output", help="The tensor to compare; may be internal.")
     ] = None,
-    max_error: MaxError = None,
-    min_agreement: MinAgreement = None,
-    samples: Samples = None,
-    seed: Seed = 0,
-    allow_random: AllowRandom = False,
-    providers: Providers = DEFAULT_PROVIDERS,
-    threads: Threads = 0,
-    custom_op_library: CustomOps = None,
-    as_json: AsJson = False,
-    log_level: LogLevel = "warning",
+    max_error: options.MaxError = None,
+    min_agreement: options.MinAgreement = None,
+    samples: options.Samples = None,
+    seed: options.Seed = 0,
+    allow_random: options.AllowRandom = False,
+    providers: options.Providers = options.DEFAULT_PROVIDERS,
+    threads: options.Threads = 0,
+    custom_op_library: options.CustomOps = None,
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
 ) -> None:
     """Compare two models on the same inputs."""
     command = commands.Verify(
@@ -206,7 +204,7 @@ def verify(
         labels,
         output,
         Gates(max_error, min_agreement),
-        runtime_of(providers, threads, custom_op_library),
+        options.runtime_of(providers, threads, custom_op_library),
     )
     _run(command, as_json, log_level)
 
@@ -219,16 +217,18 @@ def bench(
     batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Turns not counted.")] = 5,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Turns counted.")] = 50,
-    shapes: Shapes = None,
-    seed: Seed = 0,
-    threads: Threads = 0,
-    custom_op_library: CustomOps = None,
-    as_json: AsJson = False,
-    log_level: LogLevel = "warning",
+    shapes: options.Shapes = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = 0,
+    custom_op_library: options.CustomOps = None,
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
 ) -> None:
     """Time models turn by turn, so that drift hits all alike."""
     runtime = Runtime(threads=threads, custom_op_library=custom_op_library)
-    command = commands.Bench(tuple(models), batch, warmup, runs, sizes_of(shapes), seed, runtime)
+    command = commands.Bench(
+        tuple(models), batch, warmup, runs, options.sizes_of(shapes), seed, runtime
+    )
     _run(command, as_json, log_level)
 
 
@@ -266,19 +266,10 @@ def _run(command: Callable[[commands.Progress], Answer], as_json: bool, log_leve
     except KeyboardInterrupt:
         raise typer.Exit(_complain("interrupted; nothing was written", INTERRUPTED)) from None
     if as_json:
-        print(json.dumps(_finite(answer.document), indent=2, allow_nan=False))
+        print(present.as_json(answer.document))
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(answer.table)
     raise typer.Exit(answer.status)
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401 (whatever JSON holds)
-    """The same document with null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _log_to(screen: Console, level: str) -> None:

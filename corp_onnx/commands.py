@@ -285,5 +285,10 @@ def _counts(model: Model) -> Counts:
     return count(model.graph, usual_facts(model.graph))
 
 
+def _statistics_answer(statistics: Statistics, output: Path) -> Answer:
+    document = present.statistics_json(statistics, str(output))
+    return Answer(document, present.statistics_text(document))
+
+
 def _plain(value: Any) -> Any:  # noqa: ANN401 (whatever a record holds)
     return str(value) if isinstance(value, Path) else value

@@ -15,13 +15,16 @@ def seen_rows(mask: Mask | None, tokens: np.ndarray, tensors: Batch) -> np.ndarr
     """Which tokens somebody may attend to: a selection of the rows of ``tokens [..., d]``."""
     if mask is None:
         return slice(None)
-    seen = visible(mask, tensors[mask.tensor])
+    values = tensors[mask.tensor]
+    seen = visible(mask, values)
     rows = int(np.prod(tokens.shape[:-1]))
+    if values.ndim == 3 and seen.size == mask.heads * rows:
+        seen = np.any(seen.reshape(-1, mask.heads, seen.shape[1]), axis=1)
     if seen.shape[0] == 1 and rows % seen.size == 0:
         seen = np.broadcast_to(seen, (rows // seen.size, seen.shape[1]))
     if seen.all() or seen.size != rows:
         return slice(None)
-    return seen.reshape(-1)
+    return (seen.T if mask.tokens_first else seen).reshape(-1)
 
 
 def visible(mask: Mask, values: np.ndarray) -> np.ndarray:

@@ -44,10 +44,14 @@ MaxError = Annotated[
 MinAgreement = Annotated[
     float | None, typer.Option("--min-agreement", help="Fail below this top-1 agreement.")
 ]
-Share = float | None
+MlpShare = Annotated[float | None, typer.Option("--mlp", help="Share of MLP width to remove.")]
+QueryKeyShare = Annotated[
+    float | None, typer.Option("--qk", help="Share of query-key width to remove.")
+]
 
 
 def runtime_of(providers: str, threads: int, custom_op_library: Path | None) -> Runtime:
+    """How models are run, from the text of the flags."""
     return Runtime(
         tuple(name.strip() for name in providers.split(",")),
         threads,
@@ -56,7 +60,11 @@ def runtime_of(providers: str, threads: int, custom_op_library: Path | None) -> 
 
 
 def sizes_of(shapes: list[str] | None) -> Sizes:
-    """``NAME:1x3x224x224`` as dimensions by input name."""
+    """``NAME:1x3x224x224`` as dimensions by input name.
+
+    Raises:
+        PlanError: If a text is of another form.
+    """
     sizes = {}
     for text in shapes or []:
         name, _, dims = text.rpartition(":")
@@ -68,7 +76,11 @@ def sizes_of(shapes: list[str] | None) -> Sizes:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """``i/n`` as numbers, i from 0."""
+    """``i/n`` as numbers, i from 0.
+
+    Raises:
+        PlanError: If the text is of another form.
+    """
     index, _, parts = text.partition("/")
     if not (index.isdigit() and parts.isdigit() and int(index) < int(parts)):
         raise PlanError(f"--shard {text!r} is not of the form i/n with i from 0 to n - 1")

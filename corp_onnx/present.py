@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,9 +16,15 @@ from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
 from corp_onnx.latency import Race
 from corp_onnx.pipeline import Pruned
 from corp_onnx.solve.folds import Fold, MlpFold, QueryKeyFold
+from corp_onnx.statistics import Statistics
 from corp_onnx.verify import Check, Comparison
 
 Json = dict[str, Any]
+
+
+def as_json(document: Json) -> str:
+    """A document as text."""
+    return json.dumps(_finite(document), indent=2, allow_nan=False)
 
 
 def catalog_json(catalog: Catalog) -> Json:
@@ -63,6 +71,28 @@ def catalog_table(catalog: Catalog) -> RenderableType:
         )
     )
     return Group(*parts)
+
+
+def statistics_json(statistics: Statistics, output: str) -> Json:
+    """What ``calibrate --json`` and ``merge --json`` print."""
+    return {
+        "samples": statistics.samples,
+        "source": statistics.source,
+        "sha256": statistics.sha256,
+        "tokens": {name: moments.count for name, moments in statistics.sites.items()},
+        "held_out": sum(len(next(iter(batch.values()))) for batch in statistics.held_out),
+        "output": output,
+    }
+
+
+def statistics_text(document: Mapping[str, Any]) -> RenderableType:
+    """What ``calibrate`` and ``merge`` print."""
+    tokens = document["tokens"].values()
+    return Text(
+        f"{document['samples']} samples of {document['source']}: {min(tokens)} tokens or more at "
+        f"each of {len(tokens)} sites; {document['held_out']} samples held out\n"
+        f"written to {document['output']}"
+    )
 
 
 def pruned_json(result: Pruned, output: str) -> Json:
@@ -232,3 +262,12 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 (whatever JSON holds)
+    """The same document with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

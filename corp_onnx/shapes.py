@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -36,6 +36,7 @@ COMPUTED_OPS = frozenset(
 
 LARGEST_SHAPE_OPERAND = 256
 """Elements of the largest constant that shape inference is given the values of."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Facts:

@@ -19,6 +19,7 @@ from corp_onnx.masks import visible
 from corp_onnx.session import open_session
 from tests import numpy_block
 from tests.builders import (
+    HEAD,
     HEADS,
     HIDDEN,
     TINY,
@@ -29,6 +30,8 @@ from tests.builders import (
     merge_heads,
     mix,
     mlp,
+    projections,
+    scaled,
     separate,
 )
 from tests.inputs import activations, dataset, sentences
@@ -212,6 +215,54 @@ def test_every_kind_of_mask_hides_padding(tiny, name):
     assert block.padding.kind == ("added" if kind == "added" else kind)
     unmasked = gathered(model, {"x": longer, kind: written(np.ones_like(seen))})
     assert unmasked.tokens["attention.0"] == 48
+
+
+def masked_inside(net, tokens_first, by_head):
+    """A mask ``[b, 1, 1, t]``, or ``[b · h, 1, t]`` as torch's MultiheadAttention has it."""
+    axes = ("tokens", "batch") if tokens_first else ("batch", "tokens")
+    shape = net("Shape", net.x(*axes, WIDTH))
+    sizes = {name: net("Gather", shape, [axis]) for axis, name in enumerate(axes)}
+    batch, tokens = sizes["batch"], sizes["tokens"]
+    folded = net("Mul", batch, [HEADS])
+    mask = net.input("keeps", "batch", 1, 1, "tokens", dtype=np.bool_)
+    to_heads = [1, 2, 0, 3] if tokens_first else [0, 2, 1, 3]
+    made = []
+    for y in projections(net):
+        heads = net("Transpose", net("Reshape", y, [0, 0, HEADS, HEAD]), perm=to_heads)
+        made.append(net("Reshape", heads, net("Concat", folded, tokens, [HEAD], axis=0)))
+    logits = scaled(net, net("MatMul", made[0], net("Transpose", made[1], perm=[0, 2, 1])))
+    if by_head:
+        mask = net("Expand", mask, net("Concat", batch, [HEADS], [1], tokens, axis=0))
+        mask = net("Reshape", mask, net("Concat", folded, [1], tokens, axis=0))
+        logits = net("Where", mask, logits, -1e4)
+    else:
+        whole = net("Reshape", logits, net("Concat", batch, [HEADS], tokens, tokens, axis=0))
+        logits = net("Where", mask, whole, -1e4)
+        logits = net("Reshape", logits, net("Concat", folded, tokens, tokens, axis=0))
+    mixed = net("MatMul", net("Softmax", logits, axis=-1), made[2])
+    whole = net("Reshape", mixed, net("Concat", batch, [HEADS], tokens, [HEAD], axis=0))
+    rows = net("Transpose", whole, perm=[2, 0, 1, 3] if tokens_first else [0, 2, 1, 3])
+    y = net.linear(net("Reshape", rows, [0, 0, HEADS * HEAD]), HEADS * HEAD, WIDTH)
+    return mlp(net, layer_norm(net, y), lambda net, y: net("Relu", y))
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_padding_is_found_whatever_axis_counts_the_tokens(tokens_first, by_head):
+    net = Net(0)
+    model = from_proto(net.build(masked_inside(net, tokens_first, by_head)))
+
+    def arranged(x):
+        return x.swapaxes(0, 1) if tokens_first else x
+
+    x, lengths = activations(6, 7), [7, 3, 5, 7, 1, 6]
+    alone = [
+        {"x": arranged(x[i : i + 1, :length]), "keeps": np.ones((1, 1, 1, length), bool)}
+        for i, length in enumerate(lengths)
+    ]
+    seen = np.arange(7) < np.array(lengths)[:, None]
+    together = {"x": arranged(np.where(seen[..., None], x, 100)), "keeps": seen[:, None, None]}
+    assert apart(gathered(model, together), gathered(model, *alone)) <= SAME
 
 
 @pytest.mark.parametrize(

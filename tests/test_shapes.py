@@ -12,11 +12,11 @@ from corp_onnx.blocks.catalog import view_of
 from corp_onnx.errors import PlanError
 from corp_onnx.shapes import (
     evaluate,
-    input_sizes,
     tensor_count,
     usual_facts,
     usual_sequence,
 )
+from corp_onnx.sizes import input_sizes
 from tests import zoo_models
 from tests.builders import HEAD, HEADS, TINY, WIDTH, Net, feeds, mlp, relu, sizes_of
 from tests.full_width import run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -120,9 +120,18 @@ def attention_of(view: View, parts: Parts, block_id: str) -> Attention | Refusal
         value_width=vo[1],
         frozen=parts.frozen,
         readers=(*readers, *(output.readers if isinstance(output, Output) else ())),
-        padding=parts.mask,
+        padding=_padding(parts, qk[0], traced),
         refused=refused,
     )
+
+
+def _padding(parts: Parts, heads: int, traced: Mapping[str, Traced]) -> Mask | None:
+    """The mask, and how its axes compare with those of the activations."""
+    if parts.mask is None:
+        return None
+    layout = next(iter(traced.values())).route.layout
+    tokens = [axis for axis in layout.perm if axis < layout.tokens]
+    return replace(parts.mask, heads=heads, tokens_first=tokens == [1, 0])
 
 
 def _refusals(

@@ -64,6 +64,10 @@ class Mask:
     tensor: str
     kind: Literal["added", "keeps", "drops"]
     """Added to the logits; true where a token is seen; true where it is masked."""
+    heads: int = 1
+    """How many heads share a sample where the first axis of a 3-D mask counts both."""
+    tokens_first: bool = False
+    """Whether activations are ``[t, b, d]``; the first axis of a mask always counts samples."""
 
 
 @dataclass(frozen=True, slots=True)
