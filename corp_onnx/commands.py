@@ -169,6 +169,8 @@ class Prune:
         sidecar = Preprocessing.beside(self.model)
         if sidecar is not None:
             sidecar.save_beside(self.output)
+        elif self.output != self.model:
+            Preprocessing.path_beside(self.output).unlink(missing_ok=True)  # of another model
         return Answer(
             present.pruned_json(result, str(self.output)),
             present.pruned_table(result, str(self.output)),

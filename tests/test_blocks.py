@@ -199,7 +199,7 @@ def test_a_mask_without_recorded_type_is_known_to_be_boolean():
     made = separate(net)
     keeps = net("Not", net.input("drops", "batch", 1, "tokens", "tokens", dtype=np.bool_))
     catalog = catalog_of_net(net, merge_heads(net, net("Attention", *made, keeps)))
-    assert catalog.blocks[0].padding == Mask(keeps, "keeps")
+    assert catalog.blocks[0].padding == Mask(keeps, "keeps", HEADS)
 
 
 def test_a_mask_that_is_the_same_for_all_data_is_no_padding():
@@ -315,7 +315,10 @@ def test_blocks_come_in_the_order_of_the_graph_and_masks_hold_for_what_follows()
     y = net("Add", before, y)
     catalog = catalog_of_net(net, net("Add", y, mlp(net, y, relu)))
     assert [block.id for block in catalog.blocks] == ["mlp.0", "attention.0", "mlp.1"]
-    assert [block.padding for block in catalog.blocks] == [None, *[Mask("added", "added")] * 2]
+    assert [block.padding for block in catalog.blocks] == [
+        None,
+        *[Mask("added", "added", HEADS)] * 2,
+    ]
 
 
 def test_a_head_of_width_one_with_a_single_number_as_bias_is_a_linear_layer():
