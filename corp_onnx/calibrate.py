@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,6 +29,9 @@ BATCH_SIZE = 8
 HELD_OUT_SHARE = 0.2
 MOST_HELD_OUT = 32
 MOST_SEEN = 32
+ROWS_PER_CHANNEL = 2
+"""Vectors wait until there are so many per channel: one product for several small batches."""
+
 ENOUGH_TOKENS_PER_CHANNEL = 10
 
 
@@ -175,32 +179,30 @@ class _Site:
 
     block: Block
     sums: dict[str, Accumulator] = field(default_factory=dict)
+    waiting: dict[str, list[np.ndarray]] = field(default_factory=dict)
     products: np.ndarray | None = None
     tokens: int = 0
 
     def tensors(self) -> tuple[str, ...]:
         """The tensors to read."""
-        block = self.block
-        mask = (block.padding.tensor,) if block.padding else ()
-        if isinstance(block, Mlp):
-            return (block.hidden, *mask)
-        return (*(route.linear.output for route in _query_and_key(block)), *mask)
+        mask = (self.block.padding.tensor,) if self.block.padding else ()
+        if isinstance(self.block, Mlp):
+            return (self.block.hidden, *mask)
+        return (*(route.linear.output for route in _query_and_key(self.block)), *mask)
 
     def add(self, tensors: Batch) -> None:
         """Add one batch of activations."""
-        try:
-            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is an error anyway
-                if isinstance(self.block, Mlp):
-                    self._add_hidden(self.block, tensors)
-                else:
-                    self._add_heads(self.block, tensors)
-        except DataError as error:
-            raise DataError(
-                f"at {', '.join(self.tensors())} of {self.block.id}: {error}"
-            ) from error
+        with self._named(), np.errstate(over="ignore", invalid="ignore"):  # an error anyway
+            if isinstance(self.block, Mlp):
+                self._add_hidden(self.block, tensors)
+            else:
+                self._add_heads(self.block, tensors)
 
     def moments(self) -> dict[str, Moments]:
         """Everything so far, by site name."""
+        with self._named():
+            for role in self.waiting:
+                self._flush(role)
         return {f"{self.block.id}.{role}": total.moments() for role, total in self.sums.items()}
 
     def energy(self) -> np.ndarray:
@@ -210,10 +212,8 @@ class _Site:
 
     def _add_hidden(self, block: Mlp, tensors: Batch) -> None:
         hidden = tensors[block.hidden]
-        self._sum(
-            "hidden",
-            hidden.reshape(-1, hidden.shape[-1])[seen_rows(block.padding, hidden, tensors)],
-        )
+        rows = seen_rows(block.padding, hidden, tensors)
+        self._sum("hidden", hidden.reshape(-1, hidden.shape[-1])[rows])
 
     def _add_heads(self, block: Attention, tensors: Batch) -> None:
         values = []
@@ -232,15 +232,36 @@ class _Site:
         self.tokens += len(key)
 
     def _sum(self, role: str, vectors: np.ndarray) -> None:
-        if role not in self.sums:
-            self.sums[role] = Accumulator(vectors.shape[1:])
-        self.sums[role].add(vectors)
+        waiting = self.waiting.setdefault(role, [])
+        waiting.append(vectors)
+        if sum(map(len, waiting)) >= ROWS_PER_CHANNEL * vectors.shape[-1]:
+            self._flush(role)
+
+    def _flush(self, role: str) -> None:
+        """Multiply what has been waiting."""
+        if waiting := self.waiting[role]:
+            total = self.sums.setdefault(role, Accumulator(waiting[0].shape[1:]))
+            total.add(np.concatenate(waiting))
+            waiting.clear()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say of an error where it was found."""
+        try:
+            yield
+        except DataError as error:
+            where = f"{', '.join(self.tensors())} of {self.block.id}"
+            raise DataError(f"at {where}: {error}") from error
 
 
 def operand(route: Route, projection: np.ndarray) -> np.ndarray:
     """A projection ``[..., d]`` as the vectors ``[n, h, e]`` that enter the product."""
     rows = projection.reshape(-1, projection.shape[-1])
-    heads: np.ndarray = rows[:, route.channels]
+    start, size = route.channels.flat[0], route.channels.size
+    if np.array_equal(route.channels.reshape(-1), np.arange(start, start + size)):
+        heads = rows[:, start : start + size].reshape(-1, *route.channels.shape)  # no copy
+    else:
+        heads = rows[:, route.channels]
     if (route.gain != 1).any():
         heads = heads * route.gain.astype(heads.dtype)
     return heads + route.offset.astype(heads.dtype) if route.offset.any() else heads
