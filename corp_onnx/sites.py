@@ -1,0 +1,119 @@
+"""What is read of one block while calibrating, summed up batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from corp_onnx.blocks import Attention, Block, Mlp
+from corp_onnx.blocks.records import Route
+from corp_onnx.errors import DataError
+from corp_onnx.masks import seen_rows
+from corp_onnx.moments import Accumulator, Moments
+from corp_onnx.statistics import Batch
+
+ROWS_PER_CHANNEL = 2
+"""Vectors wait until there are so many per channel: one product for several small batches."""
+
+
+@dataclass(slots=True)
+class Site:
+    """Accumulates the moments of one block."""
+
+    block: Block
+    sums: dict[str, Accumulator] = field(default_factory=dict)
+    waiting: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    products: np.ndarray | None = None
+    tokens: int = 0
+
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors to read."""
+        mask = (self.block.padding.tensor,) if self.block.padding else ()
+        if isinstance(self.block, Mlp):
+            return (self.block.hidden, *mask)
+        return (*(route.linear.output for route in _query_and_key(self.block)), *mask)
+
+    def add(self, tensors: Batch) -> None:
+        """Add one batch of activations."""
+        with self._named(), np.errstate(over="ignore", invalid="ignore"):  # an error anyway
+            if isinstance(self.block, Mlp):
+                self._add_hidden(self.block, tensors)
+            else:
+                self._add_heads(self.block, tensors)
+
+    def moments(self) -> dict[str, Moments]:
+        """Everything so far, by site name."""
+        with self._named():
+            for role in self.waiting:
+                self._flush(role)
+        return {f"{self.block.id}.{role}": total.moments() for role, total in self.sums.items()}
+
+    def energy(self) -> np.ndarray:
+        """The mean of ``q_j² k_j²`` per head."""
+        assert self.products is not None, "only read once there are tokens"
+        return self.products / self.tokens
+
+    def _add_hidden(self, block: Mlp, tensors: Batch) -> None:
+        hidden = tensors[block.hidden]
+        rows = seen_rows(block.padding, hidden, tensors)
+        self._sum("hidden", hidden.reshape(-1, hidden.shape[-1])[rows])
+
+    def _add_heads(self, block: Attention, tensors: Batch) -> None:
+        values = []
+        for role, route in zip(("query", "key"), _query_and_key(block), strict=True):
+            heads = operand(route, tensors[route.linear.output])
+            heads = heads[seen_rows(block.padding, tensors[route.linear.output], tensors)]
+            self._sum(role, heads)
+            values.append(heads)
+        query, key = values
+        energy = (
+            np.einsum("nhe,nhe->he", query * query, key * key, dtype=np.float64)
+            if len(query) == len(key)
+            else np.mean(query * query, axis=0) * np.sum(key * key, axis=0, dtype=np.float64)
+        )
+        self.products = energy if self.products is None else self.products + energy
+        self.tokens += len(key)
+
+    def _sum(self, role: str, vectors: np.ndarray) -> None:
+        waiting = self.waiting.setdefault(role, [])
+        waiting.append(vectors)
+        if sum(map(len, waiting)) >= ROWS_PER_CHANNEL * vectors.shape[-1]:
+            self._flush(role)
+
+    def _flush(self, role: str) -> None:
+        """Multiply what has been waiting."""
+        if waiting := self.waiting[role]:
+            total = self.sums.setdefault(role, Accumulator(waiting[0].shape[1:]))
+            total.add(np.concatenate(waiting))
+            waiting.clear()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say of an error where it was found."""
+        try:
+            yield
+        except DataError as error:
+            where = f"{', '.join(self.tensors())} of {self.block.id}"
+            raise DataError(f"at {where}: {error}") from error
+
+
+def operand(route: Route, projection: np.ndarray) -> np.ndarray:
+    """A projection ``[..., d]`` as the vectors ``[n, h, e]`` that enter the product."""
+    rows = projection.reshape(-1, projection.shape[-1])
+    start, size = route.channels.flat[0], route.channels.size
+    if np.array_equal(route.channels.reshape(-1), np.arange(start, start + size)):
+        heads = rows[:, start : start + size].reshape(-1, *route.channels.shape)  # no copy
+    else:
+        heads = rows[:, route.channels]
+    if (route.gain != 1).any():
+        heads = heads * route.gain.astype(heads.dtype)
+    return heads + route.offset.astype(heads.dtype) if route.offset.any() else heads
+
+
+def _query_and_key(block: Attention) -> tuple[Route, Route]:
+    assert block.query is not None, f"{block.id} offers its queries"
+    assert block.key is not None, f"{block.id} offers its keys"
+    return block.query, block.key
