@@ -11,10 +11,10 @@ import numpy as np
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
 from corp_onnx.blocks.records import Linear, Route
 from corp_onnx.calibrate import exposed
-from corp_onnx.sites import operand
 from corp_onnx.graph import Model
 from corp_onnx.masks import seen_rows
 from corp_onnx.session import Runtime, open_session
+from corp_onnx.sites import operand
 from corp_onnx.solve.affine import share
 from corp_onnx.statistics import Batch
 
