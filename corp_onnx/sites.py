@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,15 +18,18 @@ ROWS_PER_CHANNEL = 2
 """Vectors wait until there are so many per channel: one product for several small batches."""
 
 
-@dataclass(slots=True)
 class Site:
-    """Accumulates the moments of one block."""
+    """Sums up the activations of one block; mutable, as the sums that it holds."""
 
-    block: Block
-    sums: dict[str, Accumulator] = field(default_factory=dict)
-    waiting: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    products: np.ndarray | None = None
-    tokens: int = 0
+    __slots__ = ("_products", "_sums", "_waiting", "block", "tokens")
+
+    def __init__(self, block: Block) -> None:
+        """Start with no batch."""
+        self.block = block
+        self.tokens = 0
+        self._sums: dict[str, Accumulator] = {}
+        self._waiting: dict[str, list[np.ndarray]] = {}
+        self._products: np.ndarray | None = None
 
     def tensors(self) -> tuple[str, ...]:
         """The tensors to read."""
@@ -47,14 +49,14 @@ class Site:
     def moments(self) -> dict[str, Moments]:
         """Everything so far, by site name."""
         with self._named():
-            for role in self.waiting:
+            for role in self._waiting:
                 self._flush(role)
-        return {f"{self.block.id}.{role}": total.moments() for role, total in self.sums.items()}
+        return {f"{self.block.id}.{role}": total.moments() for role, total in self._sums.items()}
 
     def energy(self) -> np.ndarray:
         """The mean of ``q_j² k_j²`` per head."""
-        assert self.products is not None, "only read once there are tokens"
-        return self.products / self.tokens
+        assert self._products is not None, "only read once there are tokens"
+        return self._products / self.tokens
 
     def _add_hidden(self, block: Mlp, tensors: Batch) -> None:
         hidden = tensors[block.hidden]
@@ -74,19 +76,19 @@ class Site:
             if len(query) == len(key)
             else np.mean(query * query, axis=0) * np.sum(key * key, axis=0, dtype=np.float64)
         )
-        self.products = energy if self.products is None else self.products + energy
+        self._products = energy if self._products is None else self._products + energy
         self.tokens += len(key)
 
     def _sum(self, role: str, vectors: np.ndarray) -> None:
-        waiting = self.waiting.setdefault(role, [])
+        waiting = self._waiting.setdefault(role, [])
         waiting.append(vectors)
         if sum(map(len, waiting)) >= ROWS_PER_CHANNEL * vectors.shape[-1]:
             self._flush(role)
 
     def _flush(self, role: str) -> None:
         """Multiply what has been waiting."""
-        if waiting := self.waiting[role]:
-            total = self.sums.setdefault(role, Accumulator(waiting[0].shape[1:]))
+        if waiting := self._waiting[role]:
+            total = self._sums.setdefault(role, Accumulator(waiting[0].shape[1:]))
             total.add(np.concatenate(waiting))
             waiting.clear()
 
