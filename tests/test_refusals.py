@@ -595,3 +595,19 @@ def test_a_model_that_runs_at_one_batch_only_is_refused_without_a_crash():
     reasons = reasons_of(net, merge_heads(net, mix(net, *operands)))
     assert says("its size is not known", reasons["Softmax"])
     assert says("its size is not known", reasons["Linear"])
+
+
+def test_weights_that_contradict_each_other_are_refused_with_both_widths():
+    model = onnx.parser.parse_model(
+        """
+        <ir_version: 9, opset_import: ["" : 17]>
+        mlp (float[b, 4, 8] x) => (float[b, 4, 8] y)
+        <float[8, 16] up = {}, float[12, 8] down = {}>
+        { h = MatMul(x, up)  r = Relu(h)  y = MatMul(r, down) }
+    """.replace("{}", "{0}")
+    )
+    for weight, shape in zip(model.graph.initializer, ((8, 16), (12, 8)), strict=True):
+        weight.CopyFrom(onnx.numpy_helper.from_array(np.ones(shape, np.float32), weight.name))
+    catalog = find_blocks(graph.from_proto(model))
+    assert not catalog.blocks
+    assert "its input has 16 channels, its weight 12 rows" in [r.reason for r in catalog.refusals]

@@ -47,6 +47,10 @@ def match_mlp(view: View, down: Linear, hidden: gs.Tensor, block_id: str) -> Mlp
             return Refusal(down.node, "Linear", result)
         traced.append(result)
     channels, vectors = traced[0]
+    if any(len(order) != down.width_in for order in channels.values()):
+        wide = len(next(iter(channels.values())))
+        reason = f"its input has {wide} channels, its weight {down.width_in} rows"
+        return Refusal(down.node, "Linear", reason)
     if any(not _same(channels, other) for other, _ in traced):
         return Refusal(down.node, "Linear", "its channels move when batch or sequence size changes")
     readers = _size_readers(view, region)

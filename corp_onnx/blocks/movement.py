@@ -93,12 +93,12 @@ def move(
     """What ``start`` at the path's source becomes at every tensor on the way.
 
     With ``scaled`` the constants that are multiplied and added take part; without, elements only
-    move. None if an operand of the movement is not known.
+    move. None if an operand of the movement is not known, or sizes contradict each other.
     """
     arrays = {path.source.name: start}
     for node in path.nodes:
         inputs = _inputs(node, arrays, facts)
-        if inputs is None:
+        if inputs is None or facts.shape(node.outputs[0]) is None:
             return None
         outputs = _apply(node, inputs, arrays, opset, scaled=scaled)
         for tensor, value in zip(node.outputs, outputs, strict=False):
