@@ -17,6 +17,7 @@ from corp_onnx.data import Dataset
 from corp_onnx.errors import DataError, NothingPrunable, TooFewSamples
 from corp_onnx.graph import Model
 from corp_onnx.moments import Moments
+from corp_onnx.resume import Partial
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.sites import Site
 from corp_onnx.statistics import Batch, Statistics
@@ -38,6 +39,7 @@ def calibrate(
     batch_size: int = BATCH_SIZE,
     runtime: Runtime | None = None,
     seed: int = 0,
+    partial: Partial | None = None,
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> Statistics:
     """Moments of every axis that can be cut, over all samples but those held out.
@@ -54,6 +56,7 @@ def calibrate(
         batch_size: Samples per run.
         runtime: How the model is run.
         seed: Decides which samples are held out.
+        partial: Keeps what is summed so far, and what an interrupted run has summed before.
         on_batch: Called after every batch with its number of samples.
 
     Raises:
@@ -62,17 +65,25 @@ def calibrate(
         NothingPrunable: If no block has an axis that statistics are needed for.
     """
     held_out, used = _split(data, seed)
+    earlier = partial.load(model.fingerprint.sha256) if partial else None
     statistics = gather(
         model,
         catalog,
-        used.batches(batch_size),
+        used.batches(batch_size, after=earlier.samples if earlier else 0),
         runtime=runtime,
         source=data.source,
+        earlier=earlier,
+        keep=partial.keep if partial else None,
         on_batch=on_batch,
     )
     require_enough(statistics)
     seen = tuple(_drawn(used, MOST_SEEN, seed).batches(batch_size))
-    return replace(statistics, seen=seen, held_out=tuple(held_out.batches(batch_size)))
+    return replace(
+        statistics,
+        source=data.source,
+        seen=seen,
+        held_out=tuple(held_out.batches(batch_size)),
+    )
 
 
 def gather(
@@ -82,9 +93,14 @@ def gather(
     *,
     runtime: Runtime | None = None,
     source: str = "",
+    earlier: Statistics | None = None,
+    keep: Callable[[Callable[[], Statistics]], None] | None = None,
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> Statistics:
     """Moments over exactly these batches, none held out and none too few.
+
+    With ``earlier`` they are added to what was gathered before. ``keep`` is called after every
+    batch and may ask for the statistics so far.
 
     Raises:
         DataError: If there are no batches, or an activation holds NaN or infinity.
@@ -98,6 +114,13 @@ def gather(
     runtime = replace(runtime or Runtime(), spinning=False)
     session = open_session(exposed(model, _tensors(sites)), runtime)
     samples = 0
+    if earlier:
+        on_batch(earlier.samples)
+
+    def so_far() -> Statistics:
+        new = _summed(sites, samples, source, model.fingerprint.sha256)
+        return earlier + new if earlier else new
+
     with ThreadPoolExecutor(os.cpu_count()) as pool, threadpool_limits(1, user_api="blas"):
         for batch in batches:
             tensors = session.run(batch)
@@ -105,14 +128,21 @@ def gather(
             size = len(next(iter(batch.values())))
             samples += size
             on_batch(size)
-    if not samples:
+            if keep:
+                keep(so_far)
+    if not samples and not earlier:
         raise DataError(f"{source or 'the data'} holds no samples; give at least a few dozen")
+    return so_far()
+
+
+def _summed(sites: Iterable[Site], samples: int, source: str, sha256: str) -> Statistics:
+    """What the sites have summed."""
     moments: dict[str, Moments] = {}
     for site in sites:
         moments |= site.moments()
     energies = {site.block.id: site.energy() for site in sites if site.tokens}
     tokens = {site.block.id: site.tokens for site in sites if site.tokens}
-    return Statistics(moments, energies, tokens, samples, source, model.fingerprint.sha256)
+    return Statistics(moments, energies, tokens, samples, source, sha256)
 
 
 def exposed(model: Model, tensors: Iterable[str]) -> Model:

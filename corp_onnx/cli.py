@@ -93,6 +93,9 @@ def calibrate(
     shard: Annotated[
         str, typer.Option("--shard", help="i/n: one of n random parts, i from 0.")
     ] = "0/1",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from OUT.partial, and keep one.")
+    ] = False,
     shapes: options.Shapes = None,
     providers: options.Providers = options.DEFAULT_PROVIDERS,
     threads: options.Threads = 0,
@@ -106,6 +109,7 @@ def calibrate(
         output,
         Source(data, samples, seed, allow_random),
         options.shard_of(shard),
+        resume,
         options.sizes_of(shapes),
         options.runtime_of(providers, threads, custom_op_library),
     )
@@ -264,7 +268,7 @@ def _run(command: Callable[[commands.Progress], Answer], as_json: bool, log_leve
             task = bar.add_task("calibrating", total=None, visible=False)
             answer = command(lambda done: bar.update(task, advance=done, visible=True))
     except KeyboardInterrupt:
-        raise typer.Exit(_complain("interrupted; nothing was written", INTERRUPTED)) from None
+        raise typer.Exit(_complain("interrupted; no output written", INTERRUPTED)) from None
     if as_json:
         print(present.as_json(answer.document))
     else:

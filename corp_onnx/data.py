@@ -70,12 +70,15 @@ class Dataset:
         """The only batch size that the model takes; None if it takes any."""
         return next((spec.shape[0] for spec in self.inputs if spec.shape[0] is not None), None)
 
-    def batches(self, batch_size: int) -> Iterator[dict[str, Shaped[np.ndarray, "b ..."]]]:
+    def batches(
+        self, batch_size: int, *, after: int = 0
+    ) -> Iterator[dict[str, Shaped[np.ndarray, "b ..."]]]:
         """All samples in order, in batches of at most ``batch_size``.
 
         A batch holds neighbours of equal shape only, so sequences of different length are never
         merged. A model with a fixed batch size gets batches of just that size; samples that do not
-        fill one are left out, and logged.
+        fill one are left out, and logged. Batches that lie within the first ``after`` samples of
+        earlier batches of the same size are not read again.
 
         Raises:
             DataError: If the samples fill no batch of a fixed size, hold values that the model's
@@ -91,7 +94,8 @@ class Dataset:
                 "are left out",
                 *(self.fixed_batch, left_out, self.samples, self.source),
             )
-        return map(self._read, pieces)
+        ends = np.cumsum([len(piece) for piece in pieces])
+        return map(self._read, pieces[int(np.searchsorted(ends, after, side="right")) :])
 
     def arrays(self) -> dict[str, Shaped[np.ndarray, "n ..."]]:
         """All samples at once, for small sets.

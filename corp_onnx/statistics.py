@@ -52,6 +52,8 @@ class Statistics:
         Raises:
             DataError: If they were taken of different models.
         """
+        if not other.samples:
+            return self
         if self.sha256 != other.sha256 or self.sites.keys() != other.sites.keys():
             raise DataError(
                 f"the statistics of {self.source} and {other.source} were taken of different "

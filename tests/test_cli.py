@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from onnx import helper
 
 from corp_onnx.preprocessing import Preprocessing
+from corp_onnx.statistics import Statistics
 from tests.builders import HEAD, HIDDEN, TINY, Net, mlp
 from tests.conftest import Files
 from tests.inputs import activations, sentences
@@ -105,6 +107,25 @@ def test_calibrate_and_merge_give_what_they_saw(command, files, tmp_path):
     merged = document(ended)
     assert merged["samples"] == 2 * found["samples"]
     assert ended.status == (0 if merged["passed"] else 1)
+
+
+def test_calibrate_resumes_what_was_asked_for_and_tidies_up(command, files, tmp_path):
+    output, left = tmp_path / "all.npz", tmp_path / "all.npz.partial"
+    arguments = ("calibrate", files.model, "--data", files.data, "-o", output, "--resume", "--json")
+    statistics = tmp_path / "done.npz"
+    assert command(*arguments[:5], statistics, "--json").status == 0
+    done = Statistics.load(statistics)
+    request = f"--data {files.data} --samples None --seed 1 --shard 0/1"
+    replace(done, source=request).save(left)
+    refused = command(*arguments)
+    assert refused.status == 2
+    assert "--seed 1 --shard 0/1, not with" in refused.stderr
+    assert left.exists()
+    resumed = command(*arguments, "--seed", 1)
+    assert resumed.status == 0
+    assert document(resumed)["samples"] == done.samples
+    assert output.exists()
+    assert not left.exists()
 
 
 def test_prune_gives_cuts_counts_times_and_checks(command, files, tmp_path):
@@ -751,7 +772,7 @@ def test_an_interrupt_while_calibrating_is_exit_status_130_and_leaves_nothing(
     while b"calibrating" not in shown:
         shown += os.read(screen, 4096)
     running.send_signal(signal.SIGINT)
-    while b"nothing was written" not in shown:
+    while b"no output written" not in shown:
         shown += os.read(screen, 4096)
     stdout, _ = running.communicate(timeout=60)
     os.close(screen)

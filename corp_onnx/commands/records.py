@@ -1,0 +1,46 @@
+"""What every command needs and gives: inputs, progress, an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from corp_onnx.data import Dataset, open_data
+from corp_onnx.preprocessing import Preprocessing
+from corp_onnx.session import Session
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command gives back: a JSON document, the same for people, and an exit status."""
+
+    document: dict[str, Any]
+    table: RenderableType
+    status: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where inputs come from and how many are taken."""
+
+    data: str
+    samples: int | None = None
+    seed: int = 0
+    allow_random: bool = False
+
+    def open(self, model_path: Path, session: Session) -> Dataset:
+        """The samples, fitted to a model's inputs, preprocessed as the file beside it says."""
+        return open_data(
+            self.data,
+            session.inputs,
+            preprocessing=Preprocessing.beside(model_path),
+            samples=self.samples,
+            seed=self.seed,
+            allow_random=self.allow_random,
+        )

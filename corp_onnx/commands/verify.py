@@ -1,0 +1,52 @@
+"""`verify`: how far two models are apart."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from corp_onnx import graph, present
+from corp_onnx.commands.records import Answer, Progress, Source
+from corp_onnx.graph import Model
+from corp_onnx.labels import read_labels
+from corp_onnx.macs import Counts, count
+from corp_onnx.pipeline import Gates
+from corp_onnx.session import Runtime, open_session
+from corp_onnx.shapes import usual_facts
+from corp_onnx.verify import check_gates, comparable, compare
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """How far two models are apart on the same inputs."""
+
+    dense: Path
+    pruned: Path
+    source: Source
+    labels: Path | None
+    output: str | None
+    gates: Gates
+    runtime: Runtime
+
+    def __call__(self, progress: Progress) -> Answer:
+        """Run both and compare."""
+        models = [graph.load(path) for path in (self.dense, self.pruned)]
+        sessions = [open_session(comparable(model, self.output), self.runtime) for model in models]
+        data = self.source.open(self.dense, open_session(self.dense, self.runtime))
+        labels = None if self.labels is None else read_labels(self.labels, data)
+        comparison = compare(
+            sessions[0], sessions[1], data.batches(8), output=self.output, labels=labels
+        )
+        counts = [_counts(model) for model in models]
+        checks = check_gates(comparison, **asdict(self.gates))
+        document = present.comparison_json(comparison) | {
+            "macs": {"dense": counts[0].total, "pruned": counts[1].total},
+            "params": {"dense": counts[0].params, "pruned": counts[1].params},
+            "checks": [asdict(check) for check in checks],
+            "passed": all(check.passed for check in checks),
+        }
+        return Answer(document, present.comparison_table(document), 0 if document["passed"] else 1)
+
+
+def _counts(model: Model) -> Counts:
+    return count(model.graph, usual_facts(model.graph))
