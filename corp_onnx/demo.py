@@ -28,7 +28,7 @@ from corp_onnx.statistics import Batch
 from corp_onnx.surgery import operate
 from corp_onnx.verify import compare
 
-BATCH_SIZE = 8
+BATCH_SIZE = 32
 EVALUATION_BATCH = 100
 REPAIRS = {
     "dense": "dense",
