@@ -32,14 +32,30 @@ class Emitter:
         *,
         dtype: object = None,
         attrs: Mapping[str, object] | None = None,
+        domain: str | None = None,
     ) -> gs.Variable:
         """The output of a new node."""
-        name = self._fresh(op)
-        output = gs.Variable(f"{name}_output", dtype=dtype)
-        self.graph.nodes.append(
-            gs.Node(op, name, attrs=dict(attrs or {}), inputs=list(inputs), outputs=[output])
-        )
+        (output,) = self.nodes(op, inputs, count=1, dtype=dtype, attrs=attrs, domain=domain)
         return output
+
+    def nodes(
+        self,
+        op: str,
+        inputs: Sequence[gs.Tensor],
+        *,
+        count: int,
+        dtype: object = None,
+        attrs: Mapping[str, object] | None = None,
+        domain: str | None = None,
+    ) -> list[gs.Variable]:
+        """All outputs of a new node that has ``count`` of them."""
+        name = self._fresh(op)
+        ends = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+        outputs = [gs.Variable(f"{name}_{end}", dtype=dtype) for end in ends]
+        self.graph.nodes.append(
+            gs.Node(op, name, dict(attrs or {}), list(inputs), list(outputs), domain=domain)
+        )
+        return outputs
 
     def redefine(self, node: gs.Node, value: gs.Tensor) -> None:
         """Let the output of a node, which may be one of the graph, be ``value`` instead."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,16 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from onnx.inliner import inline_local_functions
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from corp_onnx.canonical import canonicalise
+from corp_onnx.canonical.constants import constants_from_nodes, name_every_node
 from corp_onnx.errors import GraphError, OutputError, QuantisedModel
 
+log = logging.getLogger(__name__)
+
 OLDEST_OPSET = 11
+NARROW_TYPES = frozenset({"int4", "uint4", "int2", "uint2", "float4_e2m1fn"})
 LARGEST_PROTOBUF_BYTES = 2**31 - 1
 QUANTISED_OPS = frozenset(
     {
@@ -52,22 +59,27 @@ class Model:
     """A graph in canonical form, with what surrounds it in the file.
 
     Canonical means: constants are ``gs.Constant`` tensors and never nodes, model-local functions
-    are inlined, and every node has a name of its own. ``graph`` is never edited: stages copy it.
+    are inlined, every node has a name of its own, and what `canonical` has a plain form for is in
+    that form. ``graph`` is never edited: stages copy it.
     """
 
     graph: gs.Graph
     fingerprint: Fingerprint
     header: onnx.ModelProto
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the model is read and written."""
 
     def with_graph(self, graph: gs.Graph) -> Model:
         """The same surroundings with another graph."""
-        return Model(graph, self.fingerprint, self.header)
+        return Model(graph, self.fingerprint, self.header, self.notes)
 
     def proto(self) -> onnx.ModelProto:
         """The model as protobuf: metadata, producer and opsets as they were in the file."""
         model = onnx.ModelProto()
         model.CopyFrom(self.header)
+        _pack_narrow_constants(self.graph)
         model.graph.CopyFrom(gs.export_onnx(self.graph, do_type_check=False).graph)
+        _match_domains(model)
         return model
 
 
@@ -116,10 +128,12 @@ def from_proto(proto: onnx.ModelProto, fingerprint: Fingerprint | None = None) -
                 header, field.name, value
             )
     graph = gs.import_onnx(proto)
-    _constants_from_nodes(graph)
-    _name_every_node(graph)
+    constants_from_nodes(graph)
+    name_every_node(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    return Model(graph, fingerprint, header)
+    canonicalise(graph)
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    return Model(graph, fingerprint, header, _notes(graph))
 
 
 def save(model: Model, path: Path) -> None:
@@ -215,7 +229,17 @@ def _require_known_opset(proto: onnx.ModelProto, path: Path) -> int:
 
 
 def _require_float(proto: onnx.ModelProto, path: Path) -> None:
-    found = sorted({node.op_type for node in proto.graph.node} & QUANTISED_OPS)
+    constants = {tensor.name for tensor in proto.graph.initializer} | {""}
+    constants |= {node.output[0] for node in proto.graph.node if node.op_type == "Constant"}
+    weights = {
+        node.output[0]
+        for node in proto.graph.node
+        if node.op_type == "DequantizeLinear" and constants.issuperset(node.input)
+    }
+    found = sorted(
+        {node.op_type for node in proto.graph.node if not weights.intersection(node.output)}
+        & QUANTISED_OPS
+    )
     if found:
         raise QuantisedModel(
             f"{path} is quantised already (it holds {', '.join(found)}): rounded weights cannot be "
@@ -223,42 +247,42 @@ def _require_float(proto: onnx.ModelProto, path: Path) -> None:
         )
 
 
-def _constants_from_nodes(graph: gs.Graph) -> None:
-    """Turn every Constant node into a constant tensor of the same name."""
-    outputs = {id(tensor) for tensor in graph.outputs}
-    for node in graph.nodes:
-        value = _value(node) if node.op == "Constant" else None
-        if value is None or id(node.outputs[0]) in outputs:
-            continue
-        (output,) = node.outputs
-        node.outputs.clear()
-        output.to_constant(value)
+def _notes(graph: gs.Graph) -> tuple[str, ...]:
+    """Weights that are stored quantised are read, but not written so again."""
+    types = sorted(
+        {
+            str(np.dtype(node.inputs[0].dtype))
+            for node in graph.nodes
+            if node.op == "DequantizeLinear" and isinstance(node.inputs[0], gs.Constant)
+        }
+    )
+    if not types:
+        return ()
+    note = (
+        f"weights are stored as {', '.join(types)} (DequantizeLinear); those of layers that are "
+        "cut are written as plain floating-point numbers, all others stay as they are"
+    )
+    log.warning("%s", note)
+    return (note,)
 
 
-def _value(node: gs.Node) -> np.ndarray | None:
-    """The value of a Constant node; None if it is sparse or text."""
-    value = node.attrs.get("value")
-    if isinstance(value, gs.Constant):
-        return np.asarray(value.values)
-    for suffix, dtype in (("float", np.float32), ("int", np.int64)):
-        for name in (f"value_{suffix}", f"value_{suffix}s"):
-            if name in node.attrs:
-                return np.asarray(node.attrs[name], dtype=dtype)
-    return None
+def _pack_narrow_constants(graph: gs.Graph) -> None:
+    """Let constants of less than a byte an element be written as ONNX packs them.
+
+    The library that writes the graph takes their bytes from NumPy, which has one for each.
+    """
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant) and str(tensor.dtype) in NARROW_TYPES:
+            packed = onnx.numpy_helper.from_array(np.asarray(tensor.values), tensor.name)
+            tensor.values = LazyValues(packed)
 
 
-def _name_every_node(graph: gs.Graph) -> None:
-    """Give nodes without a name, or with a name already taken, one of their own."""
-    taken = {node.name for node in graph.nodes}
-    seen: set[str] = {""}
-    for index, node in enumerate(graph.nodes):
-        if node.name in seen:
-            name = f"{node.name or node.op}_{index}"
-            while name in taken:
-                name += "_"
-            node.name = name
-            taken.add(name)
-        seen.add(node.name)
+def _match_domains(model: onnx.ModelProto) -> None:
+    """Import the domains of operators that rewriting brought in, and no others."""
+    imported = {entry.domain for entry in model.opset_import}
+    used = {node.domain for node in model.graph.node} - {"", "ai.onnx"}
+    for domain in sorted(used - imported):
+        model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
 
 
 def _sha256(path: Path, proto: onnx.ModelProto) -> str:

@@ -19,6 +19,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
+from corp_onnx.fused import TWINS, outputs_of
 from corp_onnx.sizes import DEFAULT_SEQUENCES, Sizes, input_sizes
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Facts:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     values: dict[str, np.ndarray] = field(default_factory=dict)
     types: dict[str, onnx.TypeProto] = field(default_factory=dict)
+    named: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of the dimensions of inputs that are not fixed, by their names."""
 
     def value(self, tensor: gs.Tensor) -> np.ndarray | None:
         """The value of a tensor, or None if it depends on the data or is large."""
@@ -93,10 +96,17 @@ def tensor_count(graph: gs.Graph) -> int:
 def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:
     """Shapes and data-independent values of every tensor at the given input sizes.
 
-    A tensor whose shape depends on the data, or that follows from an operator without a schema, is
-    absent from the result, and so is what follows from it.
+    A tensor whose shape depends on the data is absent from the result, and so is what follows from
+    it. After an operator that is known neither to ONNX nor to `fused`, the shape that the file
+    declares is taken, if its dimensions are those of inputs.
     """
-    facts = Facts(sizes, dict(sizes))
+    named = {
+        str(name): size
+        for tensor in graph.inputs
+        for name, size in zip(tensor.shape or (), sizes[tensor.name], strict=False)
+        if not isinstance(name, int)
+    }
+    facts = Facts(sizes, dict(sizes), named=named)
     for tensor in graph.inputs:
         facts.types[tensor.name] = _type_of(tensor.dtype, sizes[tensor.name])
     opsets = {entry.domain: entry.version for entry in graph.import_domains or ()}
@@ -160,11 +170,12 @@ def _record_values(node: gs.Node, results: tuple[np.ndarray, ...], facts: Facts)
 
 
 def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> None:
-    schema = _schema(node.op, opsets.get(node.domain or "", 1), node.domain or "")
+    proto = _standard(node)
+    schema = _schema(proto.op_type, opsets.get(proto.domain, 1), proto.domain)
     if schema is None:
-        log.debug("no schema for %s.%s: shapes after %s stay open", node.domain, node.op, node.name)
+        _record_fused(node, facts)
         return
-    named = [tensor for tensor in node.inputs if tensor.name]
+    named = [tensor for tensor in node.inputs if tensor.name in proto.input and tensor.name]
     inputs = {t.name: facts.types.get(t.name) or _type_of_constant(t) for t in named}
     if None in inputs.values():
         return
@@ -173,7 +184,6 @@ def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> No
         for tensor in named
         if tensor.name in facts.values or _is_small(tensor)
     }
-    proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
     try:
         inferred = onnx.shape_inference.infer_node_outputs(schema, proto, inputs, data)
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
@@ -184,6 +194,45 @@ def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> No
         return
     facts.types.update(inferred)
     facts.shapes.update({name: shape for name, shape in known.items() if shape is not None})
+
+
+def _standard(node: gs.Node) -> onnx.NodeProto:
+    """A node as protobuf; one with an activation fused to its end as what it is without."""
+    proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
+    if node.op in TWINS:
+        proto.op_type, proto.domain = TWINS[node.op], ""
+        plain = [entry for entry in proto.attribute if not entry.name.startswith("activation")]
+        del proto.attribute[:], proto.input[3:]
+        proto.attribute.extend(plain)
+    return proto
+
+
+def _record_fused(node: gs.Node, facts: Facts) -> None:
+    """What is known after an operator without a schema: by its rule, or else by declaration."""
+    made = outputs_of(node, [facts.shape(t) if t.name else None for t in node.inputs])
+    kinds = (facts.dtype(t) for t in node.inputs if t.name)
+    first = next((kind for kind in kinds if kind is not None), None)
+    if made is None or first is None:
+        _record_declared(node, facts)
+        return
+    for tensor, entry in zip(node.outputs, made, strict=False):
+        if tensor.name and entry is not None:
+            facts.shapes[tensor.name] = entry.shape
+            facts.types[tensor.name] = _type_of(entry.dtype or first, entry.shape)
+
+
+def _record_declared(node: gs.Node, facts: Facts) -> None:
+    """The shapes that the file states of a node's outputs, as far as they can be relied on."""
+    log.debug("no rule for %s.%s: %s keeps what is declared", node.domain, node.op, node.name)
+    for tensor in node.outputs:
+        if tensor.shape is None or tensor.dtype is None:
+            continue
+        dims = [facts.named.get(size, size) for size in tensor.shape]
+        # All fixed although inputs are not: it may be left over from another batch size.
+        doubtful = facts.named and dims == list(tensor.shape)
+        if not doubtful and all(isinstance(size, int) and size > 0 for size in dims):
+            facts.shapes[tensor.name] = tuple(dims)
+            facts.types[tensor.name] = _type_of(tensor.dtype, tuple(dims))
 
 
 def _runs(node: gs.Node, facts: Facts, after: tuple[int, ...] | None) -> bool:

@@ -20,6 +20,7 @@ FOLDER = Path(__file__).parent / "zoo"
 TRUTH = json.loads((FOLDER / "truth.json").read_text()) if (FOLDER / "truth.json").is_file() else {}
 """What every model holds, by name: its blocks, their widths, its inputs at batch 2."""
 
+TOKENS, VOCABULARY = 12, 100
 NAMES = tuple(TRUTH)
 DRAWN = "drawn:"
 """How the doc string of a weight that is not in the file begins; its parameter's name follows."""
@@ -28,7 +29,7 @@ DRAWN = "drawn:"
 def load(name: str) -> onnx.ModelProto:
     """A model of the zoo, whole."""
     model = onnx.load(FOLDER / f"{name}.onnx")
-    for tensor in model.graph.initializer:
+    for tensor in tensors_of(model):
         if tensor.doc_string.startswith(DRAWN):
             fill(tensor)
     return model
@@ -59,19 +60,42 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return scaled.astype(np.float32)
 
 
-def mark(tensor: onnx.TensorProto, parameter: str, *, transposed: bool) -> None:
-    """Leave a weight out of its file: only its shape, and the parameter to draw it from."""
+def mark(tensor: onnx.TensorProto, recipe: str) -> None:
+    """Leave a weight out of its file: only its shape, and a recipe to draw it by.
+
+    A recipe is the name and the shape of a parameter, ``name:64,48``, with ``:T`` where it was
+    transposed; parameters side by side are joined by ``|``.
+    """
     tensor.ClearField("raw_data")
     tensor.ClearField("float_data")
-    tensor.doc_string = f"{DRAWN}{parameter}{':T' if transposed else ''}"
+    tensor.doc_string = f"{DRAWN}{recipe}"
 
 
 def fill(tensor: onnx.TensorProto) -> None:
     """Undo ``mark``."""
-    parameter, _, transposed = tensor.doc_string.removeprefix(DRAWN).partition(":")
-    shape = tuple(tensor.dims)
-    values = draw(parameter, shape[::-1]).T if transposed else draw(parameter, shape)
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+    parts = [_drawn(recipe) for recipe in tensor.doc_string.removeprefix(DRAWN).split("|")]
+    values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    whole = np.ascontiguousarray(values).reshape(tuple(tensor.dims))
+    tensor.CopyFrom(numpy_helper.from_array(whole, tensor.name))
+
+
+def tensors_of(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Initializers, and the values of Constant nodes, also in functions."""
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    constants = [
+        attribute.t
+        for node in nodes
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    ]
+    return [*model.graph.initializer, *constants]
+
+
+def _drawn(recipe: str) -> np.ndarray:
+    name, shape, *transposed = recipe.split(":")
+    values = draw(name, tuple(int(size) for size in shape.split(",")))
+    return values.T if transposed else values
 
 
 def _vector(name: str, values: np.ndarray) -> np.ndarray:

@@ -13,11 +13,13 @@ from corp_onnx.blocks.view import constant_value
 
 
 def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal | None:
-    """Read a MatMul or Gemm as a linear layer; None if it is another operator or has no weight.
+    """Read a MatMul, Gemm or 1x1 Conv as a linear layer; None if it is no product with a weight.
 
     ``shown`` are the names of the graph's outputs: a product that the caller sees keeps its bias
     outside.
     """
+    if node.op == "Conv":
+        return _match_pointwise(node, opset)
     if node.op not in {"MatMul", "Gemm"}:
         return None
     if constant_value(node.inputs[0], opset) is not None:
@@ -55,7 +57,9 @@ def weight_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> Float64[
     node = nodes[linear.node]
     weight = constant_value(node.inputs[1], opset)
     assert weight is not None, f"{linear.node} has no constant weight"
-    if node.attrs.get("transB", 0):
+    if node.op == "Conv":
+        weight = weight.reshape(weight.shape[:2]).T
+    elif node.attrs.get("transB", 0):
         weight = weight.T
     scaled: np.ndarray = weight.astype(np.float64) * node.attrs.get("alpha", 1.0)
     return scaled
@@ -67,7 +71,7 @@ def bias_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> Float64[np
     bias: np.ndarray | None = None
     if linear.bias_node is not None:
         bias = _vector(nodes[linear.bias_node], linear.width_out, opset)
-    elif node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2].name:
+    elif node.op in {"Gemm", "Conv"} and len(node.inputs) > 2 and node.inputs[2].name:
         value = constant_value(node.inputs[2], opset)
         assert value is not None, f"{linear.node} has a bias that is not constant"
         bias = np.broadcast_to(value.reshape(-1), linear.width_out) * node.attrs.get("beta", 1.0)
@@ -81,6 +85,21 @@ def dtype_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> np.dtype:
     weight = constant_value(nodes[linear.node].inputs[1], opset)
     assert weight is not None, f"{linear.node} has no constant weight"
     return weight.dtype
+
+
+def _match_pointwise(node: gs.Node, opset: int) -> Linear | None:
+    """A convolution whose kernel is a single point, over all channels: a product per position."""
+    weight = constant_value(node.inputs[1], opset)
+    if weight is None or weight[0, 0].size != 1 or node.attrs.get("group", 1) != 1:
+        return None
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if any(node.attrs.get("pads", ())) or (
+        bias is not None and bias.name and constant_value(bias, opset) is None
+    ):
+        return None
+    width_out, width_in = weight.shape[:2]
+    ends = (node.inputs[0].name, node.outputs[0].name)
+    return Linear(node.name, None, *ends, width_in, width_out, axis=1)
 
 
 def _has_vector(node: gs.Node, opset: int) -> bool:

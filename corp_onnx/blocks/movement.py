@@ -72,6 +72,12 @@ def climb(view: View, target: gs.Tensor) -> Path | Blocked:
     return Path(source, target, tuple(view.in_order(nodes)))
 
 
+def element_numbers(shape: Sequence[int], axis: int) -> np.ndarray:
+    """Element numbers of a linear layer's output: ``token · d + channel``, channels on ``axis``."""
+    tokens_last = np.arange(np.prod(shape)).reshape(*np.delete(shape, axis), shape[axis])
+    return np.moveaxis(tokens_last, -1, axis)
+
+
 def carried_inputs(view: View, node: gs.Node) -> list[gs.Tensor]:
     """The inputs whose elements a node moves or scales; empty if it does anything else."""
     if node.domain not in {"", "ai.onnx", None}:

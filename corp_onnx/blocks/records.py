@@ -17,7 +17,10 @@ Axis = Literal["mlp", "qk", "vo"]
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A product with a constant matrix, ``y = scale · x W + b``, by node and tensor name."""
+    """A product with a constant matrix, ``y = scale · x W + b``, by node and tensor name.
+
+    MatMul, Gemm, or a convolution whose kernel is a single point.
+    """
 
     node: str
     bias_node: str | None
@@ -27,6 +30,8 @@ class Linear:
     """The tensor after the bias."""
     width_in: int
     width_out: int
+    axis: int = -1
+    """The axis of input and output that holds the channels: 1 for a convolution."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,7 +12,17 @@ from corp_onnx import shapes
 from corp_onnx.blocks.records import Linear
 from corp_onnx.shapes import COMPUTED_OPS, Facts
 
-FOLDED_OPS = frozenset({"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze"})
+FOLDED_OPS = frozenset(
+    {
+        "Identity",
+        "Transpose",
+        "Cast",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "DequantizeLinear",
+    }
+)
 """Operators on a constant that leave it a constant: a weight behind them is read through."""
 
 OPEN_SIZE = "size is not known: it depends on the data, or the model runs at one size only"
@@ -74,7 +84,7 @@ def producer(tensor: gs.Tensor) -> gs.Node | None:
 
 
 def constant_value(tensor: gs.Tensor, opset: int) -> np.ndarray | None:
-    """The value of a constant, read through Identity, Transpose, Cast and reshapes; else None."""
+    """The value of a constant, read through the operators of `FOLDED_OPS`; else None."""
     if isinstance(tensor, gs.Constant):
         return np.asarray(tensor.values)
     node = producer(tensor)
