@@ -57,6 +57,20 @@ class Emitter:
         )
         return outputs
 
+    def split(
+        self, tensor: gs.Tensor, sizes: Sequence[int], axis: int, opset: int
+    ) -> list[gs.Variable]:
+        """The parts of a tensor along an axis."""
+        name = self._fresh("Split")
+        outputs = [gs.Variable(f"{name}_{part}", dtype=tensor.dtype) for part in range(len(sizes))]
+        node = gs.Node("Split", name, {"axis": axis}, [tensor], outputs)
+        if opset >= 13:
+            node.inputs.append(self.integers("sizes", sizes))
+        else:
+            node.attrs["split"] = list(sizes)
+        self.graph.nodes.append(node)
+        return outputs
+
     def redefine(self, node: gs.Node, value: gs.Tensor) -> None:
         """Let the output of a node, which may be one of the graph, be ``value`` instead."""
         (output,) = node.outputs

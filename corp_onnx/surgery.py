@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.linear import bias_of, weight_of
 from corp_onnx.blocks.records import Attention, Catalog, Mlp, Route
+from corp_onnx.blocks.view import constant_value
 from corp_onnx.emit import Emitter, replace_readers
 from corp_onnx.errors import SurgeryError
 from corp_onnx.graph import Model
@@ -66,15 +67,22 @@ def _cut_mlp(theatre: Theatre, block: Mlp, folds: list[Fold]) -> None:
     """Narrow the hidden axis to the kept channels and renew the down projection."""
     (fold,) = folds
     assert isinstance(fold, MlpFold), f"{block.id} is an MLP"
-    for source in block.sources:
-        linear, columns = theatre.now(source.linear), source.channels[fold.kept]
-        weight = weight_of(theatre.nodes, linear, theatre.opset)[:, columns]
-        bias = bias_of(theatre.nodes, linear, theatre.opset)[columns]
-        theatre.set_linear(linear, weight, bias if theatre.has_bias(linear) else None)
+    for linear in dict.fromkeys(source.linear for source in block.sources):
+        sources = [source for source in block.sources if source.linear == linear]
+        columns = np.concatenate([source.channels[fold.kept] for source in sources])
+        layer = theatre.now(linear)
+        weight = weight_of(theatre.nodes, layer, theatre.opset)[:, columns]
+        bias = bias_of(theatre.nodes, layer, theatre.opset)[columns]
+        theatre.set_linear(layer, weight, bias if theatre.has_bias(layer) else None)
+        theatre.split(layer, [source.tensor for source in sources], len(fold.kept))
     for vector in block.vectors:
         node = theatre.nodes[vector.node]
-        values = np.asarray(node.inputs[vector.slot].values)[..., fold.kept]
-        node.inputs[vector.slot] = theatre.emit.constant("vector", values)
+        values = constant_value(node.inputs[vector.slot], theatre.opset)
+        assert values is not None, f"{vector.node} reads a constant"
+        kept = np.take(values, fold.kept, axis=vector.axis)
+        node.inputs[vector.slot] = theatre.emit.constant("vector", kept)
+    for name in block.depthwise:
+        theatre.nodes[name].attrs["group"] = len(fold.kept)
     theatre.keep_sizes(block.readers)
     for target in block.targets:
         theatre.set_target(target, len(fold.kept))

@@ -12,7 +12,7 @@ from jaxtyping import Float64
 
 from corp_onnx.blocks.linear import bias_of, dtype_of, weight_of
 from corp_onnx.blocks.records import Layout, Linear, Route, SizeReader, Target
-from corp_onnx.emit import Emitter
+from corp_onnx.emit import Emitter, replace_readers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +38,7 @@ class Theatre:
 
     def has_bias(self, linear: Linear) -> bool:
         """Whether a linear layer adds a vector."""
-        node = self.nodes[linear.node]
-        return linear.bias_node is not None or (node.op == "Gemm" and len(node.inputs) > 2)
+        return linear.bias_node is not None or len(self.nodes[linear.node].inputs) > 2
 
     def set_linear(
         self,
@@ -50,7 +49,11 @@ class Theatre:
         """Give a linear layer a new weight and, unless None, a new bias, in its own type."""
         node = self.nodes[linear.node]
         dtype = dtype_of(self.nodes, linear, self.opset)
-        node.inputs[1] = self.emit.constant("weight", weight.astype(dtype))
+        stored = weight.astype(dtype)
+        if node.op == "Conv":
+            points = len(node.inputs[1].shape) - 2
+            stored = stored.T.reshape(*stored.T.shape, *[1] * points)
+        node.inputs[1] = self.emit.constant("weight", stored)
         if node.op == "Gemm":
             node.attrs.update(transB=0, alpha=1.0, beta=1.0)
         if bias is not None:
@@ -59,9 +62,9 @@ class Theatre:
     def _set_bias(self, linear: Linear, bias: gs.Constant) -> None:
         """Write a bias where the layer keeps it; a MatMul without one gets an Add."""
         node = self.nodes[linear.node]
-        if node.op == "Gemm" and len(node.inputs) > 2:
+        if len(node.inputs) > 2:
             node.inputs[2] = bias
-        elif node.op == "Gemm":
+        elif node.op != "MatMul":
             node.inputs.append(bias)
         elif linear.bias_node is not None:
             add = self.nodes[linear.bias_node]
@@ -75,6 +78,17 @@ class Theatre:
             add = gs.Node("Add", f"{bias.name}_add", inputs=[product, bias], outputs=[output])
             self.emit.graph.nodes.append(add)
             self.biased[linear.node] = add.name
+
+    def split(self, linear: Linear, tensors: Sequence[str], size: int) -> None:
+        """Let tensors, which were split off from a layer's output, be equal parts of it now."""
+        output = self.tensors[linear.output]
+        if list(tensors) == [linear.output]:
+            return
+        parts = [output]
+        if len(tensors) > 1:
+            parts = self.emit.split(output, [size] * len(tensors), linear.axis, self.opset)
+        for name, part in zip(tensors, parts, strict=True):
+            replace_readers(self.tensors[name], part)
 
     def set_target(self, target: Target, width: int) -> None:
         """Let a Reshape make ``multiple · width`` channels, its target constant or not."""

@@ -469,32 +469,6 @@ def test_an_operator_that_mixes_hidden_channels_is_refused(op):
     assert says(f"through {op}", reasons["Linear"])
 
 
-def test_a_packed_gate_is_refused():
-    net = Net(0)
-    y = net.linear(net.x(), WIDTH, 2 * HIDDEN)
-    gate, up = net("Split", y, [HIDDEN, HIDDEN], outputs=2, axis=2)
-    reasons = reasons_of(net, net.linear(net("Mul", net("Sigmoid", gate), up), HIDDEN, WIDTH))
-    assert says("(a packed gate)", reasons["Linear"])
-
-
-def test_a_gate_with_one_value_per_sample_is_refused():
-    """Squeeze and excite: the gate has another shape than what it gates."""
-    net = Net(0)
-    up = relu(net, net.linear(net.x(), WIDTH, HIDDEN))
-    squeezed = net("ReduceMean", "x", [1], keepdims=1)
-    gate = net("Sigmoid", net.linear(squeezed, WIDTH, HIDDEN))
-    reasons = reasons_of(net, net.linear(net("Mul", up, gate), HIDDEN, WIDTH))
-    assert says("do not reach its input one to one", reasons["Linear"])
-
-
-def test_a_constant_that_differs_between_tokens_is_refused():
-    net = Net(0)
-    hidden = relu(net, net.linear(net.x("batch", 5, WIDTH), WIDTH, HIDDEN))
-    shifted = net("Add", hidden, net.random(5, HIDDEN))
-    reasons = reasons_of(net, net.linear(shifted, HIDDEN, WIDTH))
-    assert says(f"meets a constant of shape [5, {HIDDEN}]", reasons["Linear"])
-
-
 def test_weights_that_are_no_matrices_are_refused():
     """Experts stacked in one tensor."""
     net = Net(0)

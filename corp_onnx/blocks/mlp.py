@@ -1,134 +1,127 @@
-"""MLPs: a hidden axis with nothing but per-channel operators between linear layers."""
+"""MLPs: a hidden axis with nothing between linear layers but operators that keep channels apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from jaxtyping import Int64
 
 from corp_onnx import shapes
-from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS
-from corp_onnx.blocks.records import Linear, Mlp, Refusal, SizeReader, Source, Target, Vector
-from corp_onnx.blocks.view import OPEN_SIZE, View, producer, serves_only
+from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Blocked, element_numbers
+from corp_onnx.blocks.records import (
+    Linear,
+    Mlp,
+    Refusal,
+    SizeReader,
+    Source,
+    Target,
+    Vector,
+)
+from corp_onnx.blocks.region import (
+    Region,
+    constant_axes,
+    explore,
+    line,
+)
+from corp_onnx.blocks.view import View, constant_value, serves_only
 from corp_onnx.shapes import Facts
 
-CHANNELWISE_OPS = frozenset(
-    """Abs Add Celu Clip Cos Div Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Log Max Min Mish
-    Mul Neg PRelu Pow Reciprocal Relu Selu Sigmoid Sin Softplus Softsign Sqrt Sub Swish Tanh
-    ThresholdedRelu Where Greater Less GreaterOrEqual LessOrEqual Equal Not And Or Sign Floor
-    FastGelu QuickGelu""".split()
-)
-"""Operators that act on every element by itself: any closed region of them is an activation."""
+SILENT_OPS = PASSING_OPS - {"Cast"}
+"""Operators on the way of data movement that change neither values nor type."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Region:
-    """What lies between linear layers and the input of another one."""
+class Branch:
+    """A tensor that holds all hidden channels, and the way there from a linear layer's output."""
 
+    source: gs.Tensor
+    tensor: gs.Tensor
+    channels: Int64[np.ndarray, "..."]
+    """Channel of the layer at every hidden channel."""
     nodes: tuple[gs.Node, ...]
-    sources: tuple[gs.Tensor, ...]
+    """Data movement on the way, which goes when the layer is written anew."""
 
 
 def match_mlp(view: View, down: Linear, hidden: gs.Tensor, block_id: str) -> Mlp | Refusal | None:
     """The MLP whose down projection is ``down``; None if its input is no hidden axis."""
-    region = _climb(view, hidden)
-    if region is None:
+    regions = [explore(view, facts, hidden, down.axis) for facts in view.probes]
+    if any(isinstance(region, Blocked) for region in regions):
         return None
-    inside = {id(node) for node in region.nodes}
-    reader = _other_reader(view, region, inside, down, hidden)
-    if reader is not None:
-        return Refusal(down.node, "Linear", reader)
-    traced = []
-    for facts in view.probes:
-        result = _trace(view, region, facts, hidden)
-        if isinstance(result, str):
-            return Refusal(down.node, "Linear", result)
-        traced.append(result)
-    channels, vectors = traced[0]
-    if any(len(order) != down.width_in for order in channels.values()):
-        wide = len(next(iter(channels.values())))
-        reason = f"its input has {wide} channels, its weight {down.width_in} rows"
-        return Refusal(down.node, "Linear", reason)
-    if any(not _same(channels, other) for other, _ in traced):
-        return Refusal(down.node, "Linear", "its channels move when batch or sequence size changes")
-    readers = _size_readers(view, region)
+    read = _read(view, down, hidden, regions, block_id)
+    return Refusal(down.node, "Linear", read) if isinstance(read, str) else read
+
+
+def _read(
+    view: View,
+    down: Linear,
+    hidden: gs.Tensor,
+    regions: Sequence[Region | Blocked | str],
+    block_id: str,
+) -> Mlp | str:
+    """The MLP whose regions, one for every set of sizes, are known; or why it is none."""
+    explored = [region for region in regions if isinstance(region, Region)]
+    if len(explored) < len(regions):
+        return next(reason for reason in regions if isinstance(reason, str))
+    region = explored[0]
+    branches = _other_reader(view, region, down, hidden) or _lasting(view, explored, down)
+    if isinstance(branches, str):
+        return branches
+    lost = {id(node) for branch in branches for node in branch.nodes}
+    kept = [node for node in region.nodes if id(node) not in lost]
+    vectors, readers = _vectors(view, region, kept), _size_readers(view, region, lost)
+    if isinstance(vectors, str) or isinstance(readers, str):
+        return vectors if isinstance(vectors, str) else str(readers)
+    sources = [
+        Source(view.linears[branch.source.name], branch.channels, branch.tensor.name)
+        for branch in branches
+    ]
     return Mlp(
         block_id,
-        tuple(Source(view.linears[name], order) for name, order in channels.items()),
+        tuple(sources),
         hidden.name,
         vectors,
-        _targets(view, region),
+        _targets(region, kept),
         down,
         down.width_in,
         readers,
+        depthwise=tuple(node.name for node in kept if node.op == "Conv"),
     )
+
+
+def _lasting(view: View, regions: Sequence[Region], down: Linear) -> list[Branch] | str:
+    """The branches, if they are the same at all sizes and fit the down projection."""
+    first, *others = (
+        _branches(view, region, facts) for region, facts in zip(regions, view.probes, strict=True)
+    )
+    if isinstance(first, str):
+        return first
+    width = len(first[0].channels)
+    if width != down.width_in:
+        return f"its input has {width} channels, its weight {down.width_in} rows"
+    if any(isinstance(other, str) or not _same(first, other) for other in others):
+        return "its channels move when batch or sequence size changes"
+    return first
 
 
 def why_not_hidden(view: View, linear: Linear, tensor: gs.Tensor) -> str:
     """What stands above a linear layer that is no down projection, for the catalog."""
-    node = producer(tensor)
-    while node is not None and (node.op in CHANNELWISE_OPS | PASSING_OPS | {"Reshape"}):
-        following = [value for value in node.inputs if view.known(value) is None]
-        if not following or following[0].name in view.linears:
-            break
-        tensor = following[0]
-        node = producer(tensor)
+    found = explore(view, view.probes[0], tensor, linear.axis)
+    node = found.node if isinstance(found, Blocked) else None
     above = (
         f"follows from {tensor.name!r}, which no layer computes"
         if node is None
-        else f"comes through {node.op} ({node.name}), which mixes channels or is read elsewhere"
+        else f"comes through {node.op} ({node.name}), which mixes channels"
     )
     return f"its input {above}, and its {linear.width_out} outputs end in no other linear layer"
 
 
-def _climb(view: View, hidden: gs.Tensor) -> Region | None:
-    """Everything between ``hidden`` and the linear layers above it; None if more than that."""
-    nodes, sources, stack = [], {}, [hidden]
-    seen: set[str] = set()
-    while stack:
-        tensor = stack.pop()
-        if tensor.name in seen:
-            continue
-        seen.add(tensor.name)
-        if tensor.name in view.linears:
-            sources[tensor.name] = tensor
-            continue
-        node = producer(tensor)
-        inputs = [] if node is None else _open_inputs(view, node)
-        if node is None or not inputs:
-            return None
-        nodes.append(node)
-        stack.extend(inputs)
-    return Region(tuple(view.in_order(nodes)), tuple(sources.values())) if sources else None
-
-
-def _open_inputs(view: View, node: gs.Node) -> list[gs.Tensor]:
-    """The operands of a per-channel operator or a movement that carry hidden channels."""
-    if node.op in PASSING_OPS | MOVING_OPS and node.op != "Concat":
-        return [node.inputs[0]]
-    if node.op in CHANNELWISE_OPS:
-        return [
-            tensor
-            for tensor in node.inputs
-            if tensor.name and view.known(tensor) is None and not _is_per_token(view, tensor)
-        ]
-    return []
-
-
-def _is_per_token(view: View, tensor: gs.Tensor) -> bool:
-    """Whether all channels share one value, so that cutting channels does not touch it."""
-    shape = view.shape(tensor)
-    return shape is not None and (not shape or shape[-1] == 1)
-
-
-def _other_reader(
-    view: View, region: Region, inside: set[int], down: Linear, hidden: gs.Tensor
-) -> str | None:
+def _other_reader(view: View, region: Region, down: Linear, hidden: gs.Tensor) -> str | None:
     """Who else reads the hidden channels."""
-    tensors = [*region.sources, *(node.outputs[0] for node in region.nodes)]
-    for tensor in tensors:
+    inside = {id(node) for node in region.nodes}
+    for tensor in region.tensors():
         if view.is_output(tensor):
             return f"its hidden tensor {tensor.name!r} is an output of the model"
         for node in tensor.outputs:
@@ -138,117 +131,114 @@ def _other_reader(
     return None
 
 
-Channels = dict[str, np.ndarray]
+def _branches(view: View, region: Region, facts: Facts) -> list[Branch] | str:
+    """Where each layer's channels are first in order: at its output, or behind some movement.
 
-
-def _trace(
-    view: View, region: Region, facts: Facts, hidden: gs.Tensor
-) -> tuple[Channels, tuple[Vector, ...]] | str:
-    """The source channel behind every hidden channel, and the constants that they meet."""
-    width = (facts.shape(hidden) or (0,))[-1]
-    channels: Channels = {}
-    vectors: dict[tuple[str, int], Vector] = {}
+    From there on all movement must leave the order of channels alone.
+    """
+    found: list[Branch] = []
     for source in region.sources:
-        shape = facts.shape(source)
-        if shape is None or facts.shape(hidden) is None:
-            return f"its {OPEN_SIZE}"
-        arrays = {source.name: np.arange(np.prod(shape)).reshape(shape)}
-        for node in region.nodes:
-            reason = _step(view, node, arrays, facts, vectors, width)
-            if reason is not None:
-                return reason
-        order = _order(arrays[hidden.name], shape, facts.shape(hidden))
-        if order is None:
+        shape, axis = facts.shape(source), view.linears[source.name].axis
+        assert shape is not None, "it was labelled"
+        start = Branch(source, source, element_numbers(shape, axis), ())
+        ways = list(_descend(view, region, facts, start))
+        if not ways:
             return f"the channels of {source.name!r} do not reach its input one to one, in place"
-        channels[source.name] = order
-    return channels, tuple(vectors.values())
+        found += [replace(way, channels=_channels(way.channels, shape, axis)) for way in ways]
+    lost = {id(node) for branch in found for node in branch.nodes}
+    width = len(found[0].channels)
+    for node in region.nodes:
+        if node.op in MOVING_OPS and id(node) not in lost:
+            ends = [line(region.labels[tensor.name]) for tensor in (node.inputs[0], *node.outputs)]
+            if any(along is None or not along.is_whole(width) for along in ends):
+                return f"{node.op} ({node.name}) rearranges the hidden channels"
+    return found
 
 
-def _step(
-    view: View,
-    node: gs.Node,
-    arrays: dict[str, np.ndarray],
-    facts: Facts,
-    vectors: dict[tuple[str, int], Vector],
-    width: int,
-) -> str | None:
-    """Carry element numbers through one node; a reason if they do not go through."""
-    carried = [tensor for tensor in node.inputs if tensor.name in arrays]
-    if not carried:
-        return None
-    if node.op in MOVING_OPS:
-        return _move(node, arrays, facts, view.opset)
-    first = arrays[carried[0].name]
-    if any(not np.array_equal(arrays[tensor.name], first) for tensor in carried[1:]):
-        return f"{node.op} ({node.name}) combines different channels of one layer (a packed gate)"
-    for slot, tensor in enumerate(node.inputs):
-        value = view.known(tensor) if tensor.name else None
-        if value is None or value.ndim == 0 or value.shape[-1] == 1:
+def _descend(view: View, region: Region, facts: Facts, way: Branch) -> Iterator[Branch]:
+    """Walk down from a layer's output to the tensors that hold the hidden axis, tokens in place.
+
+    ``channels`` holds element numbers of the layer's output on the way.
+    """
+    shape, axis = facts.shape(way.source), view.linears[way.source.name].axis
+    along = line(region.labels[way.tensor.name])
+    if (
+        along is not None
+        and along.is_whole(len(along.channels))
+        and _channels(way.channels, shape or (), axis).size
+    ):
+        yield way
+        return
+    for node in way.tensor.outputs:
+        if not any(node is other for other in region.nodes):
             continue
-        if value.shape[-1] != width or value.size != width or not isinstance(tensor, gs.Constant):
-            return f"{node.op} ({node.name}) meets a constant of shape {list(value.shape)}"
-        vectors[node.name, slot] = Vector(node.name, slot)
-    arrays[node.outputs[0].name] = first
-    return None
+        if node.op not in MOVING_OPS | SILENT_OPS:
+            return
+        inputs = {other.name: facts.value(other) for other in node.inputs if other.name}
+        moved = shapes.run(node, inputs | {way.tensor.name: way.channels}, view.opset)
+        for tensor, numbers in zip(node.outputs, moved, strict=False):
+            if tensor.name in region.labels:
+                step = Branch(way.source, tensor, numbers, (*way.nodes, node))
+                yield from _descend(view, region, facts, step)
 
 
-def _move(node: gs.Node, arrays: dict[str, np.ndarray], facts: Facts, opset: int) -> str | None:
-    inputs = {
-        tensor.name: arrays[tensor.name] if tensor.name in arrays else facts.value(tensor)
-        for tensor in node.inputs
-        if tensor.name
-    }
-    if any(value is None for value in inputs.values()):
-        return f"{node.op} ({node.name}) moves channels by sizes that depend on the data"
-    last = arrays[node.inputs[0].name].shape[-1]
-    outputs = shapes.run(node, inputs, opset)  # type: ignore[arg-type]
-    if len(outputs) != 1 or outputs[0].shape[-1] != last:
-        return f"{node.op} ({node.name}) splits or merges the hidden axis (a packed gate)"
-    arrays[node.outputs[0].name] = outputs[0]
-    return None
+def _channels(numbers: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """The layer's channel at every channel of a tensor; none if tokens are not where they were."""
+    if np.delete(numbers.shape, axis).tolist() != np.delete(shape, axis).tolist():
+        return np.empty(0, int)
+    rows = np.moveaxis(numbers, axis, -1).reshape(-1, numbers.shape[axis])
+    order, tokens = rows[0] % shape[axis], np.arange(len(rows))[:, None] * shape[axis]
+    return order if np.array_equal(rows, tokens + order) else np.empty(0, int)
 
 
-def _order(
-    numbers: np.ndarray, source: tuple[int, ...], hidden: tuple[int, ...] | None
-) -> np.ndarray | None:
-    """Channel of the source at every hidden channel, if tokens keep their order; else None."""
-    rows = numbers.reshape(-1, numbers.shape[-1])
-    order = rows[0] % source[-1]
-    tokens = np.arange(len(rows))[:, None] * source[-1]
-    complete = numbers.shape == hidden and len(np.unique(order)) == source[-1] == order.size
-    return order if complete and np.array_equal(rows, tokens + order) else None
+def _same(one: list[Branch], other: list[Branch]) -> bool:
+    def places(ways: list[Branch]) -> list[tuple[str, list[int]]]:
+        return [(way.tensor.name, way.channels.tolist()) for way in ways]
+
+    return places(one) == places(other)
 
 
-def _targets(view: View, region: Region) -> tuple[Target, ...]:
-    """The last entry of every Reshape inside."""
-    ranks = {
-        node.name: len(view.shape(node.outputs[0]) or ())
-        for node in region.nodes
-        if node.op == "Reshape"
-    }
-    return tuple(Target(name, rank - 1, rank, 1) for name, rank in ranks.items())
+def _vectors(view: View, region: Region, kept: list[gs.Node]) -> tuple[Vector, ...] | str:
+    """The constants with a value for every hidden channel, or one that cannot be written anew."""
+    found = []
+    for node in kept:
+        for slot, axis in constant_axes(view, region, node):
+            if constant_value(node.inputs[slot], view.opset) is None:
+                return f"{node.op} ({node.name}) meets {node.inputs[slot].name!r}, made at run time"
+            found.append(Vector(node.name, slot, axis))
+    return tuple(found)
 
 
-def _same(one: Channels, other: Channels) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+def _targets(region: Region, kept: list[gs.Node]) -> tuple[Target, ...]:
+    """The entry of every Reshape or Expand inside that says how many channels there are."""
+    targets = []
+    for node in kept:
+        if node.op in {"Reshape", "Expand"}:
+            labels = region.labels[node.outputs[0].name]
+            along = line(labels)
+            assert along is not None, "movement that stays leaves the channels on one axis"
+            targets.append(Target(node.name, along.axis, labels.ndim, 1))
+    return tuple(targets)
 
 
-def _size_readers(view: View, region: Region) -> tuple[SizeReader, ...]:
-    """Shape nodes on hidden tensors: all axes but the last stay as they are.
+def _size_readers(view: View, region: Region, lost: set[int]) -> tuple[SizeReader, ...] | str:
+    """Shape nodes on hidden tensors: all axes but that of the channels stay as they are.
 
     Those that only say where data is to move within the region go along with it.
     """
     moving = {id(node) for node in region.nodes if node.op in MOVING_OPS}
-    tensors: Sequence[gs.Tensor] = [*region.sources, *(node.outputs[0] for node in region.nodes)]
     readers = []
-    for tensor in tensors:
-        shape = view.shape(tensor) or ()
+    for tensor in region.tensors():
         for node in tensor.outputs:
-            if node.op == "Shape" and not serves_only(node, moving):
-                sizes: list[int | str] = [
-                    *(f"t{axis}" for axis in range(len(shape) - 1)),
-                    shape[-1],
-                ]
-                read = slice(node.attrs.get("start", 0), node.attrs.get("end"))
-                readers.append(SizeReader(node.name, tuple(sizes[read]), tensor.name))
+            if node.op != "Shape" or serves_only(node, moving):
+                continue
+            along = line(region.labels[tensor.name]) if tensor.name in region.labels else None
+            if along is None or (lost and tensor.name not in view.linears):
+                return f"the shape of {tensor.name!r} is read ({node.name})"
+            shape = view.shape(tensor) or ()
+            sizes: list[int | str] = [
+                size if axis == along.axis else f"t{axis}" for axis, size in enumerate(shape)
+            ]
+            read = slice(node.attrs.get("start", 0), node.attrs.get("end"))
+            readers.append(SizeReader(node.name, tuple(sizes[read]), tensor.name))
     return tuple(readers)

@@ -36,18 +36,24 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """A linear layer whose output feeds a hidden axis: channel ``channels[j]`` is hidden ``j``."""
+    """A linear layer that feeds a hidden axis: its channel ``channels[j]`` is hidden ``j``.
+
+    A packed gate is two sources of one layer.
+    """
 
     linear: Linear
     channels: Int64[np.ndarray, " d"]
+    tensor: str
+    """Where they are first in order: the layer's output, or a tensor split off from it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """A constant with one entry per hidden channel, read by ``node`` at input ``slot``."""
+    """A constant with an entry per hidden channel, on ``axis``, that ``node`` reads at ``slot``."""
 
     node: str
     slot: int
+    axis: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,8 @@ class Mlp:
     down: Linear
     width: int
     readers: tuple[SizeReader, ...] = ()
+    depthwise: tuple[str, ...] = ()
+    """Convolutions inside of every channel by itself, whose ``group`` is the width."""
     padding: Mask | None = None
     refused: Mapping[Axis, str] = field(default_factory=dict)
 
@@ -118,14 +126,22 @@ class Mlp:
 class Layout:
     """How a plain projection is laid out as the operand of a product.
 
-    The projection ``[t0, …, tk, h·r]`` is reshaped to ``[t0, …, tk, h, r]``, its axes are permuted
-    by ``perm``, and neighbours are merged as ``groups`` says.
+    The projection ``[t0, …, tk, g·r]`` is reshaped to ``[t0, …, tk, g, r]``, heads are copied as
+    ``copies`` says and split over axes as ``rows`` says, the axes are permuted by ``perm``, and
+    neighbours are merged as ``groups`` says. Where single channels are moved and not heads, ``g``
+    counts channels, and there is no last axis.
     """
 
     split: str | None
     """Reshape node whose leading targets split the token axes first; None where none are split."""
     tokens: int
     """How many token axes there are after that split."""
+    rows: tuple[int, ...]
+    """Sizes of the axes that hold heads (or single channels); none where there is one head."""
+    copies: tuple[int, ...]
+    """The head that every row holds, where heads are repeated; else empty."""
+    width: bool
+    """Whether a last axis holds the channels of a head."""
     perm: tuple[int, ...]
     groups: tuple[int, ...]
     """How many permuted axes each operand axis merges (0 for an axis of one)."""
@@ -147,7 +163,7 @@ class Route:
     """The tensor that enters the product."""
     layout: Layout
     axis: int
-    """The operand's axis that holds a head's channels."""
+    """The operand's axis that holds a head's channels; all of them, if it splits heads itself."""
     dtype: str
     """The operand's type, which a Cast on the way may have changed."""
 
@@ -159,6 +175,8 @@ class Output:
     linear: Linear
     places: Int64[np.ndarray, "d 2"]
     """Head and position within the head, for every input channel of the layer."""
+    value_heads: Int64[np.ndarray, " h"]
+    """The value head that every head mixes."""
     targets: tuple[Target, ...]
     """What Reshape nodes on the way say of the value width."""
     readers: tuple[SizeReader, ...] = ()
@@ -180,6 +198,13 @@ class Attention:
     kv_heads: int
     head_width: int
     value_width: int
+    key_heads: Int64[np.ndarray, " h"]
+    """The key head that every query head reads."""
+    fragments: tuple[Route, ...] = ()
+    """Where the movement of a projection ends, operands of the products among them.
+
+    What is packed with a part that is cut is written anew with it, as it was.
+    """
     frozen: tuple[Scalar, ...] = ()
     """Scales of the logits that are computed from shapes: surgery writes their dense value."""
     readers: tuple[SizeReader, ...] = ()
@@ -238,7 +263,7 @@ def width_of(block: Block, axis: Axis) -> int:
 def linears_of(block: Block) -> tuple[Linear, ...]:
     """The linear layers of a block: those that feed its axes and the one that they end in."""
     if isinstance(block, Mlp):
-        return (*(source.linear for source in block.sources), block.down)
+        return tuple(dict.fromkeys((*(source.linear for source in block.sources), block.down)))
     routes = (block.query, block.key, block.value)
     found = [route.linear for route in routes if route is not None]
     if block.output is not None:
