@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import calibration, demo, exactness, latency, machine, macs, quality
+from benchmarks import calibration, demo, exactness, language, latency, machine, macs, quality
 from benchmarks.outcome import Benchmark, Outcome, Place, Row
 from corp_onnx.errors import CorpError
 
@@ -31,6 +31,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "quality": Benchmark(
         quality.measure, "error and accuracy of cut models, by method", ("tokenizers", "pillow")
+    ),
+    "language": Benchmark(
+        language.measure, "perplexity of a language model with narrower MLPs", (*TORCH, "gguf")
     ),
     "calibration": Benchmark(
         calibration.measure, "time and memory of calibrating, and of a new ratio after it"

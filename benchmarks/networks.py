@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from tests.zoo_models import draw
+from tools.fetch_assets import FOLDER
 
 IMAGE, CHANNELS = 224, 3
 SMALL_IMAGE, SMALL_PATCH = 64, 8
@@ -49,6 +50,49 @@ def hf_bert_sdpa() -> tuple[torch.nn.Module, Inputs]:
     return _hf_bert("sdpa")
 
 
+def minilm_l6_eager() -> tuple[torch.nn.Module, Inputs]:
+    """all-MiniLM-L6 as fetched; MatMul, scale and Softmax as Python code."""
+    return _minilm("eager")
+
+
+def minilm_l6_sdpa() -> tuple[torch.nn.Module, Inputs]:
+    """The same with torch's scaled_dot_product_attention."""
+    return _minilm("sdpa")
+
+
+def smollm2() -> tuple[torch.nn.Module, Inputs]:
+    """SmolLM2-135M as fetched, dequantised to float32; from token numbers to logits."""
+    language_model = transformers.AutoModelForCausalLM.from_pretrained(
+        FOLDER, gguf_file="smollm2.gguf", dtype=torch.float32
+    )
+    language_model.generation_config = None
+
+    class Reading(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = language_model
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+            return logits
+
+    return Reading().eval(), {"input_ids": torch.randint(0, VOCABULARY, (2, TOKENS))}
+
+
+def _minilm(attention: str) -> tuple[torch.nn.Module, Inputs]:
+    module = transformers.AutoModel.from_pretrained(
+        FOLDER / "minilm_l6", attn_implementation=attention, add_pooling_layer=False
+    )
+    return module.eval(), _sentences()
+
+
+def _sentences() -> dict[str, torch.Tensor]:
+    """Two texts, the second shorter."""
+    mask = torch.ones(2, TOKENS, dtype=torch.int64)
+    mask[1, -2:] = 0
+    return {"input_ids": torch.randint(0, VOCABULARY, (2, TOKENS)), "attention_mask": mask}
+
+
 def _timm(name: str, **options: float) -> tuple[torch.nn.Module, Inputs]:
     module = timm.create_model(name, num_classes=10, **options)
     return _drawn(module), (torch.randn(2, CHANNELS, IMAGE, IMAGE),)
@@ -79,10 +123,7 @@ def _hf_bert(attention: str) -> tuple[torch.nn.Module, Inputs]:
         attn_implementation=attention,
     )
     module = transformers.BertModel(config, add_pooling_layer=False)
-    mask = torch.ones(2, TOKENS, dtype=torch.int64)
-    mask[1, -2:] = 0
-    tokens = torch.randint(0, VOCABULARY, (2, TOKENS))
-    return _drawn(module), {"input_ids": tokens, "attention_mask": mask}
+    return _drawn(module), _sentences()
 
 
 def _drawn(module: torch.nn.Module) -> torch.nn.Module:

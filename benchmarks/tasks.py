@@ -147,6 +147,12 @@ def _split(
     return np.sort(np.concatenate(first)), np.sort(np.concatenate(second))
 
 
+def definitions(path: Path) -> list[str]:
+    """Every gloss of WordNet's file of nouns, in its order."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.partition("| ")[2].strip() for line in lines if not line.startswith(" ")]
+
+
 def _nouns(path: Path, per_class: int) -> tuple[list[str], np.ndarray]:
     """Glosses of the commonest classes, each of one noun only, and their classes."""
     rows = [

@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from onnx.inliner import inline_local_functions
-from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from corp_onnx.canonical import canonicalise
 from corp_onnx.canonical.constants import constants_from_nodes, name_every_node
+from corp_onnx.canonical.quantised import notes_of, pack_narrow_constants, quantised_ops
 from corp_onnx.errors import GraphError, OutputError, QuantisedModel
 
-log = logging.getLogger(__name__)
+# It writes to standard output, and warns of types that it then reads all the same.
+G_LOGGER.severity = G_LOGGER.ERROR
 
 OLDEST_OPSET = 11
-NARROW_TYPES = frozenset({"int4", "uint4", "int2", "uint2", "float4_e2m1fn"})
 LARGEST_PROTOBUF_BYTES = 2**31 - 1
-QUANTISED_OPS = frozenset(
-    {
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "DynamicQuantizeLinear",
-        "QLinearMatMul",
-        "QLinearConv",
-        "MatMulInteger",
-        "ConvInteger",
-        "MatMulNBits",
-        "QAttention",
-        "DynamicQuantizeMatMul",
-        "MatMulIntegerToFloat",
-        "QGemm",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +60,7 @@ class Model:
         """The model as protobuf: metadata, producer and opsets as they were in the file."""
         model = onnx.ModelProto()
         model.CopyFrom(self.header)
-        _pack_narrow_constants(self.graph)
+        pack_narrow_constants(self.graph)
         model.graph.CopyFrom(gs.export_onnx(self.graph, do_type_check=False).graph)
         _match_domains(model)
         return model
@@ -133,7 +116,7 @@ def from_proto(proto: onnx.ModelProto, fingerprint: Fingerprint | None = None) -
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     canonicalise(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    return Model(graph, fingerprint, header, _notes(graph))
+    return Model(graph, fingerprint, header, notes_of(graph))
 
 
 def save(model: Model, path: Path) -> None:
@@ -144,11 +127,19 @@ def save(model: Model, path: Path) -> None:
     Raises:
         OutputError: If it cannot be written.
     """
-    proto = model.proto()
-    large = _size_bytes(proto) > LARGEST_PROTOBUF_BYTES
-    location = f"{path.name}.data" if large else None
+    write(model.proto(), path)
+
+
+def write(proto: onnx.ModelProto, path: Path) -> None:
+    """The same for a model as protobuf."""
+    location = f"{path.name}.data" if is_large(proto) else None
     with whole(path) as draft:
-        onnx.save(proto, draft, save_as_external_data=large, location=location)
+        onnx.save(proto, draft, save_as_external_data=location is not None, location=location)
+
+
+def is_large(proto: onnx.ModelProto) -> bool:
+    """Whether a model is too large for one protobuf message."""
+    return _size_bytes(proto) > LARGEST_PROTOBUF_BYTES
 
 
 @contextmanager
@@ -229,52 +220,12 @@ def _require_known_opset(proto: onnx.ModelProto, path: Path) -> int:
 
 
 def _require_float(proto: onnx.ModelProto, path: Path) -> None:
-    constants = {tensor.name for tensor in proto.graph.initializer} | {""}
-    constants |= {node.output[0] for node in proto.graph.node if node.op_type == "Constant"}
-    weights = {
-        node.output[0]
-        for node in proto.graph.node
-        if node.op_type == "DequantizeLinear" and constants.issuperset(node.input)
-    }
-    found = sorted(
-        {node.op_type for node in proto.graph.node if not weights.intersection(node.output)}
-        & QUANTISED_OPS
-    )
+    found = quantised_ops(proto)
     if found:
         raise QuantisedModel(
             f"{path} is quantised already (it holds {', '.join(found)}): rounded weights cannot be "
             "repaired exactly; prune the floating-point model first and quantise the result"
         )
-
-
-def _notes(graph: gs.Graph) -> tuple[str, ...]:
-    """Weights that are stored quantised are read, but not written so again."""
-    types = sorted(
-        {
-            str(np.dtype(node.inputs[0].dtype))
-            for node in graph.nodes
-            if node.op == "DequantizeLinear" and isinstance(node.inputs[0], gs.Constant)
-        }
-    )
-    if not types:
-        return ()
-    note = (
-        f"weights are stored as {', '.join(types)} (DequantizeLinear); those of layers that are "
-        "cut are written as plain floating-point numbers, all others stay as they are"
-    )
-    log.warning("%s", note)
-    return (note,)
-
-
-def _pack_narrow_constants(graph: gs.Graph) -> None:
-    """Let constants of less than a byte an element be written as ONNX packs them.
-
-    The library that writes the graph takes their bytes from NumPy, which has one for each.
-    """
-    for tensor in graph.tensors().values():
-        if isinstance(tensor, gs.Constant) and str(tensor.dtype) in NARROW_TYPES:
-            packed = onnx.numpy_helper.from_array(np.asarray(tensor.values), tensor.name)
-            tensor.values = LazyValues(packed)
 
 
 def _match_domains(model: onnx.ModelProto) -> None:

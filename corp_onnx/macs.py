@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from corp_onnx.fused import operands_of
 from corp_onnx.shapes import Facts
 from corp_onnx.sizes import Sizes
 
@@ -40,22 +41,28 @@ def count(graph: gs.Graph, facts: Facts) -> Counts:
     by_node: dict[str, int] = {}
     uncounted = []
     for node in graph.nodes:
-        if node.op not in _COUNTERS:
+        if node.op not in _COUNTERS | _FUSED:
             continue
+        table = _BY_DOMAIN.get(node.domain or "", {})
         try:
-            if node.domain not in {"", "ai.onnx", None}:
+            if node.op not in table:
                 raise _UnknownSize
-            by_node[node.name] = _COUNTERS[node.op](node, facts)
+            by_node[node.name] = table[node.op](node, facts)
         except _UnknownSize:
             uncounted.append(node.name)
-    constants = {
-        tensor.name: tensor
-        for node in graph.nodes
-        for tensor in node.inputs
-        if isinstance(tensor, gs.Constant)
-    }
-    params = sum(_size(t.shape) for t in constants.values() if _is_float(t) and _size(t.shape) > 1)
+    params = sum(size for size in _parameters(graph).values() if size > 1)
     return Counts(facts.sizes, by_node, params, tuple(uncounted))
+
+
+def _parameters(graph: gs.Graph) -> dict[str, int]:
+    """Elements of constants by name: of the floating-point ones, and of weights stored rounded."""
+    return {
+        tensor.name: _size(tensor.shape)
+        for node in graph.nodes
+        for slot, tensor in enumerate(node.inputs)
+        if isinstance(tensor, gs.Constant)
+        and (slot == 0 if node.op == "DequantizeLinear" else _is_float(tensor))
+    }
 
 
 class _UnknownSize(Exception):
@@ -101,13 +108,77 @@ def _attention(node: gs.Node, facts: Facts) -> int:
     return int(pairs * (query[2] + value[2] * heads // kv_heads))
 
 
+def _fused_matmul(node: gs.Node, facts: Facts) -> int:
+    left, _ = operands_of(node, *(_shape(facts, tensor) for tensor in node.inputs[:2]))
+    return _size(_shape(facts, node.outputs[0])) * left[-1]
+
+
+def _einsum(node: gs.Node, facts: Facts) -> int:
+    """One multiply-add for every combination of labels; sums of one operand have none."""
+    terms = str(node.attrs["equation"]).replace(" ", "").split("->")[0].split(",")
+    if len(terms) == 1:
+        return 0
+    if any("." in term for term in terms):
+        raise _UnknownSize
+    sizes: dict[str, int] = {}
+    for term, tensor in zip(terms, node.inputs, strict=True):
+        sizes |= dict(zip(term, _shape(facts, tensor), strict=True))
+    return _size(tuple(sizes.values())) * (len(terms) - 1)
+
+
+def _packed_attention(node: gs.Node, facts: Facts) -> int:
+    """The projections and both products of an Attention with its weights inside."""
+    batch, tokens, width = _shape(facts, node.inputs[0])
+    weight = _shape(facts, node.inputs[1])
+    widths = node.attrs.get("qkv_hidden_sizes") or [weight[1] // 3] * 3
+    if len(node.inputs) > 4 and node.inputs[4].name:
+        raise _UnknownSize
+    return int(batch * tokens * (width * weight[1] + tokens * (widths[0] + widths[2])))
+
+
+def _multi_head(node: gs.Node, facts: Facts) -> int:
+    """Both products; operands are 3-D, or keys and values have their heads in front."""
+    if any(not tensor.name for tensor in node.inputs[:3]) or len(node.inputs) < 3:
+        raise _UnknownSize
+    query, key, value = (_shape(facts, tensor) for tensor in node.inputs[:3])
+    if len(query) != 3 or len(key) != len(value) or len(key) not in {3, 4}:
+        raise _UnknownSize
+    if any(tensor.name for tensor in node.inputs[6:8]):
+        raise _UnknownSize
+    heads = node.attrs["num_heads"] if len(key) == 4 else 1
+    pairs = query[0] * query[1] * key[-2]
+    return int(pairs * (query[2] + heads * value[-1]))
+
+
+def _grouped(node: gs.Node, facts: Facts) -> int:
+    """Both products of query heads that share keys, over the tokens at hand."""
+    batch, tokens, width = _shape(facts, node.outputs[0])
+    if any(tensor.name for tensor in node.inputs[3:5]):
+        raise _UnknownSize
+    return int(batch * tokens * tokens * 2 * width)
+
+
 _COUNTERS = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "Attention": _attention,
+    "Einsum": _einsum,
 }
+
+_FUSED = {
+    "FusedMatMul": _fused_matmul,
+    "FusedGemm": _gemm,
+    "FusedConv": _conv,
+    "Attention": _packed_attention,
+    "MultiHeadAttention": _multi_head,
+    "GroupQueryAttention": _grouped,
+    "MatMulNBits": _matmul,
+}
+"""The same of ONNX Runtime's own domain."""
+
+_BY_DOMAIN = {"": _COUNTERS, "ai.onnx": _COUNTERS, "com.microsoft": _FUSED}
 
 
 def _is_float(tensor: gs.Constant) -> bool:

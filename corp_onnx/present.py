@@ -27,7 +27,7 @@ def as_json(document: Json) -> str:
     return json.dumps(_finite(document), indent=2, allow_nan=False)
 
 
-def catalog_json(catalog: Catalog) -> Json:
+def catalog_json(catalog: Catalog, notes: Sequence[str] = ()) -> Json:
     """What ``inspect --json`` prints."""
     return {
         "blocks": [
@@ -39,10 +39,11 @@ def catalog_json(catalog: Catalog) -> Json:
         "macs": catalog.macs,
         "params": catalog.params,
         "macs_prunable": catalog.macs_prunable,
+        "notes": list(notes),
     }
 
 
-def catalog_table(catalog: Catalog) -> RenderableType:
+def catalog_table(catalog: Catalog, notes: Sequence[str] = ()) -> RenderableType:
     """What ``inspect`` prints."""
     table = _table(
         "block", "MACs", "width", "heads", "head width", "value width", "prunable", "refused"
@@ -70,7 +71,7 @@ def catalog_table(catalog: Catalog) -> RenderableType:
             f"that can be cut; {catalog.params / 1e6:.2f} M parameters"
         )
     )
-    return Group(*parts)
+    return Group(*parts, *map(Text, notes))
 
 
 def statistics_json(statistics: Statistics, output: str) -> Json:
@@ -120,6 +121,7 @@ def pruned_json(result: Pruned, output: str) -> Json:
         "checks": [asdict(check) for check in result.verification.checks],
         "held_out": comparison_json(result.verification.comparison),
         "passed": result.verification.passed,
+        "notes": list(result.surgery.model.notes),
         "output": output,
     }
 
@@ -149,6 +151,7 @@ def pruned_table(result: Pruned, output: str) -> RenderableType:
         ),
         Text(f"held-out relative error {result.verification.comparison.relative_error:.4g}"),
         Text(spent),
+        *map(Text, result.surgery.model.notes),
         Text(f"written to {output}"),
     )
 

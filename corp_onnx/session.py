@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ import onnx
 
 from corp_onnx.data import InputSpec
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError
-from corp_onnx.graph import LARGEST_PROTOBUF_BYTES, Model, save
+from corp_onnx.graph import Model, is_large, write
+from corp_onnx.widened import in_float32, is_bfloat16
+
+_log = logging.getLogger(__name__)
 
 CPU: tuple[str, ...] = ("CPUExecutionProvider",)
 
@@ -89,6 +93,8 @@ class Session:
 def open_session(source: Model | Path, runtime: Runtime | None = None) -> Session:
     """Load a model into ONNX Runtime.
 
+    A `Model` in bfloat16, for which many kernels are missing, is run in float32.
+
     Raises:
         BackendUnavailable: If ONNX Runtime, or an execution provider asked for, is missing.
         GraphError: If ONNX Runtime cannot load the model.
@@ -130,11 +136,14 @@ def _open(ort: ModuleType, source: Model | Path, options: Any, providers: list[s
     if isinstance(source, Path):
         return ort.InferenceSession(str(source), options, providers=providers)
     proto: onnx.ModelProto = source.proto()
-    if proto.ByteSize() <= LARGEST_PROTOBUF_BYTES:
+    if is_bfloat16(proto):
+        _log.info("bfloat16 is computed in float32")
+        proto = in_float32(proto)
+    if not is_large(proto):
         return ort.InferenceSession(proto.SerializeToString(), options, providers=providers)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        save(source, path)
+        write(proto, path)
         return ort.InferenceSession(str(path), options, providers=providers)
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx.reference import ReferenceEvaluator
 
-from corp_onnx.fused import TWINS, outputs_of
+from corp_onnx.fused import TWINS, has_rule, outputs_of
+from corp_onnx.reference import run as run  # a name of this module too: `shapes.run`
 from corp_onnx.sizes import DEFAULT_SEQUENCES, Sizes, input_sizes
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ LARGEST_KNOWN_VALUE = 1 << 16
 COMPUTED_OPS = frozenset(
     """Abs Add And Cast CastLike Ceil Clip Concat ConstantOfShape Cos CumSum Div Equal Exp Expand
     Flatten Floor Gather Greater GreaterOrEqual Identity Less LessOrEqual Log Max Min Mod Mul Neg
-    Not Or Pow Range Reciprocal ReduceMax ReduceMin ReduceProd ReduceSum Reshape Shape Sin Size
-    Slice Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where""".split()
+    Not OneHot Or Pow Range Reciprocal ReduceMax ReduceMin ReduceProd ReduceSum Reshape Shape Sin
+    Size Slice Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where""".split()
 )
 """Operators that shape arithmetic, positions, scales and masks are made of."""
 
@@ -109,8 +109,7 @@ def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:
     facts = Facts(sizes, dict(sizes), named=named)
     for tensor in graph.inputs:
         facts.types[tensor.name] = _type_of(tensor.dtype, sizes[tensor.name])
-    opsets = {entry.domain: entry.version for entry in graph.import_domains or ()}
-    opsets.setdefault("", graph.opset)
+    opsets = _opsets(graph)
     for node in graph.nodes:
         known = _known_inputs(node, facts) if node.op in COMPUTED_OPS else None
         if known is not None:
@@ -120,13 +119,24 @@ def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:
     return facts
 
 
-def run(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tuple[np.ndarray, ...]:
-    """One standard operator, run by ONNX's reference implementation on arrays by input name."""
-    names = [tensor.name for tensor in node.inputs]
-    proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
-    evaluator = ReferenceEvaluator(proto, opsets={"": opset})
-    feeds = {name: inputs[name] for name in names if name}
-    return tuple(np.asarray(value) for value in evaluator.run(None, feeds))
+def declared_only(graph: gs.Graph) -> set[str]:
+    """Tensors of whose shapes nothing is known but what the file declares.
+
+    Surgery must not forget these: no rule would give them back.
+    """
+    opsets = _opsets(graph)
+    return {
+        tensor.name
+        for node in graph.nodes
+        if _schema(node.op, opsets.get(node.domain or "", 1), node.domain or "") is None
+        and not has_rule(node)
+        for tensor in node.outputs
+    }
+
+
+def _opsets(graph: gs.Graph) -> dict[str, int]:
+    """The version of every operator set that a graph imports, by domain."""
+    return {"": graph.opset} | {item.domain: item.version for item in graph.import_domains or ()}
 
 
 def _known_inputs(node: gs.Node, facts: Facts) -> dict[str, np.ndarray] | None:

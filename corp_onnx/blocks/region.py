@@ -217,10 +217,20 @@ def constant_axes(view: View, region: Region, node: gs.Node) -> Iterator[tuple[i
 
 def line(labels: np.ndarray) -> Line | None:
     """Labels as a line; None if they change along no axis, or along several."""
-    axes = [axis for axis in range(labels.ndim) if np.diff(labels, axis=axis).any()]
+    # An axis without a stride repeats one entry: nothing has to be compared along it.
+    several = [axis for axis in range(labels.ndim) if labels.strides[axis] and labels.shape[axis]]
+    axes = [axis for axis in several if np.diff(_corner(labels, several), axis=axis).any()]
     if len(axes) != 1:
         return None
-    return Line(axes[0], np.moveaxis(labels, axes[0], -1).reshape(-1, labels.shape[axes[0]])[0])
+    return Line(
+        axes[0], labels[tuple(slice(None) if axis == axes[0] else 0 for axis in range(labels.ndim))]
+    )
+
+
+def _corner(labels: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """The first entry along all axes but these."""
+    places = tuple(slice(None) if axis in axes else slice(0, 1) for axis in range(labels.ndim))
+    return labels[places]
 
 
 def spread(values: np.ndarray, axis: int, shape: Sequence[int]) -> np.ndarray:

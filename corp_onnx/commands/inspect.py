@@ -20,5 +20,8 @@ class Inspect:
 
     def __call__(self, progress: Progress) -> Answer:
         """Look; nothing is run."""
-        catalog = find_blocks(graph.load(self.model), self.sizes)
-        return Answer(present.catalog_json(catalog), present.catalog_table(catalog))
+        model = graph.load(self.model)
+        catalog = find_blocks(model, self.sizes)
+        return Answer(
+            present.catalog_json(catalog, model.notes), present.catalog_table(catalog, model.notes)
+        )

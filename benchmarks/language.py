@@ -1,0 +1,140 @@
+"""Perplexity of a language model whose MLPs are cut, by method.
+
+SmolLM2-135M (30 blocks, gated MLPs of 1536, grouped heads with rotary positions) reads English
+definitions in windows of equal length. Perplexity is ``exp`` of the mean cross-entropy per token in
+nats, each token but the first of a window predicted from those before it; the error is
+``‖y - ŷ‖² / ‖y‖²`` of all logits. No window is in both sets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks import exports
+from benchmarks.outcome import Outcome, Place, Row
+from benchmarks.tasks import SEED, definitions
+from corp_onnx import graph
+from corp_onnx.blocks import Catalog, axes_of, find_blocks
+from corp_onnx.calibrate import gather
+from corp_onnx.graph import Model
+from corp_onnx.plan import uniform
+from corp_onnx.session import Session, open_session
+from corp_onnx.solve import METHODS, Recipe, solve
+from corp_onnx.statistics import Batch
+from corp_onnx.surgery import operate
+from corp_onnx.verify import Check
+
+log = logging.getLogger(__name__)
+
+WINDOW, BATCH = 128, 4
+CALIBRATION, TEST = 160, 48
+"""Windows of each set."""
+
+SHARE = 0.3
+RECIPES = {
+    **{method: Recipe(method) for method in METHODS},
+    "corp, ranking energy-norm": Recipe(ranking="energy-norm"),
+    "corp, ridge 1e-2": Recipe(ridge=1e-2),
+}
+
+
+def measure(place: Place) -> Outcome:
+    """Calibrate once, cut by every method, read the test windows with all models side by side."""
+    path = exports.drawn(place, "smollm2", "dynamo18")
+    model = graph.load(path)
+    catalog = find_blocks(model)
+    windows = _windows(place)
+    count = 8 if place.quick else CALIBRATION
+    log.info("calibrating on %d windows", count)
+    statistics = gather(model, catalog, _batches(windows[:count]), source="definitions")
+    plan = uniform(catalog, {"mlp": SHARE})
+    models = {"dense": model}
+    for name, recipe in RECIPES.items():
+        solution = solve(model, catalog, plan, statistics, recipe)
+        models[name] = operate(model, catalog, solution).model
+    tests = windows[count : count + (4 if place.quick else TEST)]
+    rows = _rows(models, tests)
+    return Outcome(
+        {f"SmolLM2-135M, {SHARE:.0%} of the MLP width removed": rows, "blocks": _blocks(catalog)},
+        (_check(rows),),
+        {"window": WINDOW, "calibration windows": count, "test windows": len(tests)},
+    )
+
+
+@dataclass(slots=True)
+class _Reader:
+    """A model that reads windows, and what it has lost so far."""
+
+    session: Session
+    surprise: float = 0.0
+    lost: float = 0.0
+    energy: float = 0.0
+    tokens: int = 0
+
+    def read(self, batch: Batch, dense: np.ndarray | None) -> np.ndarray:
+        """Logits of a batch, held against what comes next and against the dense model's."""
+        (logits,) = self.session.run(batch).values()
+        before, wanted = logits[:, :-1].astype(np.float64), batch["input_ids"][:, 1:]
+        peak = before.max(axis=-1, keepdims=True)
+        total = peak[..., 0] + np.log(np.exp(before - peak).sum(axis=-1))
+        chosen = np.take_along_axis(before, wanted[..., None], axis=-1)[..., 0]
+        self.surprise += float((total - chosen).sum())
+        self.tokens += wanted.size
+        reference = logits if dense is None else dense
+        self.lost += float(np.square(logits - reference, dtype=np.float64).sum())
+        self.energy += float(np.square(reference, dtype=np.float64).sum())
+        return logits
+
+    def row(self, method: str) -> Row:
+        """What is reported of it."""
+        perplexity = float(np.exp(self.surprise / self.tokens))
+        return {"method": method, "perplexity": perplexity, "error": self.lost / self.energy}
+
+
+def _rows(models: dict[str, Model], windows: np.ndarray) -> list[Row]:
+    readers = {name: _Reader(open_session(model)) for name, model in models.items()}
+    for batch in _batches(windows):
+        dense = readers["dense"].read(batch, None)
+        for name, reader in readers.items():
+            if name != "dense":
+                reader.read(batch, dense)
+    return [reader.row(name) for name, reader in readers.items()]
+
+
+def _windows(place: Place) -> np.ndarray:
+    """Token numbers ``[n, WINDOW]`` of definitions, one after the other, in random order."""
+    from transformers import AutoTokenizer
+
+    texts = definitions(place.asset("data.noun"))
+    order = np.random.default_rng(SEED).permutation(len(texts))
+    tokenizer = AutoTokenizer.from_pretrained(place.assets, gguf_file="smollm2.gguf")
+    wanted = (CALIBRATION + TEST) * WINDOW
+    text = "\n".join(texts[index] for index in order[: wanted // 10])
+    ids = np.array(tokenizer(text)["input_ids"], np.int64)[:wanted]
+    return ids.reshape(-1, WINDOW)
+
+
+def _batches(windows: np.ndarray) -> list[Batch]:
+    cuts: Sequence[int] = range(0, len(windows), BATCH)
+    return [{"input_ids": windows[start : start + BATCH]} for start in cuts]
+
+
+def _blocks(catalog: Catalog) -> list[Row]:
+    """How many blocks offer which axes."""
+    offers = [(block.id.split(".")[0], " ".join(axes_of(block)) or "-") for block in catalog.blocks]
+    return [
+        {"kind": kind, "axes": axes, "blocks": offers.count((kind, axes))}
+        for kind, axes in sorted(set(offers))
+    ]
+
+
+def _check(rows: list[Row]) -> Check:
+    by_method = {row["method"]: row["perplexity"] for row in rows}
+    lost = {name: found - by_method["dense"] for name, found in by_method.items()}
+    found = ", ".join(f"{name} {perplexity:.2f}" for name, perplexity in by_method.items())
+    better = lost["corp"] < min(lost["none"], lost["mean"])
+    return Check("repaired, less perplexity is added than without repair", better, found)

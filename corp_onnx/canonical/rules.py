@@ -1,0 +1,62 @@
+"""All rules in one table, and the one walk that applies them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import onnx_graphsurgeon as gs
+
+from corp_onnx.canonical.attention import plain_operands, unpack_attention
+from corp_onnx.canonical.einsum import einsum_as_matmul
+from corp_onnx.canonical.norms import fold_batch_norm
+from corp_onnx.canonical.products import split_conv, split_gemm, split_matmul
+from corp_onnx.canonical.rewriting import MICROSOFT, Bench, Rule, instead
+from corp_onnx.emit import Emitter
+from corp_onnx.shapes import Facts, evaluate, usual_sequence
+from corp_onnx.sizes import input_sizes
+
+log = logging.getLogger(__name__)
+
+STANDARD = ""
+
+RULES: Mapping[tuple[str, str], Rule] = {
+    (STANDARD, "BatchNormalization"): fold_batch_norm,
+    (STANDARD, "Einsum"): einsum_as_matmul,
+    (MICROSOFT, "Attention"): unpack_attention,
+    (MICROSOFT, "FusedConv"): split_conv,
+    (MICROSOFT, "FusedGemm"): split_gemm,
+    (MICROSOFT, "FusedMatMul"): split_matmul,
+    (MICROSOFT, "MultiHeadAttention"): plain_operands,
+}
+"""By domain and operator; every rule computes the same, or leaves the node alone."""
+
+
+def canonicalise(graph: gs.Graph) -> None:
+    """Rewrite, in place, what the recognisers would not understand and has a plain equal.
+
+    Operators that act on every channel by itself, and norms, stay fused: they hinder nothing.
+    """
+    wanted = [node for node in graph.nodes if _key(node) in RULES]
+    if not wanted:
+        return
+    opset = graph.opset
+    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    bench = Bench(opset, _facts(graph), Emitter(graph, "", taken), {})
+    for node in wanted:
+        outputs = RULES[_key(node)](node, bench.beside(node))
+        if outputs is None:
+            log.debug("%s (%s) has no plain form and stays as it is", node.name, node.op)
+        else:
+            instead(graph, node, outputs)
+
+
+def _key(node: gs.Node) -> tuple[str, str]:
+    return STANDARD if node.domain in {"", "ai.onnx", None} else node.domain, node.op
+
+
+def _facts(graph: gs.Graph) -> Facts:
+    """What is known at a batch of two, or of one where the model runs at no other."""
+    sequence = usual_sequence(graph)
+    two, one = (evaluate(graph, input_sizes(graph, batch=b, sequence=sequence)) for b in (2, 1))
+    return two if len(two.shapes) >= len(one.shapes) else one
