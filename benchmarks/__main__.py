@@ -17,7 +17,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import calibration, demo, exactness, language, latency, machine, macs, quality
+from benchmarks import (
+    calibration,
+    demo,
+    exactness,
+    language,
+    latency,
+    machine,
+    macs,
+    quality,
+    rotary,
+)
 from benchmarks.outcome import Benchmark, Outcome, Place, Row
 from corp_onnx.errors import CorpError
 
@@ -34,6 +44,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "language": Benchmark(
         language.measure, "perplexity of a language model with narrower MLPs", (*TORCH, "gguf")
+    ),
+    "rotary": Benchmark(
+        rotary.measure, "what cutting rotated queries and keys would cost", (*TORCH, "gguf")
     ),
     "calibration": Benchmark(
         calibration.measure, "time and memory of calibrating, and of a new ratio after it"

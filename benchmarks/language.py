@@ -47,17 +47,17 @@ def measure(place: Place) -> Outcome:
     path = exports.drawn(place, "smollm2", "dynamo18")
     model = graph.load(path)
     catalog = find_blocks(model)
-    windows = _windows(place)
+    windows = windows_of(place)
     count = 8 if place.quick else CALIBRATION
     log.info("calibrating on %d windows", count)
-    statistics = gather(model, catalog, _batches(windows[:count]), source="definitions")
+    statistics = gather(model, catalog, batches(windows[:count]), source="definitions")
     plan = uniform(catalog, {"mlp": SHARE})
     models = {"dense": model}
     for name, recipe in RECIPES.items():
         solution = solve(model, catalog, plan, statistics, recipe)
         models[name] = operate(model, catalog, solution).model
     tests = windows[count : count + (4 if place.quick else TEST)]
-    rows = _rows(models, tests)
+    rows = read(models, tests)
     return Outcome(
         {f"SmolLM2-135M, {SHARE:.0%} of the MLP width removed": rows, "blocks": _blocks(catalog)},
         (_check(rows),),
@@ -95,17 +95,18 @@ class _Reader:
         return {"method": method, "perplexity": perplexity, "error": self.lost / self.energy}
 
 
-def _rows(models: dict[str, Model], windows: np.ndarray) -> list[Row]:
+def read(models: dict[str, Model], windows: np.ndarray) -> list[Row]:
+    """Perplexity and error of every model; the first is the one they are held against."""
     readers = {name: _Reader(open_session(model)) for name, model in models.items()}
-    for batch in _batches(windows):
-        dense = readers["dense"].read(batch, None)
-        for name, reader in readers.items():
-            if name != "dense":
-                reader.read(batch, dense)
+    for batch in batches(windows):
+        first, *others = readers.values()
+        dense = first.read(batch, None)
+        for reader in others:
+            reader.read(batch, dense)
     return [reader.row(name) for name, reader in readers.items()]
 
 
-def _windows(place: Place) -> np.ndarray:
+def windows_of(place: Place) -> np.ndarray:
     """Token numbers ``[n, WINDOW]`` of definitions, one after the other, in random order."""
     from transformers import AutoTokenizer
 
@@ -118,7 +119,8 @@ def _windows(place: Place) -> np.ndarray:
     return ids.reshape(-1, WINDOW)
 
 
-def _batches(windows: np.ndarray) -> list[Batch]:
+def batches(windows: np.ndarray) -> list[Batch]:
+    """Windows as inputs of the model."""
     cuts: Sequence[int] = range(0, len(windows), BATCH)
     return [{"input_ids": windows[start : start + BATCH]} for start in cuts]
 

@@ -17,7 +17,7 @@ from onnx.inliner import inline_local_functions
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from corp_onnx.canonical import canonicalise
-from corp_onnx.canonical.constants import constants_from_nodes, name_every_node
+from corp_onnx.canonical.constants import constants_from_nodes, cut_weights, name_every_node
 from corp_onnx.canonical.quantised import notes_of, pack_narrow_constants, quantised_ops
 from corp_onnx.errors import GraphError, OutputError, QuantisedModel
 
@@ -114,6 +114,7 @@ def from_proto(proto: onnx.ModelProto, fingerprint: Fingerprint | None = None) -
     constants_from_nodes(graph)
     name_every_node(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    cut_weights(graph)
     canonicalise(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return Model(graph, fingerprint, header, notes_of(graph))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from corp_onnx.blocks import Axis, Catalog, find_blocks
+from corp_onnx.blocks.records import named_as
 from corp_onnx.calibrate import calibrate
 from corp_onnx.data import Dataset
 from corp_onnx.errors import DataError, PlanError
@@ -170,7 +171,7 @@ def verify(
         raise DataError(
             f"the statistics of {statistics.source} keep no samples to verify with; calibrate again"
         )
-    found = find_blocks(surgery.model, sizes)
+    found = named_as(find_blocks(surgery.model, sizes), catalog)
     checks: list[Check] = [check_structure(plan, surgery.model, model, found)]
     candidates = [surgery.model]
     if solution.method != "none":

@@ -37,6 +37,10 @@ class Cut:
     to: int
 
 
+LEAST = 2
+"""Channels that stay of an axis: one alone could not be told from a size that is no axis."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Every cut, in the order of the graph."""
@@ -50,8 +54,8 @@ def uniform(
     """The same share removed from every axis of a kind.
 
     The width that stays is the multiple of ``align`` nearest to ``(1 - share) · width``, at least
-    one multiple, and never more than there is. A share of 0 keeps the width as it is, and still
-    makes a cut: the whole surgery is done.
+    one multiple and two channels, and never more than there is. A share of 0 keeps the width as it
+    is, and still makes a cut: the whole surgery is done.
 
     Raises:
         PlanError: If a share is outside 0…1 or takes everything.
@@ -81,7 +85,7 @@ def uniform(
 def _narrowed(width: int, share: float, align: int) -> int:
     if share == 0:
         return width
-    multiples = max(1, round((1 - share) * width / align))
+    multiples = max(1 if align > 1 else LEAST, round((1 - share) * width / align))
     return min(width, multiples * align)
 
 

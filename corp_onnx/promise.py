@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
-from corp_onnx.blocks.records import Linear, Route
+from corp_onnx.blocks.records import Linear, Route, leader_of
 from corp_onnx.calibrate import exposed
+from corp_onnx.emit import replace_readers
 from corp_onnx.graph import Model
 from corp_onnx.masks import seen_rows
 from corp_onnx.session import Runtime, open_session
-from corp_onnx.sites import operand
+from corp_onnx.sites import channels_last, operand
 from corp_onnx.solve.affine import share
 from corp_onnx.statistics import Batch
 
@@ -36,7 +38,8 @@ def measured_errors(
     attention the error of the logits over all pairs of tokens in a batch, over the squared logits:
     the same quantities that solving predicts. The smaller graph is cut open at the blocks' inputs,
     so what is measured ran in ONNX Runtime. MLPs that share a layer, the end of one and the
-    beginning of the other, are left out: what passes between them is narrower now.
+    beginning of the other, are left out: what passes between them is narrower now. Blocks that
+    share one set of weights are measured together, as they were solved.
     """
     pairs = _measurable(dense_catalog, pruned_catalog)
     if not pairs:
@@ -48,13 +51,13 @@ def measured_errors(
     parts = open_session(
         _cut_open(pruned, entries, [name for _, other in pairs for name in _reads(other)]), runtime
     )
-    meters = {block.id: _meter(block, other) for block, other in pairs}
+    meters = {leader_of(block): _meter(block) for block, _ in pairs}
     for batch in batches:
         before = whole.run(batch)
         after = parts.run({**batch, **before})
-        for meter in meters.values():
-            meter.add(before, after)
-    return {name: meter.error() for name, meter in meters.items()}
+        for block, other in pairs:
+            meters[leader_of(block)].add(block, other, before, after)
+    return {block.id: meters[leader_of(block)].error() for block, _ in pairs}
 
 
 def _measurable(dense: Catalog, pruned: Catalog) -> list[tuple[Block, Block]]:
@@ -81,9 +84,9 @@ def _narrows_output(block: Mlp, other: Block) -> bool:
 
 @runtime_checkable
 class _Meter(Protocol):
-    """Compares one block before and after, batch by batch."""
+    """Compares a block, or several of the same weights, before and after, batch by batch."""
 
-    def add(self, before: Batch, after: Batch) -> None: ...
+    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None: ...
 
     def error(self) -> float: ...
 
@@ -92,20 +95,15 @@ class _Meter(Protocol):
 class _MlpMeter:
     """``Σ‖ŷ - y‖² / Σ‖y - mean(y)‖²`` over the outputs ``y`` of the down projection."""
 
-    block: Mlp
-    other: Mlp
     lost: float = 0.0
     energy: float = 0.0
     count: int = 0
     total: np.ndarray | float = 0.0
 
-    def add(self, before: Batch, after: Batch) -> None:
-        name = self.block.down.output
-        rows = seen_rows(self.block.padding, before[name], before)
-        y, z = (
-            _vectors(batch[out])[rows]
-            for batch, out in ((before, name), (after, self.other.down.output))
-        )
+    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
+        dense, pruned = (_output(one, batch) for one, batch in ((block, before), (other, after)))
+        rows = seen_rows(block.padding, dense, before)
+        y, z = _vectors(dense)[rows], _vectors(pruned)[rows]
         self.lost += float(np.square(z - y).sum())
         self.energy += float(np.square(y).sum())
         self.total = self.total + y.sum(axis=0)
@@ -122,38 +120,42 @@ class _MlpMeter:
 class _LogitMeter:
     """``‖Q Kᵀ - Q̂ K̂ᵀ‖² / ‖Q Kᵀ‖²`` over all pairs of tokens, from Grams of every head."""
 
-    block: Attention
-    other: Attention
+    key_heads: np.ndarray
     grams: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def add(self, before: Batch, after: Batch) -> None:
-        for role, route, narrow in _operands(self.block, self.other):
-            tensor = before[route.linear.output]
-            rows = seen_rows(self.block.padding, tensor, before)
+    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
+        for role, route, narrow in _operands(block, other):
+            tensor = channels_last(route, before[route.linear.output])
+            rows = seen_rows(block.padding, tensor, before)
             x = operand(route, tensor)[rows].astype(np.float64)
-            y = operand(narrow, after[narrow.linear.output])[rows].astype(np.float64)
+            small = channels_last(narrow, after[narrow.linear.output])
+            y = operand(narrow, small)[rows].astype(np.float64)
             for name, (a, b) in {"xx": (x, x), "yx": (y, x), "yy": (y, y)}.items():
                 product = np.einsum("nhi,nhj->hij", a, b, optimize=True)
                 self.grams[role + name] = self.grams.get(role + name, 0.0) + product
 
     def error(self) -> float:
         dense, cross, pruned = (
-            float(np.einsum("hij,hij->", self.grams[f"q{kind}"], self.grams[f"k{kind}"]))
+            float(np.vdot(self.grams[f"q{kind}"], self.grams[f"k{kind}"][self.key_heads]))
             for kind in ("xx", "yx", "yy")
         )
         return share(max(dense - 2 * cross + pruned, 0.0), dense)
 
 
-def _meter(block: Block, other: Block) -> _Meter:
-    if isinstance(block, Mlp):
-        assert isinstance(other, Mlp), "both catalogs list the same blocks"
-        return _MlpMeter(block, other)
-    assert isinstance(other, Attention), "both catalogs list the same blocks"
-    return _LogitMeter(block, other)
+def _meter(block: Block) -> _Meter:
+    return _MlpMeter() if isinstance(block, Mlp) else _LogitMeter(block.key_heads)
 
 
-def _operands(block: Attention, other: Attention) -> list[tuple[str, Route, Route]]:
+def _output(block: Block, tensors: Batch) -> np.ndarray:
+    """What an MLP gives back, channels last."""
+    assert isinstance(block, Mlp), "both catalogs list the same blocks"
+    return np.moveaxis(tensors[block.down.output], block.down.axis, -1)
+
+
+def _operands(block: Block, other: Block) -> list[tuple[str, Route, Route]]:
     """Query and key of both blocks."""
+    assert isinstance(block, Attention), "an MLP has its own meter"
+    assert isinstance(other, Attention), "both catalogs list the same blocks"
     routes = [("q", block.query, other.query), ("k", block.key, other.key)]
     return [(role, a, b) for role, a, b in routes if a is not None and b is not None]
 
@@ -183,11 +185,12 @@ def _cut_open(model: Model, entries: list[str], outputs: list[str]) -> Model:
     by_name = graph.tensors()
     inputs = list(graph.inputs)
     for name in entries:
-        tensor = by_name[name]
-        if not any(tensor is known for known in inputs):
-            tensor.inputs.clear()
-            tensor.dtype = tensor.dtype or np.dtype(np.float32)
-            inputs.append(tensor)
+        computed = by_name[name]
+        if not any(computed is known for known in inputs):
+            computed.name = f"{name}/computed"  # it stays where it is among its node's outputs
+            by_name[name] = gs.Variable(name, computed.dtype or np.dtype(np.float32))
+            replace_readers(computed, by_name[name])
+            inputs.append(by_name[name])
     graph.inputs = inputs
     graph.outputs = [by_name[name] for name in dict.fromkeys(outputs)]
     graph.cleanup(remove_unused_graph_inputs=True).toposort()

@@ -59,22 +59,24 @@ class Site:
         return self._products / self.tokens
 
     def _add_hidden(self, block: Mlp, tensors: Batch) -> None:
-        hidden = tensors[block.hidden]
+        hidden = np.moveaxis(tensors[block.hidden], block.down.axis, -1)
         rows = seen_rows(block.padding, hidden, tensors)
         self._sum("hidden", hidden.reshape(-1, hidden.shape[-1])[rows])
 
     def _add_heads(self, block: Attention, tensors: Batch) -> None:
         values = []
         for role, route in zip(("query", "key"), _query_and_key(block), strict=True):
-            heads = operand(route, tensors[route.linear.output])
-            heads = heads[seen_rows(block.padding, tensors[route.linear.output], tensors)]
+            tokens = channels_last(route, tensors[route.linear.output])
+            heads = operand(route, tokens)[seen_rows(block.padding, tokens, tensors)]
             self._sum(role, heads)
             values.append(heads)
-        query, key = values
+        query, key = (np.square(heads) for heads in values)
+        if query.shape[1:] != key.shape[1:] or (np.diff(block.key_heads) != 1).any():
+            query = _pooled(query, block.key_heads, key.shape[1])
         energy = (
-            np.einsum("nhe,nhe->he", query * query, key * key, dtype=np.float64)
+            np.einsum("nhe,nhe->he", query, key, dtype=np.float64)
             if len(query) == len(key)
-            else np.mean(query * query, axis=0) * np.sum(key * key, axis=0, dtype=np.float64)
+            else np.mean(query, axis=0) * np.sum(key, axis=0, dtype=np.float64)
         )
         self._products = energy if self._products is None else self._products + energy
         self.tokens += len(key)
@@ -100,6 +102,18 @@ class Site:
         except DataError as error:
             where = f"{', '.join(self.tensors())} of {self.block.id}"
             raise DataError(f"at {where}: {error}") from error
+
+
+def channels_last(route: Route, projection: np.ndarray) -> np.ndarray:
+    """The output of a projection with its channels on the last axis."""
+    return np.moveaxis(projection, route.linear.axis, -1)
+
+
+def _pooled(squares: np.ndarray, key_heads: np.ndarray, groups: int) -> np.ndarray:
+    """Squared queries ``[n, h, e]`` added up over the heads that read one key head."""
+    reads = (key_heads[:, None] == np.arange(groups)).astype(squares.dtype)
+    total: np.ndarray = np.einsum("nhe,hg->nge", squares, reads, optimize=True)
+    return total
 
 
 def operand(route: Route, projection: np.ndarray) -> np.ndarray:

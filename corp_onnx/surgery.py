@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.linear import bias_of, weight_of
-from corp_onnx.blocks.records import Attention, Catalog, Mlp, Route
+from corp_onnx.blocks.records import Attention, Catalog, Mlp
 from corp_onnx.blocks.view import constant_value
-from corp_onnx.emit import Emitter, replace_readers
+from corp_onnx.emit import Emitter
 from corp_onnx.errors import SurgeryError
 from corp_onnx.graph import Model
 from corp_onnx.macs import Counts, count
+from corp_onnx.projections import project
 from corp_onnx.shapes import evaluate
 from corp_onnx.solve.folds import Fold, MlpFold, QueryKeyFold, Solution, ValueOutputFold
 from corp_onnx.theatre import Theatre
+
+OPERATORS = frozenset({"Attention", "MultiHeadAttention"})
+"""What scales its logits by the head width, unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +58,8 @@ def operate(model: Model, catalog: Catalog, solution: Solution) -> Surgery:
             _cut_mlp(theatre, block, folds[block.id])
         else:
             gone |= _cut_attention(theatre, block, folds[block.id])
+    if any(block.twins for block in catalog.blocks):
+        _share_equal_weights(graph, set(model.graph.tensors()))
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     _require_gone(graph, gone)
     _forget_shapes(graph)
@@ -96,16 +103,17 @@ def _cut_attention(theatre: Theatre, block: Attention, folds: list[Fold]) -> set
         The nodes of the projections that this replaces.
     """
     routes = {"query": block.query, "key": block.key, "value": block.value}
-    present = {role: route for role, route in routes.items() if route is not None}
-    maps = _maps(folds)
-    gone = {present[role].linear.node for role in maps}
-    for role, route in present.items():
-        if route.linear.node in gone and role not in maps:
-            maps[role] = _identity(route)
+    gone, cut = set(), set()
+    for role, mapping in _maps(folds).items():
+        route = routes[role]
+        assert route is not None, f"{block.id} offers its {role}"
+        gone.add(route.linear.node)
+        cut.add(route.operand)
+        theatre.take_place(route.operand, project(theatre, route, role, mapping))
+    for fragment in block.fragments:
+        if fragment.linear.node in gone and fragment.operand not in cut:
+            theatre.take_place(fragment.operand, project(theatre, fragment, "part"))
     theatre.keep_sizes(block.readers)
-    for role, mapping in maps.items():
-        operand = theatre.project(present[role], mapping, role)
-        replace_readers(theatre.tensors[present[role].operand], operand)
     _state_scale(theatre, block)
     for fold in folds:
         if isinstance(fold, ValueOutputFold):
@@ -124,12 +132,6 @@ def _maps(folds: list[Fold]) -> dict[str, np.ndarray]:
     return maps
 
 
-def _identity(route: Route) -> np.ndarray:
-    """A map that leaves every head as it is."""
-    heads, width = route.channels.shape
-    return np.broadcast_to(np.eye(width), (heads, width, width))
-
-
 def _state_scale(theatre: Theatre, block: Attention) -> None:
     """Write the dense softmax scale as a constant wherever it would follow the head width."""
     for scalar in block.frozen:
@@ -137,8 +139,8 @@ def _state_scale(theatre: Theatre, block: Attention) -> None:
         value = np.asarray(scalar.value, dtype=scalar.dtype)
         node.inputs[scalar.slot] = theatre.emit.constant("scale", value)
     anchor = theatre.nodes[block.anchor]
-    if anchor.op == "Attention":
-        anchor.attrs.setdefault("scale", float(1.0 / np.sqrt(block.head_width)))
+    if anchor.op in OPERATORS and not anchor.attrs.get("scale"):
+        anchor.attrs["scale"] = float(1.0 / np.sqrt(block.head_width))
 
 
 def _renew_output(theatre: Theatre, block: Attention, fold: ValueOutputFold) -> None:
@@ -159,6 +161,18 @@ def _require_gone(graph: gs.Graph, gone: set[str]) -> None:
             f"the projections {', '.join(sorted(left))} were replaced, but something outside "
             "their attention block still reads them; leave that block out of the plan"
         )
+
+
+def _share_equal_weights(graph: gs.Graph, dense: set[str]) -> None:
+    """Keep one of the new weights that are equal: blocks of one set of weights go on sharing it."""
+    first: dict[tuple[str, tuple[int, ...], bytes], gs.Constant] = {}
+    for node in graph.nodes:
+        for slot, tensor in enumerate(node.inputs):
+            if isinstance(tensor, gs.Constant) and tensor.name not in dense:
+                values = np.asarray(tensor.values)
+                digest = hashlib.sha256(np.ascontiguousarray(values).tobytes()).digest()
+                key = (str(values.dtype), values.shape, digest)
+                node.inputs[slot] = first.setdefault(key, tensor)
 
 
 def _forget_shapes(graph: gs.Graph) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64
 
-from corp_onnx.blocks.linear import bias_of, dtype_of, weight_of
-from corp_onnx.blocks.records import Layout, Linear, Route, SizeReader, Target
+from corp_onnx.blocks.linear import dtype_of
+from corp_onnx.blocks.records import Linear, SizeReader, Target
+from corp_onnx.blocks.view import constant_value
 from corp_onnx.emit import Emitter, replace_readers
 
 
@@ -51,7 +51,9 @@ class Theatre:
         dtype = dtype_of(self.nodes, linear, self.opset)
         stored = weight.astype(dtype)
         if node.op == "Conv":
-            points = len(node.inputs[1].shape) - 2
+            old = constant_value(node.inputs[1], self.opset)
+            assert old is not None, f"{linear.node} has no constant weight"
+            points = old.ndim - 2
             stored = stored.T.reshape(*stored.T.shape, *[1] * points)
         node.inputs[1] = self.emit.constant("weight", stored)
         if node.op == "Gemm":
@@ -113,76 +115,21 @@ class Theatre:
                 if isinstance(size, int):
                     pieces.append([size])
                 else:
-                    pieces.append(self._size(self.tensors[reader.like], int(size[1:])))
+                    pieces.append(self.size(self.tensors[reader.like], int(size[1:])))
             self.emit.redefine(node, self.emit.join(pieces))
 
-    def project(self, route: Route, mapping: Float64[np.ndarray, "h e r"], role: str) -> gs.Tensor:
-        """A new projection with ``mapping`` folded in, laid out as the route's operand.
+    def take_place(self, name: str, new: gs.Variable) -> None:
+        """Let whoever reads a tensor read ``new`` instead, the caller of the model included."""
+        old, self.tensors[name] = self.tensors[name], new
+        replace_readers(old, new)
+        if any(old is output for output in self.emit.graph.outputs):
+            (maker,) = old.inputs
+            slot = next(index for index, made in enumerate(maker.outputs) if made is old)
+            maker.outputs[slot] = gs.Variable(f"{new.name}_before", dtype=old.dtype)
+            identity = gs.Node("Identity", f"{new.name}_shown", inputs=[new], outputs=[old])
+            self.emit.graph.nodes.append(identity)
 
-        A head's columns become ``W_h A_h`` and its bias ``b_h A_h``. A scale that is the same for
-        all channels stays outside the weights, as a constant.
-        """
-        dtype = dtype_of(self.nodes, route.linear, self.opset)
-        scale = route.gain.flat[0] if (route.gain == route.gain.flat[0]).all() else 1.0
-        gain, offset = route.gain / scale, route.offset / scale
-        weight = weight_of(self.nodes, route.linear, self.opset)[:, route.channels] * gain
-        bias = bias_of(self.nodes, route.linear, self.opset)[route.channels] * gain + offset
-        columns = np.einsum("ihe,her->ihr", weight, mapping).reshape(len(weight), -1)
-        y = self.emit.node(
-            "MatMul",
-            [
-                self.tensors[route.linear.input],
-                self.emit.constant(f"{role}_weight", columns.astype(dtype)),
-            ],
-            dtype=dtype,
-        )
-        if self.has_bias(route.linear) or offset.any():
-            vector = np.einsum("he,her->hr", bias, mapping).reshape(-1)
-            y = self.emit.node(
-                "Add", [y, self.emit.constant(f"{role}_bias", vector.astype(dtype))], dtype=dtype
-            )
-        operand = self._lay_out(y, route.layout, mapping.shape[0], mapping.shape[2])
-        if route.dtype != dtype.name:
-            code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(route.dtype))
-            operand = self.emit.node("Cast", [operand], dtype=route.dtype, attrs={"to": code})
-        if scale == 1.0:
-            return operand
-        constant = self.emit.constant(f"{role}_scale", np.asarray(scale, dtype=route.dtype))
-        return self.emit.node("Mul", [operand, constant], dtype=route.dtype)
-
-    def _lay_out(self, y: gs.Variable, layout: Layout, heads: int, width: int) -> gs.Variable:
-        """Reshape and permute a projection ``[t0, …, tk, h·r]`` into an operand of a product."""
-        dtype = y.dtype
-        if layout.split is None:
-            target = self.emit.integers("target", [*[0] * layout.tokens, heads, width])
-        else:
-            sizes = self.nodes[layout.split].inputs[1]
-            tokens: gs.Tensor | list[int] = (
-                [int(size) for size in sizes.values[: layout.tokens]]
-                if isinstance(sizes, gs.Constant)
-                else self.emit.part(sizes, 0, layout.tokens)
-            )
-            target = self.emit.join([tokens, [heads, width]])
-        operand = self.emit.node("Reshape", [y, target], dtype=dtype)
-        if layout.perm != tuple(range(len(layout.perm))):
-            operand = self.emit.node(
-                "Transpose", [operand], dtype=dtype, attrs={"perm": list(layout.perm)}
-            )
-        if all(count == 1 for count in layout.groups):
-            return operand
-        merged = self._merged_sizes(operand, layout)
-        return self.emit.node("Reshape", [operand, merged], dtype=dtype)
-
-    def _merged_sizes(self, operand: gs.Variable, layout: Layout) -> gs.Tensor:
-        """The target that merges neighbouring axes as the layout's groups say."""
-        pieces: list[gs.Tensor | Sequence[int]] = []
-        axis = 0
-        for count in layout.groups:
-            pieces.append(self._size(operand, axis, count) if count else [1])
-            axis += count
-        return self.emit.join(pieces)
-
-    def _size(self, tensor: gs.Tensor, axis: int, count: int = 1) -> gs.Variable:
+    def size(self, tensor: gs.Tensor, axis: int, count: int = 1) -> gs.Variable:
         """The size of ``count`` axes together at run time, as a vector of one entry."""
         shape = self.emit.node("Shape", [tensor], dtype=np.int64)
         sizes = self.emit.part(shape, axis, axis + count)

@@ -193,6 +193,95 @@ def mlp_gated(seed: int) -> Tiny:
     return Tiny(net.build(net.linear(hidden, HIDDEN, WIDTH)), (MLP,))
 
 
+def packed_gate(halve: Callable[[Net, str], Sequence[str]]) -> Builder:
+    """One projection for gate and values, told apart behind it."""
+
+    def build(seed: int) -> Tiny:
+        net = Net(seed)
+        gate, up = halve(net, net.linear(net.x(), WIDTH, 2 * HIDDEN))
+        hidden = net("Mul", net("Sigmoid", gate), up)
+        return Tiny(net.build(net.linear(hidden, HIDDEN, WIDTH)), (MLP,))
+
+    return build
+
+
+def gate_split(net: Net, y: str) -> Sequence[str]:
+    return net("Split", y, [HIDDEN, HIDDEN], outputs=2, axis=-1)
+
+
+def gate_sliced(net: Net, y: str) -> Sequence[str]:
+    """The values come first."""
+    ends = ([HIDDEN], [2 * HIDDEN]), ([0], [HIDDEN])
+    return [net("Slice", y, start, end, [-1]) for start, end in ends]
+
+
+def gate_interleaved(net: Net, y: str) -> Sequence[str]:
+    return [net("Slice", y, [start], [2 * HIDDEN], [-1], [2]) for start in range(2)]
+
+
+def gate_gathered(net: Net, y: str) -> Sequence[str]:
+    pairs = net("Reshape", y, [0, 0, 2, HIDDEN])
+    return [net("Gather", pairs, np.int64(half), axis=2) for half in range(2)]
+
+
+def gate_shuffled(net: Net, y: str) -> Sequence[str]:
+    """A constant permutation of channels before the halves part."""
+    order = np.random.default_rng(5).permutation(2 * HIDDEN)
+    return gate_split(net, net("Gather", y, order, axis=2))
+
+
+def mlp_gate_per_sample(seed: int) -> Tiny:
+    """Squeeze and excite: a gate of every channel for all tokens of a sample."""
+    net = Net(seed)
+    up = relu(net, net.linear(net.x(), WIDTH, HIDDEN))
+    gate = net("Sigmoid", net.linear(net("ReduceMean", "x", [1], keepdims=1), WIDTH, HIDDEN))
+    return Tiny(net.build(net.linear(net("Mul", up, gate), HIDDEN, WIDTH)), (MLP,))
+
+
+def mlp_per_token(seed: int) -> Tiny:
+    """A constant that differs between tokens, and a factor that all channels share."""
+    net = Net(seed)
+    hidden = relu(net, net.linear(net.x("batch", 5, WIDTH), WIDTH, HIDDEN))
+    shifted = net("Add", hidden, net.random(5, HIDDEN))
+    factor = net("ReduceMax", "x", [-1], keepdims=1)
+    return Tiny(net.build(net.linear(net("Mul", shifted, factor), HIDDEN, WIDTH)), (MLP,))
+
+
+def conv(net: Net, x: str, rows: int, columns: int, *, bias: bool = True) -> str:
+    """A convolution whose kernel is a single point."""
+    kernel = net.random(columns, rows, 1, 1, gain=1.5 / np.sqrt(rows))
+    return net("Conv", x, kernel, *([net.random(columns)] if bias else []), kernel_shape=[1, 1])
+
+
+def depthwise(net: Net, x: str) -> str:
+    kernel, bias = net.random(HIDDEN, 1, 3, 3), net.random(HIDDEN)
+    return net("Conv", x, kernel, bias, group=HIDDEN, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+
+
+def normalised(net: Net, x: str) -> str:
+    scales = [1 + net.random(HIDDEN), net.random(HIDDEN), net.random(HIDDEN)]
+    return net("BatchNormalization", x, *scales, np.exp(net.random(HIDDEN)))
+
+
+def mlp_conv(seed: int) -> Tiny:
+    """Channels on axis 1, with an inverted bottleneck's depthwise convolution inside."""
+    net = Net(seed)
+    x = net.x("batch", WIDTH, 4, "tokens")
+    hidden = net("Relu", normalised(net, conv(net, x, WIDTH, HIDDEN, bias=False)))
+    hidden = net("Clip", depthwise(net, hidden), 0.0, 6.0)
+    return Tiny(net.build(conv(net, hidden, HIDDEN, WIDTH)), (MLP,))
+
+
+def mlp_to_pixels_and_back(seed: int) -> Tiny:
+    """Tokens become a picture for a depthwise convolution: linear layers around, as in PVT v2."""
+    net = Net(seed)
+    hidden = net.linear(net.x("batch", 12, WIDTH), WIDTH, HIDDEN)
+    picture = net("Reshape", net("Transpose", hidden, perm=[0, 2, 1]), [0, HIDDEN, 3, 4])
+    flat = net("Reshape", depthwise(net, picture), [0, HIDDEN, -1])
+    back = net("Relu", net("Transpose", flat, perm=[0, 2, 1]))
+    return Tiny(net.build(net.linear(back, HIDDEN, WIDTH)), (MLP,))
+
+
 def mlp_layerscale(seed: int) -> Tiny:
     net = Net(seed)
     branch = net("Mul", mlp(net, net.x(), erf_gelu), net.random(WIDTH))
@@ -527,7 +616,7 @@ def without_output(seed: int) -> Tiny:
 
 
 def shared_head(*roles: str) -> Builder:
-    """One key or value head for all query heads: its axis cannot be cut, the other can."""
+    """One key or value head for all query heads."""
 
     def build(seed: int) -> Tiny:
         net = Net(seed)
@@ -535,9 +624,7 @@ def shared_head(*roles: str) -> Builder:
         for role in roles:
             rows = net("Reshape", net.linear("x", WIDTH, HEAD), [0, 0, 1, HEAD])
             made[role] = net("Transpose", rows, perm=[0, 2, 1, 3])
-        axes = ("vo",) if "key" in roles else ("qk",)
-        y = merge_heads(net, mix(net, *made.values()))
-        return Tiny(net.build(y), (("attention", HEADS, HEAD, HEAD, axes),))
+        return Tiny(net.build(merge_heads(net, mix(net, *made.values()))), (ATTENTION,))
 
     return build
 
@@ -694,6 +781,15 @@ TINY: Mapping[str, Builder] = {
     "mlp_gemm": mlp_gemm,
     "mlp_gemm_no_bias": mlp_gemm_no_bias,
     "mlp_gated": mlp_gated,
+    "mlp_gate_split": packed_gate(gate_split),
+    "mlp_gate_sliced": packed_gate(gate_sliced),
+    "mlp_gate_interleaved": packed_gate(gate_interleaved),
+    "mlp_gate_gathered": packed_gate(gate_gathered),
+    "mlp_gate_shuffled": packed_gate(gate_shuffled),
+    "mlp_gate_per_sample": mlp_gate_per_sample,
+    "mlp_per_token": mlp_per_token,
+    "mlp_conv": mlp_conv,
+    "mlp_to_pixels_and_back": mlp_to_pixels_and_back,
     "mlp_layerscale": mlp_layerscale,
     "mlp_chain": mlp_chain,
     "mlp_tied": mlp_tied,

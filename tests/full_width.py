@@ -101,11 +101,12 @@ def _solution(
             folds.append(MlpFold(block.id, kept, weight[kept], bias, EXACT))
             continue
         if "qk" in axes_of(block):
-            query, key = bases(block.heads, block.head_width)
-            folds.append(QueryKeyFold(block.id, query, key, EXACT))
+            query, key = bases(len(block.key.channels), block.head_width)
+            folds.append(QueryKeyFold(block.id, query[block.key_heads], key, EXACT))
         if "vo" in axes_of(block):
-            value, inverse = bases(block.heads, block.value_width)
-            rows = inverse.transpose(0, 2, 1) @ _rows(model, block)
+            value, inverse = bases(len(block.value.channels), block.value_width)
+            back = inverse.transpose(0, 2, 1)[block.output.value_heads]
+            rows = back @ _rows(model, block)
             bias = bias_of(nodes, block.output.linear, opset)
             folds.append(ValueOutputFold(block.id, value, rows, bias, EXACT))
     return Solution("full width", tuple(folds))
@@ -115,7 +116,8 @@ def _rows(model: Model, block: Attention) -> np.ndarray:
     """The weight of the output projection by head and position, ``[h, e, o]``."""
     nodes = {node.name: node for node in model.graph.nodes}
     weight = weight_of(nodes, block.output.linear, model.fingerprint.opset)
-    rows = np.zeros((block.heads, block.value_width, weight.shape[1]))
+    heads = len(block.output.value_heads)
+    rows = np.zeros((heads, block.value_width, weight.shape[1]))
     head, position = block.output.places.T
     rows[head, position] = weight
     return rows

@@ -12,12 +12,11 @@ import pytest
 from corp_onnx import graph
 from corp_onnx.blocks import Attention, Mlp, axes_of, find_blocks, linears_of, width_of
 from corp_onnx.blocks.catalog import view_of
+from corp_onnx.blocks.layouts import arrange
 from corp_onnx.blocks.records import Mask
-from corp_onnx.blocks.routes import arrange
 from corp_onnx.errors import PlanError
 from corp_onnx.shapes import evaluate
 from corp_onnx.sizes import input_sizes
-from tests import zoo_models
 from tests.builders import (
     HEAD,
     HEADS,
@@ -45,7 +44,6 @@ LEFT = {
     "mlp_tied": ["its input follows from 'x', which no layer computes"],
     "tied_attention": ["its input follows from 'x', which no layer computes"],
     "transformer": ["a classifier's Softmax"],
-    "shared_value_head": ["its input comes through Transpose"],
 }
 """Models that hold more than blocks, and what is said of the rest."""
 
@@ -334,15 +332,3 @@ def test_inputs_of_a_4d_mask_are_no_images():
     assert sizes == {"x": (2, 9, WIDTH), "added": (2, 1, 1, 9)}
     facts = evaluate(model_of("mask_added").graph, sizes)
     assert facts.shape(model_of("mask_added").graph.outputs[0]) == (2, 9, WIDTH)
-
-
-@pytest.mark.parametrize("name", zoo_models.NAMES)
-def test_the_catalog_of_a_real_export_is_the_truth(name):
-    truth = zoo_models.TRUTH[name]
-    catalog = find_blocks(graph.from_proto(zoo_models.load(name)))
-    attention = ("attention", truth["heads"], truth["head_width"], truth["head_width"])
-    expected = [(*attention, ("qk", "vo")), ("mlp", truth["mlp_width"])] * truth["mlp"]
-    assert [summary(block) for block in catalog.blocks] == expected
-    assert catalog.refusals == ()
-    masked = "attention_mask" in truth["inputs"]
-    assert all((block.padding is not None) == masked for block in catalog.blocks)

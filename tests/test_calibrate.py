@@ -442,7 +442,7 @@ def test_ten_tokens_per_channel_are_enough(tiny, caplog):
 
 # Which blocks are read
 
-NOTHING_TO_READ = ("shared_key_head", "query_seen")
+NOTHING_TO_READ = ("query_seen",)
 """Tiny models whose queries and keys cannot be cut."""
 
 

@@ -622,3 +622,27 @@ def test_activations_that_are_quantised_are_refused_still(tmp_path):
 
 def test_an_untouched_model_has_no_notes():
     assert graph.from_proto(layer("bsd,df->bsf")).notes == ()
+
+
+# Weights that are taken apart at run time
+
+
+def sliced(axis, *, wrong=False):
+    """An MLP whose weight is a part of a packed one, as wide as an axis of the input."""
+    net = Net(0)
+    net.x()
+    packed = net.const(net.random(3 * WIDTH, HIDDEN))
+    size = net("Gather", net("Shape", "x"), [axis])
+    start, end = (net("Mul", size, [times]) for times in ((2, 3) if wrong else (1, 2)))
+    weight = net("Transpose", net("Slice", packed, start, end, [0]), perm=[1, 0])
+    product = net("MatMul", net("Relu", net.linear("x", WIDTH, HIDDEN)), weight)
+    return net.build(product)
+
+
+def test_a_weight_that_is_cut_by_a_fixed_width_is_a_weight():
+    model = check(lambda wrong=False: sliced(2, wrong=wrong), gone="Slice")
+    assert widths_of(model) == [("mlp", HIDDEN, ("mlp",))]
+
+
+def test_a_weight_that_is_cut_by_the_number_of_tokens_is_left():
+    check_left(sliced(1), "Slice")

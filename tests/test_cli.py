@@ -59,6 +59,7 @@ def test_inspect_gives_blocks_refusals_and_counts(command, files):
     assert ended.status == 0
     found = document(ended)
     assert found.keys() >= {"blocks", "refusals", "shapes", "macs", "params", "macs_prunable"}
+    assert found["notes"] == []
     assert found["shapes"] == {"x": [1, 128, 10]}
     assert found["macs"] > found["macs_prunable"] > 0
     attention, hidden, *_ = found["blocks"]

@@ -226,12 +226,12 @@ def test_what_cannot_be_counted_is_named():
     assert made.uncounted == (net.nodes[-2].name,)
 
 
-def test_an_operator_of_another_domain_is_not_counted_as_the_standard_one():
+@pytest.mark.parametrize("op", ["Attention", "MatMul"])
+def test_an_operator_of_another_domain_is_not_counted_as_the_standard_one(op):
     net = Net(0)
-    y = net("Attention", net.x(), net.weight(WIDTH, 30), net.random(30), domain="com.microsoft",
-            num_heads=2)  # fmt: skip
+    y = net(op, net.x(), net.weight(WIDTH, 30), net.random(30), domain="somebody", num_heads=2)
     proto = net.build(net("Identity", "x"))
     proto.graph.output.append(onnx.helper.make_tensor_value_info(y, TensorProto.FLOAT, None))
     made = counts(proto, x=(1, 5, WIDTH))
-    assert made.uncounted == ("Attention_0",)
+    assert made.uncounted == (f"{op}_0",)
     assert made.total == 0

@@ -106,13 +106,20 @@ def test_hidden_channels_of_low_rank_need_no_more_than_their_rank():
     assert squared_error(model, catalog, solution, noise(1)) <= REDUNDANT
 
 
+def well_conditioned(net, rank):
+    """``[rank, HEAD]``: the first ``rank`` coordinates by themselves are an orthonormal basis."""
+    first = np.linalg.qr(net.random(rank, rank))[0]
+    second = net.random(rank, HEAD)
+    return np.concatenate([first, second[:, : HEAD - rank]], axis=1)
+
+
 def low_rank_attention(rank):
     """Queries and keys, biases included, lie in ``rank`` dimensions of every head."""
     net = Net(0)
     net.x()
     made = []
     for _ in range(2):
-        bases = net.random(HEADS, rank, HEAD, gain=1.0)
+        bases = np.stack([well_conditioned(net, rank) for _ in range(HEADS)])
         weight = np.einsum("ihr,hre->ihe", net.random(WIDTH, HEADS, rank), bases)
         bias = np.einsum("hr,hre->he", net.random(HEADS, rank), bases)
         y = net("MatMul", "x", weight.reshape(WIDTH, -1))
@@ -123,7 +130,9 @@ def low_rank_attention(rank):
 
 def test_queries_and_keys_of_low_rank_need_no_more_than_their_rank():
     model = low_rank_attention(3)
-    catalog, _, solution = solved(model, Recipe(ridge=VANISHING), {"qk": 0.5}, x=noise(0))
+    kept = {("attention.0", "qk"): np.tile(np.arange(3), (HEADS, 1))}
+    recipe = Recipe(ridge=VANISHING, kept=kept)
+    catalog, _, solution = solved(model, recipe, {"qk": 0.5}, x=noise(0))
     assert solution.folds[0].query.shape == (HEADS, HEAD, 3)
     assert squared_error(model, catalog, solution, noise(1)) <= REDUNDANT
     assert solution.folds[0].evidence.error <= REDUNDANT

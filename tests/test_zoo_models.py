@@ -11,7 +11,7 @@ import pytest
 
 from tests.zoo_models import FOLDER, NAMES, TRUTH, draw, feeds, load
 
-LARGEST_BYTES = 1_500_000
+LARGEST_BYTES = 7_000_000
 
 # Two exports of a module round in another order: a few hundred sums of 64 to 160 float32 products
 # each, on the way through two blocks that amplify by 1.5 a layer.

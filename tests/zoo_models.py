@@ -17,11 +17,13 @@ import onnx
 from onnx import numpy_helper
 
 FOLDER = Path(__file__).parent / "zoo"
-TRUTH = json.loads((FOLDER / "truth.json").read_text()) if (FOLDER / "truth.json").is_file() else {}
-"""What every model holds, by name: its blocks, their widths, its inputs at batch 2."""
-
 TOKENS, VOCABULARY = 12, 100
-NAMES = tuple(TRUTH)
+NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.onnx")))
+"""Every model: its module, a dot, and the form in which it was written."""
+
+TRUTH = json.loads((FOLDER / "truth.json").read_text()) if (FOLDER / "truth.json").is_file() else {}
+"""What every module holds: its blocks, and what of them can be cut."""
+
 DRAWN = "drawn:"
 """How the doc string of a weight that is not in the file begins; its parameter's name follows."""
 
@@ -35,10 +37,22 @@ def load(name: str) -> onnx.ModelProto:
     return model
 
 
-def feeds(name: str, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+def module_of(name: str) -> str:
+    """The module that a model was made of."""
+    return name.partition(".")[0]
+
+
+def feeds(name: str, batch: int, tokens: int = TOKENS, *, seed: int = 0) -> dict[str, np.ndarray]:
     """Random inputs of a model; in masks, later samples end earlier."""
+    graph = onnx.load(FOLDER / f"{name}.onnx").graph
+    sizes = {"batch": batch, "sequence": tokens}
     rng = np.random.default_rng(seed)
-    return {key: _feed(rng, spec, batch) for key, spec in TRUTH[name]["inputs"].items()}
+    made = {}
+    for value in graph.input:
+        dims = value.type.tensor_type.shape.dim
+        shape = tuple(sizes.get(dim.dim_param, dim.dim_value) for dim in dims)
+        made[value.name] = _feed(rng, value.name, shape, value.type.tensor_type.elem_type)
+    return made
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -99,6 +113,8 @@ def _drawn(recipe: str) -> np.ndarray:
 
 
 def _vector(name: str, values: np.ndarray) -> np.ndarray:
+    if name.endswith("running_var"):
+        return 0.5 + values**2
     if name.endswith("weight"):
         return 1 + 0.2 * values
     if name.endswith("gamma"):
@@ -106,10 +122,10 @@ def _vector(name: str, values: np.ndarray) -> np.ndarray:
     return 0.3 * values
 
 
-def _feed(rng: np.random.Generator, spec: dict, batch: int) -> np.ndarray:
-    shape = (batch, *spec["shape"][1:])
-    if spec["dtype"] == "float32":
+def _feed(rng: np.random.Generator, name: str, shape: tuple[int, ...], kind: int) -> np.ndarray:
+    if kind == onnx.TensorProto.FLOAT:
         return rng.standard_normal(shape).astype(np.float32)
-    if spec["high"] == 2:
-        return (np.arange(shape[1]) < shape[1] - np.arange(batch)[:, None]).astype(spec["dtype"])
-    return rng.integers(0, spec["high"], shape).astype(spec["dtype"])
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+    if "mask" in name:
+        return (np.arange(shape[1]) < shape[1] - np.arange(shape[0])[:, None] % 4).astype(dtype)
+    return rng.integers(0, VOCABULARY, shape).astype(dtype)

@@ -2,253 +2,183 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.logits import Anchor, match_logits, match_mixing
-from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Path, move
-from corp_onnx.blocks.readers import readers_below, size_readers
-from corp_onnx.blocks.records import (
-    Attention,
-    Axis,
-    Mask,
-    Output,
-    Refusal,
-    Scalar,
-    SizeReader,
-    Target,
-)
-from corp_onnx.blocks.routes import SHARED, Traced, trace
-from corp_onnx.blocks.view import View, follows_data
+from corp_onnx.blocks.fragments import Fan, fan_of, other_reader
+from corp_onnx.blocks.operands import Operand, partners
+from corp_onnx.blocks.outputs import find_output
+from corp_onnx.blocks.parts import Parts
+from corp_onnx.blocks.records import Attention, Axis, Mask, Output, Refusal, Route
+from corp_onnx.blocks.routes import CHANNELS_ATTEND, Traced, trace
+from corp_onnx.blocks.view import View
 
 _ROLES: Mapping[Axis, tuple[str, ...]] = {"qk": ("query", "key"), "vo": ("value",)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Parts:
-    """The tensors that an attention operator multiplies, however it is written."""
+class Found:
+    """What could be traced of an attention, by role, and why the rest could not."""
 
-    anchor: gs.Node
-    query: gs.Tensor
-    key: gs.Tensor
-    key_axis: int
-    """The axis of the key operand that holds a head's channels."""
-    value: gs.Tensor
-    context: gs.Tensor
-    products: tuple[gs.Node, ...]
-    frozen: tuple[Scalar, ...]
-    mask: Mask | None
-    bent: str | None
-
-
-def match_attention(view: View, anchor: Anchor) -> Parts | Refusal:
-    """Read the products above and below a Softmax."""
-    mixing = match_mixing(view, anchor.probabilities)
-    if isinstance(mixing, str):
-        return Refusal(anchor.node.name, anchor.node.op, mixing)
-    logits = match_logits(view, anchor.logits)
-    if isinstance(logits, str):
-        return Refusal(anchor.node.name, anchor.node.op, logits)
-    query, key = logits.product.inputs
-    rank = len(view.shape(key) or ())
-    return Parts(
-        anchor.node,
-        query,
-        key,
-        rank - 2,
-        mixing.inputs[1],
-        mixing.outputs[0],
-        (logits.product, mixing),
-        logits.frozen,
-        logits.mask,
-        logits.bent,
-    )
-
-
-def match_operator(view: View, node: gs.Node) -> Parts | Refusal:
-    """Read the standard Attention operator of opset 23."""
-    inputs = [*node.inputs, *[gs.Variable.empty()] * (6 - len(node.inputs))]
-    query, key, value, mask, *cache = inputs
-    if any(tensor.name for tensor in cache) or any(
-        tensor.name and tensor.outputs for tensor in node.outputs[1:3]
-    ):
-        return Refusal(node.name, node.op, "keys and values are kept in a cache, an interface")
-    if len(view.shape(query) or ()) != 4:
-        return Refusal(
-            node.name, node.op, "its inputs are 3-D; heads are split inside the operator"
-        )
-    padding = None
-    if mask.name and follows_data(mask):
-        padding = Mask(mask.name, "keeps" if view.probes[0].dtype(mask) == np.bool_ else "added")
-    bent = "its logits are capped (softcap)" if node.attrs.get("softcap", 0.0) else None
-    return Parts(node, query, key, 3, value, node.outputs[0], (node,), (), padding, bent)
+    traced: Mapping[str, Traced]
+    reasons: Mapping[str, str]
+    key_heads: np.ndarray | None
+    """The key head of every query head; None if heads do not pair."""
+    output: Output | str
 
 
 def attention_of(view: View, parts: Parts, block_id: str) -> Attention | Refusal:
     """The block made of an attention's parts, with the reason for every axis it cannot offer."""
-    query = trace(view, parts.query, axis=len(view.shape(parts.query) or ()) - 1, name="the query")
-    key = trace(view, parts.key, axis=parts.key_axis, name="the key")
-    value = trace(view, parts.value, axis=len(view.shape(parts.value) or ()) - 1, name="the value")
-    output = _output(view, parts.context, value) if isinstance(value, Traced) else value
-    refused = _refusals(view, parts, query, key, output)
-    traced = {
-        name: t
-        for name, t in (("query", query), ("key", key), ("value", value))
-        if isinstance(t, Traced)
-    }
-    if not traced:
+    found = _follow(view, parts)
+    refused = _refusals(parts, found)
+    if not found.traced:
         reasons = "; ".join(dict.fromkeys(refused.values()))
         return Refusal(parts.anchor.name, parts.anchor.op, reasons)
-    readers = _readers(view, parts, traced, refused)
-    shapes = {name: item.route.channels.shape for name, item in traced.items()}
-    qk = shapes.get("query") or shapes.get("key") or (0, 0)
-    vo = shapes.get("value") or (0, 0)
+    fans = _fans(view, parts, found.traced, refused)
+    routes = {role: traced.route for role, traced in found.traced.items()}
+    output = None if isinstance(found.output, str) else found.output
+    heads, kv_heads = _heads(routes, output)
+    widths = [_width(view, item) for item in (parts.query, parts.value)]
+    sizes = [reader for fan in fans for reader in fan.readers]
     return Attention(
         block_id,
         parts.anchor.name,
         tuple(node.name for node in parts.products),
-        query.route if isinstance(query, Traced) else None,
-        key.route if isinstance(key, Traced) else None,
-        value.route if isinstance(value, Traced) else None,
-        output if isinstance(output, Output) else None,
-        heads=qk[0] or vo[0],
-        kv_heads=(shapes.get("key") or vo or qk)[0],
-        head_width=qk[1],
-        value_width=vo[1],
+        routes.get("query"),
+        routes.get("key"),
+        routes.get("value"),
+        output,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=widths[0],
+        value_width=widths[1],
+        key_heads=np.zeros(0, dtype=int) if found.key_heads is None else found.key_heads,
+        fragments=tuple(end.route for fan in fans for end in fan.ends),
         frozen=parts.frozen,
-        readers=(*readers, *(output.readers if isinstance(output, Output) else ())),
-        padding=_padding(parts, qk[0], traced),
+        readers=(*sizes, *(output.readers if output else ())),
+        padding=_padding(parts, heads, routes),
         refused=refused,
     )
 
 
-def _padding(parts: Parts, heads: int, traced: Mapping[str, Traced]) -> Mask | None:
-    """The mask, and how its axes compare with those of the activations."""
-    if parts.mask is None:
+def unshared(blocks: Sequence[Attention]) -> list[Attention]:
+    """The same blocks, less the axes whose projection another block has a part of as well."""
+    owners: dict[str, set[str]] = {}
+    for block in blocks:
+        for route in block.fragments:
+            owners.setdefault(route.linear.node, set()).add(block.id)
+    return [_less_shared(block, owners) for block in blocks]
+
+
+def _less_shared(block: Attention, owners: Mapping[str, set[str]]) -> Attention:
+    refused = dict(block.refused)
+    for axis, roles in _ROLES.items():
+        for role in roles:
+            route: Route | None = getattr(block, role)
+            others = owners.get(route.linear.node, set()) - {block.id} if route else set()
+            if route and others:
+                reason = f"its projection {route.linear.node!r} is also that of {min(others)}"
+                refused.setdefault(axis, reason)
+    return replace(block, refused=refused)
+
+
+def _follow(view: View, parts: Parts) -> Found:
+    """Trace every operand to its linear layer, and the mixed values to theirs."""
+    traced, reasons = {}, {}
+    for role in ("query", "key", "value"):
+        operand = getattr(parts, role)
+        if operand is None:
+            continue
+        result = trace(view, operand, name=f"the {role}")
+        if isinstance(result, Traced):
+            traced[role] = result
+        else:
+            reasons[role] = result
+    output: Output | str = reasons.get("value", "")
+    if "value" in traced:
+        output = find_output(view, parts.context, traced["value"])
+    return Found(traced, reasons, _key_heads(traced), output)
+
+
+def _key_heads(traced: Mapping[str, Traced]) -> np.ndarray | None:
+    """The key head that every query head meets, alike at all sizes."""
+    if not {"query", "key"} <= traced.keys():
         return None
-    layout = next(iter(traced.values())).route.layout
-    tokens = [axis for axis in layout.perm if axis < layout.tokens]
-    return replace(parts.mask, heads=heads, tokens_first=tokens == [1, 0])
+    pairs = zip(traced["query"].landings, traced["key"].landings, strict=True)
+    first, *others = [partners(query.heads, key.heads) for query, key in pairs]
+    if first is None:
+        return None
+    same = all(other is not None and np.array_equal(first, other) for other in others)
+    return first if same else None
 
 
-def _refusals(
-    view: View, parts: Parts, query: Traced | str, key: Traced | str, output: Output | str
-) -> dict[Axis, str]:
+def _refusals(parts: Parts, found: Found) -> dict[Axis, str]:
     """Why an axis cannot be cut exactly, for those that cannot."""
     refused: dict[Axis, str] = {}
-    if len({id(parts.query), id(parts.key), id(parts.value)}) < 3:
+    operands = [item for item in (parts.query, parts.key, parts.value) if item is not None]
+    if len({id(item.tensor) for item in operands}) < len(operands):
         one = "queries, keys and values are not three different tensors"
         return {"qk": one, "vo": one}
-    if isinstance(query, str):
-        refused["qk"] = query
-    elif isinstance(key, str):
-        refused["qk"] = key
-    elif parts.bent is not None:
-        refused["qk"] = parts.bent
-    elif any(
-        not np.array_equal(q.heads, k.heads)
-        for q, k in zip(query.landings, key.landings, strict=True)
-    ):
-        refused["qk"] = f"the key {SHARED}"
-    if isinstance(output, str):
-        refused["vo"] = output
+    across = found.reasons.get("value", "").endswith(CHANNELS_ATTEND)
+    reasons = [
+        found.reasons["value"] if across else parts.bent,
+        found.reasons.get("query"),
+        found.reasons.get("key"),
+    ]
+    reason = next((reason for reason in reasons if reason), None)
+    if reason or found.key_heads is None:
+        refused["qk"] = reason or "the query is shared by several key heads"
+    if isinstance(found.output, str):
+        refused["vo"] = found.output
     return refused
 
 
-def _readers(
+def _fans(
     view: View, parts: Parts, traced: Mapping[str, Traced], refused: dict[Axis, str]
-) -> tuple[SizeReader, ...]:
-    """Shape nodes to be kept truthful; refuse an axis if anything else reads its projections."""
-    inside = {id(node) for item in traced.values() for node in item.path.nodes}
-    inside |= {id(node) for node in parts.products}
+) -> list[Fan]:
+    """Where the projections of an attention end; refuse an axis if one cannot be written anew."""
+    operands = {item.path.target.name: item for item in traced.values()}
     names = {scalar.node for scalar in parts.frozen}
-    scaled = {id(node) for node in view.graph.nodes if node.name in names}
-    readers: dict[str, SizeReader] = {}
+    served = {id(node) for node in view.graph.nodes if node.name in names}
+    fans: dict[str, Fan | str] = {}
     for axis, roles in _ROLES.items():
-        sources = {traced[role].path.source.name for role in roles if role in traced}
-        own = [item for item in traced.values() if item.path.source.name in sources]
-        found = size_readers(view, own, inside, scaled)
-        if isinstance(found, str):
-            refused.setdefault(axis, found)
-        else:
-            readers |= {reader.node: reader for reader in found}
-    return tuple(readers.values())
-
-
-def _output(view: View, context: gs.Tensor, value: Traced) -> Output | str:
-    """Follow the mixed values through movement to the output projection."""
-    path = _descend(view, context)
-    if isinstance(path, str):
-        return path
-    linear = next(item for item in view.linears.values() if item.input == path.target.name)
-    found: list[np.ndarray] = []
-    targets: tuple[Target, ...] = ()
-    readers: tuple[SizeReader, ...] = ()
-    for facts, landing in zip(view.probes, value.landings, strict=True):
-        shape = facts.shape(context)
-        if shape is None or int(np.prod(shape[:-2])) != landing.heads.size:
-            return f"the value {SHARED}"
-        moved = move(
-            path, np.arange(np.prod(shape)).reshape(shape), facts, view.opset, scaled=False
-        )
-        if moved is None:
-            return "the mixed values are moved by sizes that depend on the data"
-        places = _places(moved[path.target.name], shape, landing.heads)
-        if places is None:
-            return "the output projection reads heads in an order that changes from token to token"
-        found.append(places)
-        targets = _targets(path, moved, shape[-1])
-        below = readers_below(path, moved, shape[-1])
-        if isinstance(below, str):
-            return below
-        readers = below
-    if any(not np.array_equal(found[0], places) for places in found):
-        return "the output projection reads other channels when a size changes"
-    return Output(linear, found[0], targets, readers)
-
-
-def _descend(view: View, context: gs.Tensor) -> Path | str:
-    """The movement from mixed values to the only linear layer that reads them."""
-    nodes: list[gs.Node] = []
-    tensor = context
-    while True:
-        readers = [node for node in tensor.outputs if node.op not in {"Shape", "Size"}]
-        if view.is_output(tensor) or len(readers) != 1:
-            return (
-                f"the mixed values {tensor.name!r} are read {len(readers)} times, or by the caller"
+        for item in (traced[role] for role in roles if role in traced and axis not in refused):
+            source = item.path.source
+            if source.name not in fans:
+                fans[source.name] = fan_of(view, source, operands, served)
+            fan = fans[source.name]
+            reason = (
+                f"it is packed with what cannot be written anew: {fan}"
+                if isinstance(fan, str)
+                else other_reader(view, item, fan, parts.products)
             )
-        (node,) = readers
-        is_linear = any(
-            item.node == node.name and item.input == tensor.name for item in view.linears.values()
-        )
-        if is_linear:
-            return Path(context, tensor, tuple(nodes))
-        if node.op not in MOVING_OPS | PASSING_OPS or len(node.outputs) != 1 or node.op == "Concat":
-            return f"{node.op} ({node.name}) stands between the mixed values and a linear layer"
-        nodes.append(node)
-        tensor = node.outputs[0]
+            if reason:
+                refused.setdefault(axis, reason)
+    return [fan for fan in fans.values() if isinstance(fan, Fan)]
 
 
-def _places(target: np.ndarray, shape: tuple[int, ...], heads: np.ndarray) -> np.ndarray | None:
-    """Head and position of every input channel of the output projection, alike for all tokens."""
-    flat = target.reshape(-1, target.shape[-1])
-    lead, position = flat // (shape[-1] * shape[-2]), flat % shape[-1]
-    places = np.stack([heads[lead], position], axis=-1)
-    return places[0] if (places == places[:1]).all() else None
+def _heads(routes: Mapping[str, Route], output: Output | None) -> tuple[int, int]:
+    """How many heads there are, and how many of keys or values."""
+    counts = {role: len(route.channels) for role, route in routes.items()}
+    mixed = len(output.value_heads) if output else counts.get("value", 0)
+    heads = counts.get("query") or mixed or counts.get("key", 0)
+    return heads, counts.get("key") or counts.get("value") or heads
 
 
-def _targets(path: Path, moved: Mapping[str, np.ndarray], width: int) -> tuple[Target, ...]:
-    """For each Reshape of the path: the entry that holds value channels, of how many heads."""
-    targets = []
-    for node in path.nodes:
-        if node.op != "Reshape":
-            continue
-        position = moved[node.outputs[0].name] % width
-        moving = [axis for axis in range(position.ndim) if np.diff(position, axis=axis).any()]
-        axis = moving[-1] if moving else position.ndim - 1
-        heads = position.shape[axis] // width
-        targets.append(Target(node.name, axis, position.ndim, heads))
-    return tuple(targets)
+def _width(view: View, operand: Operand | None) -> int:
+    """How many channels a head of an operand has, whatever it comes from."""
+    shape = view.shape(operand.tensor) if operand else None
+    if operand is None or shape is None:
+        return 0
+    return shape[operand.axis] // (operand.inner or 1)
+
+
+def _padding(parts: Parts, heads: int, routes: Mapping[str, Route]) -> Mask | None:
+    """The mask, and how its axes compare with those of the activations."""
+    if parts.mask is None:
+        return None
+    layout = next(iter(routes.values())).layout
+    tokens = [axis for axis in layout.perm if axis < layout.tokens]
+    return replace(parts.mask, heads=heads, tokens_first=tokens == [1, 0])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.attention import attention_of, match_attention, match_operator
+from corp_onnx.blocks.attention import attention_of, unshared
 from corp_onnx.blocks.linear import match_linear
-from corp_onnx.blocks.logits import match_softmax
+from corp_onnx.blocks.logits import Anchor, match_softmax
 from corp_onnx.blocks.mlp import match_mlp, why_not_hidden
+from corp_onnx.blocks.parts import Parts, match_attention, match_multi_head, match_operator
 from corp_onnx.blocks.records import (
     Attention,
     Block,
@@ -21,7 +24,7 @@ from corp_onnx.blocks.records import (
     Refusal,
     linears_of,
 )
-from corp_onnx.blocks.view import View
+from corp_onnx.blocks.view import View, constant_value
 from corp_onnx.graph import Model, nodes_of_subgraphs
 from corp_onnx.macs import Counts, count
 from corp_onnx.shapes import Facts, evaluate, tensor_count, usual_facts
@@ -38,12 +41,14 @@ SMALL_SHARE = 0.01
 
 FUSED_ATTENTION_OPS = frozenset(
     {
-        "MultiHeadAttention",
+        "Attention",
         "GroupQueryAttention",
         "PackedAttention",
+        "PackedMultiHeadAttention",
         "DecoderMaskedMultiHeadAttention",
     }
 )
+"""Operators of ONNX Runtime that are not cut: their projections, caches or rotations are inside."""
 
 
 def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
@@ -60,7 +65,7 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
     view, unmatched = view_of(model, sizes)
     attentions, refusals = _attentions(view)
     mlps, hidden = _mlps(view, {linear.node for item in attentions for linear in linears_of(item)})
-    blocks = _in_order(view, [*attentions, *mlps])
+    blocks = _with_twins(view, _in_order(view, [*attentions, *mlps]))
     taken = {linear.node for block in blocks for linear in linears_of(block)}
     refusals += [item for item in (*hidden, *unmatched) if item.node not in taken]
     said = taken | {item.node for item in refusals}
@@ -120,24 +125,30 @@ def _attentions(view: View) -> tuple[list[Attention], list[Refusal]]:
     found: list[Attention] = []
     refusals: list[Refusal] = []
     for node in view.graph.nodes:
-        if node.op in FUSED_ATTENTION_OPS or (node.op == "Attention" and node.domain):
-            reason = "a fused operator; export the model without fusing attention"
-            refusals.append(Refusal(node.name, node.op, reason))
-            continue
-        anchor = match_softmax(view, node)
-        if node.op == "Attention":
-            parts = match_operator(view, node)
-        elif anchor is None:
-            continue
-        else:
-            parts = anchor if isinstance(anchor, Refusal) else match_attention(view, anchor)
+        parts = _parts(view, node)
         block = (
-            parts
-            if isinstance(parts, Refusal)
-            else attention_of(view, parts, f"attention.{len(found)}")
+            attention_of(view, parts, f"attention.{len(found)}")
+            if isinstance(parts, Parts)
+            else parts
         )
-        (found if isinstance(block, Attention) else refusals).append(block)  # type: ignore[arg-type]
-    return found, refusals
+        if isinstance(block, Attention):
+            found.append(block)
+        elif block is not None:
+            refusals.append(block)
+    return unshared(found), refusals
+
+
+def _parts(view: View, node: gs.Node) -> Parts | Refusal | None:
+    """What an attention multiplies, if ``node`` is one or its Softmax."""
+    if node.op == "MultiHeadAttention":
+        return match_multi_head(view, node)
+    if node.op in FUSED_ATTENTION_OPS and node.domain:
+        reason = "a fused operator; export the model without fusing attention"
+        return Refusal(node.name, node.op, reason)
+    if node.op == "Attention":
+        return match_operator(view, node)
+    anchor = match_softmax(view, node)
+    return match_attention(view, anchor) if isinstance(anchor, Anchor) else anchor
 
 
 def _mlps(view: View, taken: set[str]) -> tuple[list[Mlp], list[Refusal]]:
@@ -169,6 +180,29 @@ def _in_order(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
             mask = block.padding
         result.append(replace(block, padding=mask))
     return tuple(result)
+
+
+def _with_twins(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Blocks with the names of those that have the same weights (one set for every layer)."""
+    nodes = {node.name: node for node in view.graph.nodes}
+    groups: dict[tuple[object, ...], list[str]] = {}
+    keys = [tuple(_weights(view, nodes, block)) for block in blocks]
+    for block, key in zip(blocks, keys, strict=True):
+        groups.setdefault(key, []).append(block.id)
+    return tuple(
+        replace(block, twins=tuple(groups[key])) if len(groups[key]) > 1 else block
+        for block, key in zip(blocks, keys, strict=True)
+    )
+
+
+def _weights(view: View, nodes: Mapping[str, gs.Node], block: Block) -> Iterator[object]:
+    """What a block's weights are; not their names, for an exporter may write one many times."""
+    for linear in linears_of(block):
+        for name in filter(None, (linear.node, linear.bias_node)):
+            for tensor in nodes[name].inputs:
+                value = constant_value(tensor, view.opset)
+                if value is not None:
+                    yield value.shape, hashlib.sha256(np.ascontiguousarray(value).data).digest()
 
 
 def _large_leftovers(view: View, counts: Counts, said: set[str]) -> list[Refusal]:

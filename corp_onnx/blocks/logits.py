@@ -8,46 +8,66 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.movement import PASSING_OPS
+from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS
 from corp_onnx.blocks.records import Mask, Refusal, Scalar
 from corp_onnx.blocks.view import OPEN_SIZE, View, follows_data, producer
 
 BENDING_OPS = frozenset({"Tanh", "Relu", "Sigmoid", "Clip", "Max", "Min", "Exp", "Softsign", "Erf"})
 """Functions of the logits that end their being bilinear in queries and keys."""
 
-RESHAPING_OPS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Expand"})
+JOINING_OPS = frozenset({"Mul", "Div", "Add", "Sub", "Where"})
+TURNING_OPS = MOVING_OPS | {"GatherElements", "Pad"}
+MIXING_OPS = frozenset({"BatchNormalization", "Conv", "LayerNormalization", "MatMul"})
+"""What may be done to all heads together, before Softmax or after it: talking heads."""
+
+
+NO_PRODUCT = "not from one product of queries and keys"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Anchor:
-    """A Softmax over keys, whole or written out, with its logits and its probabilities."""
+    """A Softmax, whole or written out, with its logits and its probabilities."""
 
     node: gs.Node
     logits: gs.Tensor
     probabilities: gs.Tensor
+    axes: tuple[int, ...]
+    """The axes that it runs over, counted from the last, which is -1."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Logits:
     """The product under a Softmax, and what happens to it on the way."""
 
-    product: gs.Node
+    product: gs.Node | None
+    keys_left: bool = False
+    """Whether the left operand of the product holds the keys."""
     frozen: tuple[Scalar, ...] = ()
     mask: Mask | None = None
-    bent: str | None = None
+    reason: str | None = None
+    """Why the product need not be what it was, only narrower; None if it may be replaced."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixing:
+    """The product of probabilities and values."""
+
+    product: gs.Node
+    slot: int
+    """Which of its inputs holds the values."""
 
 
 def match_softmax(view: View, node: gs.Node) -> Anchor | Refusal | None:
-    """Read a Softmax over the last axis, or ``exp(x) / sum(exp(x))`` written out."""
+    """Read a Softmax, or ``exp(x) / sum(exp(x))`` written out."""
     if node.op == "Softmax":
         logits = node.inputs[0]
         rank = len(view.shape(logits) or ())
         axis = node.attrs.get("axis", -1 if view.opset >= 13 else 1)
         if not rank:
             return Refusal(node.name, node.op, f"its {OPEN_SIZE}")
-        if axis % rank != rank - 1:
-            return Refusal(node.name, node.op, f"it runs over axis {axis}, which is not the last")
-        return Anchor(node, logits, node.outputs[0])
+        end = axis % rank + 1 if view.opset >= 13 else rank
+        axes = tuple(index - rank for index in range(axis % rank, end))
+        return Anchor(node, logits, node.outputs[0], axes)
     if node.op != "Div":
         return None
     above, below = (producer(tensor) for tensor in node.inputs)
@@ -55,76 +75,143 @@ def match_softmax(view: View, node: gs.Node) -> Anchor | Refusal | None:
         return None
     if above.op != "Exp" or below.op != "ReduceSum" or below.inputs[0] is not node.inputs[0]:
         return None
-    axes, rank = _reduced(view, below), len(view.shape(node.inputs[0]) or ())
-    if [axis % rank for axis in axes] != [rank - 1]:
-        over = ", ".join(map(str, axes)) or "all"
-        return Refusal(node.name, node.op, f"it runs over axis {over}, which is not the last")
-    return Anchor(node, _before_shift(view, above.inputs[0]), node.outputs[0])
+    rank = len(view.shape(node.inputs[0]) or ())
+    if not rank:
+        return Refusal(node.name, node.op, f"its {OPEN_SIZE}")
+    axes = tuple(axis % rank - rank for axis in _reduced(view, below) or range(rank))
+    return Anchor(node, _before_shift(view, above.inputs[0]), node.outputs[0], axes)
 
 
-def match_logits(view: View, tensor: gs.Tensor) -> Logits | str:
+def match_logits(view: View, anchor: Anchor) -> Logits:
     """Climb from the logits to the product of two activations, or say what stands in the way."""
-    node = producer(tensor)
-    if node is None:
-        return f"its logits come from {tensor.name!r}, not from a product of queries and keys"
-    if node.op == "MatMul":
-        if any(view.known(operand) is not None for operand in node.inputs):
-            return f"a linear layer ({node.name}) mixes its logits"
-        return Logits(node)
-    if node.op in PASSING_OPS:
-        return match_logits(view, node.inputs[0])
-    if node.op in RESHAPING_OPS | {"Transpose"}:
-        before, after = view.shape(node.inputs[0]), view.shape(tensor)
-        if node.op == "Transpose" or not before or not after or before[-1] != after[-1]:
-            return f"its logits are rearranged by {node.op} ({node.name})"
-        return match_logits(view, node.inputs[0])
-    if node.op in {"Mul", "Div", "Add", "Sub", "Where"} | BENDING_OPS:
-        return _through_elementwise(view, node)
-    return f"its logits come from {node.op} ({node.name}), not from a product of queries and keys"
+    ascent = _Ascent(view, {})
+    if len(anchor.axes) == 1:
+        return ascent.climb(anchor.logits, anchor.axes[0])
+    found = ascent.climb(anchor.logits, -1)
+    return replace(found, reason=found.reason or "its Softmax runs over more than one axis")
 
 
-def match_mixing(view: View, tensor: gs.Tensor) -> gs.Node | str:
+def match_mixing(view: View, tensor: gs.Tensor) -> Mixing | str:
     """The product of probabilities and values, or why there is none."""
-    found = list(_mixings(tensor))
-    if len(found) == 1 and view.known(found[0].inputs[1]) is None:
-        return found[0]
+    found = {id(mixing.product): mixing for mixing in _mixings(view, tensor, set())}
+    if len(found) == 1:
+        return next(iter(found.values()))
     if found:
-        return "its probabilities enter more than one product, or a product with constants"
+        return "its probabilities enter more than one product"
     return "its probabilities enter no product with values (a classifier's Softmax, for instance)"
 
 
-def _mixings(tensor: gs.Tensor) -> Iterator[gs.Node]:
+def _mixings(view: View, tensor: gs.Tensor, seen: set[str]) -> Iterator[Mixing]:
+    """Products with activations that follow from probabilities, whatever is done to these."""
+    if tensor.name in seen:
+        return
+    seen.add(tensor.name)
     for node in tensor.outputs:
         slot = next(index for index, value in enumerate(node.inputs) if value is tensor)
-        if node.op == "MatMul" and slot == 0:
-            yield node
-        elif node.op in PASSING_OPS | RESHAPING_OPS or (node.op == "Where" and slot > 0):
-            yield from _mixings(node.outputs[0])
+        others = [value for value in node.inputs if value is not tensor]
+        if node.op == "MatMul" and all(view.known(value) is None for value in others):
+            yield Mixing(node, 1 - slot)
+        elif _goes_on(view, node, slot):
+            for output in node.outputs:
+                yield from _mixings(view, output, seen)
 
 
-def _through_elementwise(view: View, node: gs.Node) -> Logits | str:
-    """Climb through the one operand of an elementwise operator that leads to a product."""
-    open_slots = [
-        slot
-        for slot, operand in enumerate(node.inputs)
-        if operand.name and view.known(operand) is None and not (node.op == "Where" and slot == 0)
-    ]
-    climbed = {slot: match_logits(view, node.inputs[slot]) for slot in open_slots}
-    found = {slot: result for slot, result in climbed.items() if isinstance(result, Logits)}
-    if len(found) > 1:
-        return f"two products of activations meet in its logits ({node.op} {node.name})"
-    if not found:
-        reasons = [result for result in climbed.values() if isinstance(result, str)]
-        return reasons[0] if reasons else f"its logits are constant ({node.name})"
-    ((slot, below),) = found.items()
-    if node.op in BENDING_OPS:
-        return replace(below, bent=f"its logits pass through {node.op} ({node.name})")
-    if node.op in {"Add", "Sub", "Where"}:
-        return replace(below, mask=_mask(view, node, slot) or below.mask)
-    return replace(below, frozen=(*below.frozen, *_frozen(view, node)))
+def _goes_on(view: View, node: gs.Node, slot: int) -> bool:
+    """Whether what a node makes of probabilities are still some of these."""
+    if node.op in PASSING_OPS | TURNING_OPS:
+        return slot == 0 or node.op == "Concat"
+    same = view.shape(node.inputs[slot]) == view.shape(node.outputs[0])
+    if node.op in JOINING_OPS:
+        return same and not (node.op == "Where" and slot == 0)
+    return slot == 0 and same and _mixes_heads(view, node)
 
 
-def _mask(view: View, node: gs.Node, slot: int) -> Mask | None:
+def _mixes_heads(view: View, node: gs.Node) -> bool:
+    """Whether a node may be a linear map of heads, of logits or probabilities ``[b, h, t, t]``."""
+    return node.op in MIXING_OPS and len(view.shape(node.inputs[0]) or ()) >= 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ascent:
+    """A climb from logits; every tensor is looked at once."""
+
+    view: View
+    seen: dict[tuple[str, int | None], Logits]
+
+    def climb(self, tensor: gs.Tensor, axis: int | None) -> Logits:
+        """The product above a tensor, whose ``axis``, counted from the last, is summed to 1.
+
+        None stands for an axis that is lost sight of.
+        """
+        if (tensor.name, axis) not in self.seen:
+            self.seen[tensor.name, axis] = self._climb(tensor, axis)
+        return self.seen[tensor.name, axis]
+
+    def _climb(self, tensor: gs.Tensor, axis: int | None) -> Logits:
+        node = producer(tensor)
+        if node is None:
+            return _none(f"its logits come from {tensor.name!r}, {NO_PRODUCT}")
+        if node.op == "MatMul" and all(self.view.known(value) is None for value in node.inputs):
+            lost = "its Softmax does not run over queries or keys"
+            return Logits(node, axis == -2, reason=None if axis in {-1, -2} else lost)
+        if node.op in PASSING_OPS | TURNING_OPS:
+            return self.climb(node.inputs[0], _axis_before(self.view, node, axis))
+        if node.op in JOINING_OPS | BENDING_OPS:
+            return self._through_elementwise(node, axis)
+        if _is_mixing(self.view, node):
+            below = self.climb(node.inputs[0], axis)
+            mixed = f"its logits are mixed across heads by {node.op} ({node.name})"
+            return replace(below, reason=mixed if below.product else below.reason)
+        if node.op == "MatMul":
+            return _none(
+                f"a product with a constant makes its logits ({node.name}): learned queries"
+            )
+        return _none(f"its logits come from {node.op} ({node.name}), {NO_PRODUCT}")
+
+    def _through_elementwise(self, node: gs.Node, axis: int | None) -> Logits:
+        """Climb through the one operand of an elementwise operator that leads to a product."""
+        climbed = {
+            slot: self.climb(operand, axis)
+            for slot, operand in enumerate(node.inputs)
+            if operand.name
+            and self.view.known(operand) is None
+            and not (node.op == "Where" and slot == 0)
+        }
+        found = {slot: result for slot, result in climbed.items() if result.product is not None}
+        if not found:
+            return next(iter(climbed.values()), _none(f"its logits are constant ({node.name})"))
+        slot, below = next(iter(found.items()))
+        if len(found) > 1:
+            return _none(f"two products of activations meet in its logits ({node.op} {node.name})")
+        if node.op in BENDING_OPS:
+            return replace(below, reason=f"its logits pass through {node.op} ({node.name})")
+        if node.op in {"Add", "Sub", "Where"}:
+            return replace(below, mask=_mask(node, slot) or below.mask)
+        return replace(below, frozen=(*below.frozen, *_frozen(self.view, node)))
+
+
+def _none(reason: str) -> Logits:
+    return Logits(None, reason=reason)
+
+
+def _is_mixing(view: View, node: gs.Node) -> bool:
+    """Whether a node is a linear map of the heads of logits."""
+    same = view.shape(node.inputs[0]) == view.shape(node.outputs[0])
+    return same and _mixes_heads(view, node) and view.known(node.inputs[1]) is not None
+
+
+def _axis_before(view: View, node: gs.Node, axis: int | None) -> int | None:
+    """Which axis of a node's input becomes ``axis`` of its output, both counted from the last."""
+    before, after = view.shape(node.inputs[0]), view.shape(node.outputs[0])
+    if node.op in PASSING_OPS or axis is None or not before or not after:
+        return axis
+    if node.op == "Transpose":
+        perm = node.attrs.get("perm", range(len(before))[::-1])
+        return int(perm[axis]) - len(before)
+    return axis if before[axis:] == after[axis:] else None
+
+
+def _mask(node: gs.Node, slot: int) -> Mask | None:
     """The operand that may mask tokens, if it depends on the data."""
     if node.op == "Where":
         condition = node.inputs[0]

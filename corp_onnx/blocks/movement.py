@@ -29,6 +29,7 @@ MOVING_OPS = frozenset(
         "Slice",
         "Gather",
         "Expand",
+        "Tile",
         "Concat",
     }
 )
@@ -103,10 +104,17 @@ def move(
     """
     arrays = {path.source.name: start}
     for node in path.nodes:
-        inputs = _inputs(node, arrays, facts)
-        if inputs is None or facts.shape(node.outputs[0]) is None:
+        shape = facts.shape(node.outputs[0])
+        if shape is None:
             return None
-        outputs = _apply(node, inputs, arrays, opset, scaled=scaled)
+        if node.op in AFFINE_OPS and not scaled:
+            (carried,) = {tensor.name for tensor in node.inputs} & arrays.keys()
+            arrays[node.outputs[0].name] = np.broadcast_to(arrays[carried], shape)
+            continue
+        inputs = _inputs(node, arrays, facts)
+        if inputs is None:
+            return None
+        outputs = _apply(node, inputs, opset)
         for tensor, value in zip(node.outputs, outputs, strict=False):
             arrays[tensor.name] = value
     return arrays
@@ -123,22 +131,11 @@ def _inputs(
     return None if any(value is None for value in values) else values  # type: ignore[return-value]
 
 
-def _apply(
-    node: gs.Node,
-    inputs: Sequence[np.ndarray],
-    arrays: Mapping[str, np.ndarray],
-    opset: int,
-    *,
-    scaled: bool,
-) -> Sequence[np.ndarray]:
+def _apply(node: gs.Node, inputs: Sequence[np.ndarray], opset: int) -> Sequence[np.ndarray]:
     if node.op in PASSING_OPS:
         return [inputs[0]]
     if node.op in AFFINE_OPS:
-        if scaled:
-            return [_ARITHMETIC[node.op](inputs[0], inputs[1])]
-        moved = [tensor.name in arrays for tensor in node.inputs].index(True)
-        shape = np.broadcast_shapes(inputs[0].shape, inputs[1].shape)
-        return [np.broadcast_to(inputs[moved], shape)]
+        return [_ARITHMETIC[node.op](inputs[0], inputs[1])]
     names = [tensor.name for tensor in node.inputs if tensor.name]
     return shapes.run(node, dict(zip(names, inputs, strict=True)), opset)
 

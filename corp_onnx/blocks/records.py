@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -89,7 +89,7 @@ class SizeReader:
     sizes: tuple[int | str, ...]
     """Per axis a number, or ``"t<j>"``: the size of axis ``j`` of ``like``."""
     like: str
-    """A tensor that stays, with the same token axes."""
+    """A tensor that stays, or takes the place of another, with the same token axes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,8 @@ class Mlp:
     readers: tuple[SizeReader, ...] = ()
     depthwise: tuple[str, ...] = ()
     """Convolutions inside of every channel by itself, whose ``group`` is the width."""
+    twins: tuple[str, ...] = ()
+    """All blocks of the same weights, in the order of the graph; none if there is no other."""
     padding: Mask | None = None
     refused: Mapping[Axis, str] = field(default_factory=dict)
 
@@ -208,6 +210,8 @@ class Attention:
     frozen: tuple[Scalar, ...] = ()
     """Scales of the logits that are computed from shapes: surgery writes their dense value."""
     readers: tuple[SizeReader, ...] = ()
+    twins: tuple[str, ...] = ()
+    """All blocks of the same weights, in the order of the graph; none if there is no other."""
     padding: Mask | None = None
     refused: Mapping[Axis, str] = field(default_factory=dict)
 
@@ -245,6 +249,31 @@ class Catalog:
     def macs_prunable(self) -> int:
         """MACs of the blocks that have an axis to cut."""
         return sum(self.macs_by_block[block.id] for block in self.blocks if axes_of(block))
+
+
+def named_as(found: Catalog, dense: Catalog) -> Catalog:
+    """The blocks of a cut model under the names, and in the order, of those they were before.
+
+    A block is known by the node that it is anchored at or ends in, which surgery leaves in place.
+    """
+    names = {_place(block): block.id for block in dense.blocks}
+    order = {name: place for place, name in enumerate(names.values())}
+    known = [(names[_place(block)], block) for block in found.blocks if _place(block) in names]
+    known.sort(key=lambda pair: order[pair[0]])
+    return replace(
+        found,
+        blocks=tuple(replace(block, id=name) for name, block in known),
+        macs_by_block={name: found.macs_by_block[block.id] for name, block in known},
+    )
+
+
+def _place(block: Block) -> str:
+    return block.down.node if isinstance(block, Mlp) else block.anchor
+
+
+def leader_of(block: Block) -> str:
+    """The first of the blocks that share a block's weights; mostly the block itself."""
+    return block.twins[0] if block.twins else block.id
 
 
 def axes_of(block: Block) -> tuple[Axis, ...]:

@@ -8,27 +8,22 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64, Int64
 
-from corp_onnx.blocks.movement import Blocked, Path, climb, move
-from corp_onnx.blocks.records import Layout, Route
+from corp_onnx.blocks.blockers import why_blocked
+from corp_onnx.blocks.layouts import Target, find_layout
+from corp_onnx.blocks.movement import AFFINE_OPS, Blocked, Path, climb, element_numbers, move
+from corp_onnx.blocks.operands import Operand
+from corp_onnx.blocks.records import Layout, Linear, Route
 from corp_onnx.blocks.view import OPEN_SIZE, View
 from corp_onnx.shapes import Facts
 
-BLOCKERS = {
-    "LayerNormalization": "is normalised between the projection and the product",
-    "RMSNormalization": "is normalised between the projection and the product",
-    "SimplifiedLayerNormalization": "is normalised between the projection and the product",
-    "LpNormalization": "is normalised between the projection and the product",
-    "RotaryEmbedding": "is rotated by its position (rotary embedding)",
-}
-
-SHARED = "is shared by several query heads"
+CHANNELS_ATTEND = "holds channels where tokens are expected: channels attend to channels"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Landing:
     """Where the elements of a projection lie in an operand, read off one run of the movement."""
 
-    heads: Int64[np.ndarray, " l"]
+    heads: Int64[np.ndarray, "..."]
     """Head at every leading index of the operand."""
     channels: Int64[np.ndarray, "h e"]
     gain: Float64[np.ndarray, "h e"]
@@ -46,18 +41,28 @@ class Traced:
     """One for every probed set of sizes."""
 
 
-def trace(view: View, operand: gs.Tensor, *, axis: int, name: str) -> Traced | str:
-    """How a linear layer's channels reach ``operand``, whose ``axis`` holds a head's channels.
+def trace(view: View, operand: Operand, *, name: str) -> Traced | str:
+    """How a linear layer's channels reach an operand.
 
     Returns:
         The route, or the reason why there is none, with ``name`` ("the query") as its subject.
     """
-    path = climb(view, operand)
+    return _trace(view, operand.tensor, operand, name)
+
+
+def trace_fragment(view: View, tensor: gs.Tensor) -> Traced | str:
+    """The same for a tensor in which single channels lie, whatever they mean."""
+    return _trace(view, tensor, None, repr(tensor.name))
+
+
+def _trace(view: View, tensor: gs.Tensor, operand: Operand | None, name: str) -> Traced | str:
+    path = climb(view, tensor)
     if isinstance(path, Blocked):
-        return f"{name} {_why(path)}"
+        return f"{name} {why_blocked(view, path, tensor)}"
+    linear = view.linears[path.source.name]
     landings = []
     for facts in view.probes:
-        landing = land(path, facts, view.opset, axis=axis)
+        landing = _land(path, linear, facts, view.opset, operand)
         if isinstance(landing, str):
             return f"{name} {landing}"
         landings.append(landing)
@@ -66,141 +71,110 @@ def trace(view: View, operand: gs.Tensor, *, axis: int, name: str) -> Traced | s
         return f"{name} takes other channels when batch or sequence size changes"
     if first.layout is None or any(landing.layout != first.layout for landing in landings):
         return f"{name} is laid out in a way that one Reshape and one Transpose cannot write"
-    linear = view.linears[path.source.name]
     route = Route(
         linear,
         first.channels,
         first.gain,
         first.offset,
-        operand.name,
+        tensor.name,
         first.layout,
-        axis,
-        str(view.probes[0].dtype(operand)),
+        operand.axis if operand else 0,
+        str(view.probes[0].dtype(tensor)),
     )
     return Traced(route, path, tuple(landings))
 
 
-def land(path: Path, facts: Facts, opset: int, *, axis: int) -> Landing | str:
+def _land(
+    path: Path, linear: Linear, facts: Facts, opset: int, operand: Operand | None
+) -> Landing | str:
     """Run a path's movement on element numbers and read off what landed where."""
     shape = facts.shape(path.source)
     if shape is None or facts.shape(path.target) is None:
         return f"cannot be followed: its {OPEN_SIZE}"
-    numbers = np.arange(np.prod(shape)).reshape(shape)
-    moved = move(path, numbers, facts, opset, scaled=False)
+    moved = move(path, element_numbers(shape, linear.axis), facts, opset, scaled=False)
+    scales = _scales(path, shape, facts, opset)
+    if moved is None or scales is None:
+        return "is moved by sizes that depend on the data"
+    numbers, width = moved[path.target.name], shape[linear.axis]
+    tokens = tuple(np.delete(shape, linear.axis).tolist())
+    if operand is None:
+        rows = numbers[..., None, None]
+        gain, offset = (array[..., None, None] for array in scales)
+    else:
+        rows, (gain, offset) = operand.rows(numbers), (operand.rows(array) for array in scales)
+    channels, places = rows % width, rows // width
+    reason = _mixed(channels, places, operand) or _uneven(gain, offset)
+    if reason:
+        return reason
+    heads, first = _heads(channels[..., 0, :])
+    table = channels[..., 0, :].reshape(-1, rows.shape[-1])[first]
+    if len(np.unique(table)) != table.size or (channels[..., 0, :] != table[heads]).any():
+        return "has a channel that lands in two places"
+    gains, offsets = (
+        array[..., 0, :].reshape(-1, rows.shape[-1])[first] for array in (gain, offset)
+    )
+    reason = _unequal(gain, gains, heads) or _unequal(offset, offsets, heads)
+    if reason:
+        return reason
+    layout = find_layout(_target(numbers, width, table, operand), path, moved, tokens)
+    return Landing(heads, table, gains, offsets, layout)
+
+
+def _scales(
+    path: Path, shape: tuple[int, ...], facts: Facts, opset: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Gain and offset of every element of a path's target."""
+    if all(node.op not in AFFINE_OPS for node in path.nodes):
+        target = facts.shape(path.target) or ()
+        return np.ones(target), np.zeros(target)
     zeros = move(path, np.zeros(shape), facts, opset, scaled=True)
     ones = move(path, np.ones(shape), facts, opset, scaled=True)
-    if moved is None or zeros is None or ones is None:
-        return "is moved by sizes that depend on the data"
-    target = path.target.name
-    rows, offset, reach = (_rows(result[target], axis) for result in (moved, zeros, ones))
-    gain = reach - offset
-    channels, tokens = rows % shape[-1], rows // shape[-1]
-    if (channels != channels[:, :1]).any() or (tokens != tokens[:, :, :1]).any():
-        return "mixes tokens and channels"
-    if (gain != gain[:, :1]).any() or (offset != offset[:, :1]).any():
+    if zeros is None or ones is None:
+        return None
+    offset = zeros[path.target.name].astype(np.float64)
+    return ones[path.target.name].astype(np.float64) - offset, offset
+
+
+def _mixed(channels: np.ndarray, tokens: np.ndarray, operand: Operand | None) -> str | None:
+    """Whether channels change where tokens should, or tokens where channels should."""
+    turned = (channels != channels[..., :1, :]).any(), (tokens != tokens[..., :1]).any()
+    if all(turned) and not (channels != channels[..., :1]).any():
+        return CHANNELS_ATTEND
+    return "mixes tokens and channels" if any(turned) else None
+
+
+def _uneven(gain: np.ndarray, offset: np.ndarray) -> str | None:
+    if (gain != gain[..., :1, :]).any() or (offset != offset[..., :1, :]).any():
         return "is scaled or shifted differently from token to token"
-    heads, first = _heads(channels[:, 0])
-    table = channels[first, 0]
-    if len(np.unique(table)) != table.size:
-        return "has a channel that lands in two places"
-    if rows.size > np.prod(shape[:-1]) * table.size:
-        return SHARED
-    layout = _layout(path, moved, table, shape)
-    return Landing(heads, table, gain[first, 0], offset[first, 0], layout)
-
-
-def arrange(layout: Layout, projection: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Lay ``projection [t0, …, tk, h, r]`` out as an operand of the given shape."""
-    return projection.transpose(layout.perm).reshape(shape)
-
-
-def _layout(
-    path: Path, moved: dict[str, np.ndarray], table: np.ndarray, shape: tuple[int, ...]
-) -> Layout | None:
-    """The plain layout that puts every element where the path put it; None if there is none."""
-    target = moved[path.target.name]
-    for split, sizes in _token_axes(path, moved, shape):
-        layout = _fit(target, split, sizes, table, shape[-1])
-        if layout is not None:
-            return layout
     return None
 
 
-def _token_axes(
-    path: Path, moved: dict[str, np.ndarray], shape: tuple[int, ...]
-) -> list[tuple[str | None, tuple[int, ...]]]:
-    """Ways to see the token axes: as the projection has them, or as a Reshape splits them."""
-    ways: list[tuple[str | None, tuple[int, ...]]] = [(None, shape[:-1])]
-    tokens = int(np.prod(shape[:-1]))
-    for node in path.nodes:
-        if node.op == "Reshape":
-            output = moved[node.outputs[0].name]
-            (ends,) = np.nonzero(np.cumprod(output.shape) == tokens)
-            in_order = (np.diff(output.reshape(-1)) == 1).all()
-            if in_order and ends.size and output.shape[: ends[-1] + 1] != shape[:-1]:
-                ways.append((node.name, output.shape[: ends[-1] + 1]))
-            break
-    return ways
+def _unequal(scale: np.ndarray, of_heads: np.ndarray, heads: np.ndarray) -> str | None:
+    if np.array_equal(scale[..., 0, :], of_heads[heads]):
+        return None
+    return "is scaled or shifted differently from sample to sample, or from copy to copy"
 
 
-def _fit(
-    target: np.ndarray, split: str | None, sizes: tuple[int, ...], table: np.ndarray, width: int
-) -> Layout | None:
-    """Find the operand axis and stride of every token axis, the head and the position; check it."""
+def _target(numbers: np.ndarray, width: int, table: np.ndarray, operand: Operand | None) -> Target:
+    """What the layout has to reproduce."""
+    heads, size = table.shape
     head, position = np.zeros(width, dtype=int), np.zeros(width, dtype=int)
-    head[table] = np.arange(len(table))[:, None]
-    position[table] = np.arange(table.shape[1])
-    channel, token = target % width, target // width
-    coordinates = [*np.unravel_index(token, sizes), head[channel], position[channel]]
-    spots = [_spot(coordinate) for coordinate in coordinates]
-    placed = [spot for spot in spots if spot is not None]
-    if len(placed) != len(spots):
-        return None
-    perm = tuple(sorted(range(len(placed)), key=lambda atom: (placed[atom][0], -placed[atom][1])))
-    axes = [axis for axis, _ in placed]
-    groups = tuple(axes.count(axis) for axis in range(target.ndim))
-    layout = Layout(split, len(sizes), perm, groups)
-    plain = np.arange(np.prod(sizes) * width).reshape(*sizes, width)[..., table]
-    if plain.size != target.size or not np.array_equal(
-        arrange(layout, plain, target.shape), target
-    ):
-        return None
-    return layout
-
-
-def _spot(coordinate: np.ndarray) -> tuple[int, int] | None:
-    """The one axis along which a coordinate changes, and how many steps it stays the same there."""
-    axes = [axis for axis in range(coordinate.ndim) if np.diff(coordinate, axis=axis).any()]
-    if not axes:
-        return 0, coordinate.size
-    if len(axes) > 1:
-        return None
-    line = np.moveaxis(coordinate, axes[0], -1).reshape(-1, coordinate.shape[axes[0]])[0]
-    return axes[0], int(np.argmax(line != line[0]))
-
-
-def _rows(array: np.ndarray, axis: int) -> np.ndarray:
-    """An operand as ``[leading, rows, head's channels]``."""
-    last = np.moveaxis(array, axis, -1)
-    return last.reshape(-1, *last.shape[-2:])
+    head[table] = np.arange(heads)[:, None]
+    position[table] = np.arange(size)
+    channel = numbers % width
+    axis = operand.axis if operand else None
+    return Target(numbers // width, head[channel], position[channel], heads, size, axis)
 
 
 def _heads(channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the different rows of ``[l, e]`` by first appearance: number per row, first rows."""
-    _, first, inverse = np.unique(channels, axis=0, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    return np.argsort(order)[inverse.reshape(-1)], first[order]
+    """Number rows ``[…, e]`` by their first channel in the order of appearance, and the first rows.
 
-
-def _why(path: Blocked) -> str:
-    """Why a path is blocked, as the end of a sentence."""
-    node = path.node
-    if node is None:
-        return f"comes from {path.tensor!r}, an input or a constant, not from a linear layer"
-    known = BLOCKERS.get(node.op)
-    if known is not None:
-        return f"{known} ({node.name})"
-    return (
-        f"does not come from one linear layer by movement and scaling alone: {node.op} "
-        f"{node.name!r} stands in between"
-    )
+    Rows that begin alike must be alike: that is for the caller to check.
+    """
+    leads = channels[..., 0].reshape(-1)
+    place = np.full(leads.max() + 1, leads.size)
+    place[leads[::-1]] = np.arange(leads.size)[::-1]
+    first = np.sort(place[place < leads.size])
+    number = np.empty_like(place)
+    number[leads[first]] = np.arange(first.size)
+    return number[leads].reshape(channels.shape[:-1]), first

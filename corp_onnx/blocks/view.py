@@ -20,10 +20,15 @@ FOLDED_OPS = frozenset(
         "Reshape",
         "Squeeze",
         "Unsqueeze",
+        "Split",
+        "Slice",
         "DequantizeLinear",
     }
 )
 """Operators on a constant that leave it a constant: a weight behind them is read through."""
+
+SIZE_OPS = frozenset({"Shape", "Size"})
+"""What follows from them depends on sizes, not on data."""
 
 OPEN_SIZE = "size is not known: it depends on the data, or the model runs at one size only"
 """What is said of a tensor whose shape could not be inferred."""
@@ -73,7 +78,7 @@ def follows_data(tensor: gs.Tensor) -> bool:
         node = producer(current)
         if node is None:
             return True
-        if node.op not in {"Shape", "Size"}:
+        if node.op not in SIZE_OPS:
             stack.extend(node.inputs)
     return False
 
@@ -96,7 +101,8 @@ def constant_value(tensor: gs.Tensor, opset: int) -> np.ndarray | None:
         if value is None:
             return None
         values[source.name] = value
-    return shapes.run(node, values, opset)[0]
+    slot = next(index for index, output in enumerate(node.outputs) if output is tensor)
+    return shapes.run(node, values, opset)[slot]
 
 
 def serves_only(start: gs.Node, served: set[int]) -> bool:

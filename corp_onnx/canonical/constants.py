@@ -1,9 +1,15 @@
-"""Constants as tensors and never as nodes, and a name for every node."""
+"""Constants as tensors and never as nodes, weights in one piece, a name for every node."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_graphsurgeon as gs
+
+from corp_onnx import reference
+from corp_onnx.shapes import Facts, evaluate
+from corp_onnx.sizes import input_sizes
 
 
 def constants_from_nodes(graph: gs.Graph) -> None:
@@ -18,6 +24,24 @@ def constants_from_nodes(graph: gs.Graph) -> None:
         output.to_constant(value)
 
 
+def cut_weights(graph: gs.Graph) -> None:
+    """Carry out Slice and Split of weights where sizes of tensors decide, always in the same way.
+
+    Packed projections are taken apart so, at bounds that follow from the width of an activation.
+    """
+    cuts = [node for node in graph.nodes if _cuts_weight(node)]
+    if not cuts:
+        return
+    probes = [
+        evaluate(graph, input_sizes(graph, batch=batch, sequence=sequence))
+        for batch, sequence in ((2, 8), (3, 16))
+    ]
+    for node in cuts:
+        first, second = (_bounds(node, facts) for facts in probes)
+        if first is not None and second is not None and _same(first, second):
+            _carry_out(node, first, graph.opset)
+
+
 def name_every_node(graph: gs.Graph) -> None:
     """Give nodes without a name, or with a name already taken, one of their own."""
     taken = {node.name for node in graph.nodes}
@@ -30,6 +54,37 @@ def name_every_node(graph: gs.Graph) -> None:
             node.name = name
             taken.add(name)
         seen.add(node.name)
+
+
+def _cuts_weight(node: gs.Node) -> bool:
+    """Whether a node cuts a floating-point constant where something else than constants says."""
+    return (
+        node.op in {"Slice", "Split"}
+        and isinstance(node.inputs[0], gs.Constant)
+        and np.issubdtype(node.inputs[0].dtype, np.floating)
+        and any(isinstance(tensor, gs.Variable) and tensor.name for tensor in node.inputs[1:])
+    )
+
+
+def _bounds(node: gs.Node, facts: Facts) -> dict[str, np.ndarray] | None:
+    """Where a node cuts, by tensor name; None if the data decide."""
+    values = {tensor.name: facts.value(tensor) for tensor in node.inputs[1:] if tensor.name}
+    known = {name: value for name, value in values.items() if value is not None}
+    return known if len(known) == len(values) else None
+
+
+def _same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return all(np.array_equal(value, other[name]) for name, value in one.items())
+
+
+def _carry_out(node: gs.Node, bounds: dict[str, np.ndarray], opset: int) -> None:
+    """Turn the outputs of a node into constants."""
+    weight = node.inputs[0]
+    parts = reference.run(node, {**bounds, weight.name: np.asarray(weight.values)}, opset)
+    outputs = list(node.outputs)
+    node.outputs.clear()
+    for tensor, part in zip(outputs, parts, strict=True):
+        tensor.to_constant(part)
 
 
 def _value(node: gs.Node) -> np.ndarray | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Literal
 
 import numpy as np
@@ -15,13 +17,13 @@ from threadpoolctl import threadpool_limits
 
 from corp_onnx.blocks import Attention, Catalog, Mlp
 from corp_onnx.blocks.linear import bias_of, weight_of
-from corp_onnx.blocks.records import Route
+from corp_onnx.blocks.records import Route, leader_of
 from corp_onnx.errors import DataError, PlanError
 from corp_onnx.graph import Model
 from corp_onnx.moments import Moments
 from corp_onnx.plan import Cut, Plan
 from corp_onnx.solve.affine import recover_mlp
-from corp_onnx.solve.bilinear import recover_query_key
+from corp_onnx.solve.bilinear import pooled, recover_query_key
 from corp_onnx.solve.folds import Evidence, Fold, MlpFold, QueryKeyFold, Solution
 from corp_onnx.solve.ranking import channel_energy, column_norms, highest, row_norms, score
 from corp_onnx.statistics import Statistics
@@ -41,7 +43,7 @@ class Recipe:
         ranking: What decides which channels stay.
         ridge: Regularisation, relative to the mean variance of a layer.
         kept: Channels to keep instead of ranking, by block and axis: ``[k]`` for an MLP,
-            ``[h, r]`` for query-key.
+            ``[g, r]`` for query-key.
     """
 
     method: Method = "corp"
@@ -69,8 +71,16 @@ def solve(
     solver = _Solver({node.name: node for node in model.graph.nodes}, model, statistics, recipe)
     blocks = {block.id: block for block in catalog.blocks}
     with ThreadPoolExecutor(os.cpu_count()) as pool, threadpool_limits(1, user_api="blas"):
-        folds = pool.map(lambda cut: solver.fold(blocks[cut.block], cut), plan.cuts)
-        return Solution(recipe.method, tuple(folds))
+        cuts = [cut for cut in plan.cuts if cut.block == leader_of(blocks[cut.block])]
+        found = pool.map(lambda cut: solver.fold(blocks[cut.block], cut), cuts)
+        folds = {(cut.block, cut.axis): fold for cut, fold in zip(cuts, found, strict=True)}
+    return Solution(
+        recipe.method,
+        tuple(
+            replace(folds[leader_of(blocks[cut.block]), cut.axis], block=cut.block)
+            for cut in plan.cuts
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +101,7 @@ class _Solver:
         raise PlanError(f"{cut.block}: no method here cuts the axis {cut.axis!r}")
 
     def _mlp(self, block: Mlp, cut: Cut) -> MlpFold:
-        moments = self._site(f"{block.id}.hidden")
+        moments = self._site(block, "hidden")
         opset = self.model.fingerprint.opset
         nodes = dict(self.nodes)
         weight, bias = weight_of(nodes, block.down, opset), bias_of(nodes, block.down, opset)
@@ -113,13 +123,16 @@ class _Solver:
         assert block.key is not None, f"{block.id} offers its keys"
         kept = self.recipe.kept.get((block.id, "qk"))
         if kept is None:
-            norms = [self._head_norms(block.query), self._head_norms(block.key)]
-            energy = self.statistics.energies[block.id]
+            groups = len(block.key.channels)
+            squares = pooled(self._head_norms(block.query) ** 2, block.key_heads, groups)
+            norms = [np.sqrt(squares), self._head_norms(block.key)]
+            energy = self._energy(block)
             kept = highest(score(self.recipe.ranking, energy, norms), cut.to)
         maps = recover_query_key(
-            self._site(f"{block.id}.query"),
-            self._site(f"{block.id}.key"),
+            self._site(block, "query"),
+            self._site(block, "key"),
             kept,
+            key_heads=block.key_heads,
             repair=self.recipe.method,
             ridge=self.recipe.ridge,
         )
@@ -132,9 +145,22 @@ class _Solver:
         norms: np.ndarray = column_norms(weight)[route.channels] * np.abs(route.gain)
         return norms
 
-    def _site(self, name: str) -> Moments:
-        if name not in self.statistics.sites:
-            raise DataError(
-                f"the statistics ({self.statistics.source}) hold nothing of {name}; calibrate again"
-            )
-        return self.statistics.sites[name]
+    def _energy(self, block: Attention) -> Float64[np.ndarray, "g e"]:
+        """The query-key energy, over all blocks of the same weights."""
+        names = block.twins or (block.id,)
+        tokens = [self.statistics.tokens[name] for name in names]
+        energies = [self.statistics.energies[name] for name in names]
+        mean: np.ndarray = np.average(energies, axis=0, weights=tokens)
+        return mean
+
+    def _site(self, block: Attention | Mlp, role: str) -> Moments:
+        """What was seen at a block, and at all others of the same weights."""
+        parts = []
+        for name in (f"{twin}.{role}" for twin in block.twins or (block.id,)):
+            if name not in self.statistics.sites:
+                raise DataError(
+                    f"the statistics ({self.statistics.source}) hold nothing of {name}; calibrate "
+                    "again"
+                )
+            parts.append(self.statistics.sites[name])
+        return reduce(operator.add, parts)

@@ -51,7 +51,13 @@ class QueryKeyMaps:
 
 
 def recover_query_key(
-    query: Moments, key: Moments, kept: Int[np.ndarray, "g r"], *, repair: Repair, ridge: float
+    query: Moments,
+    key: Moments,
+    kept: Int[np.ndarray, "g r"],
+    *,
+    key_heads: Int[np.ndarray, " h"] | None = None,
+    repair: Repair,
+    ridge: float,
 ) -> QueryKeyMaps:
     r"""Maps to ``r`` coordinates per head that keep the logits ``q kᵀ``.
 
@@ -68,9 +74,8 @@ def recover_query_key(
     each column. They are the same here because the mean of the removed products,
     ``E[q_P] E[k_P]ᵀ``, is one number added to every logit, and Softmax ignores it.
 
-    Query heads that share a key head (``h = m g``, query head ``i`` reads key
-    head ``i // m``) pool their Grams and share one ``A``: one ``M`` must serve
-    them all.
+    Query heads that share a key head pool their Grams, ``G_Q = Σ_h G_Qh``, and
+    share one ``A``: one ``M`` must serve them all.
 
     Both shares are exact on the vectors that the moments were taken of; with
     ``T = A Bᵀ - I`` the squared error of a head is ``tr(Tᵀ G_q T G_k)``,
@@ -84,6 +89,8 @@ def recover_query_key(
             enter the product, bias included.
         key: Moments of the keys of ``g`` heads.
         kept: Coordinates that stay, per key head.
+        key_heads: The key head that every query head reads; without it, runs of
+            equally many query heads read one key head after the other.
         repair: What stands in for the removed coordinates.
         ridge: Regularisation, relative; read by ``corp`` only.
 
@@ -102,31 +109,46 @@ def recover_query_key(
     """
     key_grams = key.gram
     groups, width = key_grams.shape[:2]
-    sharers = len(query.mean) // groups
-    assert sharers * groups == len(query.mean), "every key head serves as many query heads"
-    query_grams = query.gram.reshape(groups, sharers, width, width).mean(axis=1)
+    heads = len(query.mean)
+    if key_heads is None:
+        assert heads % groups == 0, "every key head serves as many query heads"
+        key_heads = np.repeat(np.arange(groups), heads // groups)
+    query_grams = pooled(query.gram, key_heads, groups)
 
     select = np.swapaxes(np.eye(width)[kept], -1, -2)
     narrow_query, narrow_key, condition = select, select, 1.0
     if repair == "corp" and 0 < kept.shape[1] < width:
-        heads = [
+        halves = [
             _split(query_grams[head], key_grams[head], kept[head], ridge=ridge)
             for head in range(groups)
         ]
-        narrow_query = select @ np.stack([left for left, _, _ in heads])
-        narrow_key = select @ np.stack([right for _, right, _ in heads])
-        condition = max(head_condition for _, _, head_condition in heads)
+        narrow_query = select @ np.stack([left for left, _, _ in halves])
+        narrow_key = select @ np.stack([right for _, right, _ in halves])
+        condition = max(head_condition for _, _, head_condition in halves)
 
     change = narrow_query @ narrow_key.swapaxes(-1, -2) - np.eye(width)
     removed = select @ select.swapaxes(-1, -2) - np.eye(width)
     lost = _logit_energy(query_grams, key_grams, change)
     return QueryKeyMaps(
-        np.repeat(narrow_query, sharers, axis=0),
+        narrow_query[key_heads],
         narrow_key,
         condition,
         unexplained=share(lost, _logit_energy(query_grams, key_grams, removed)),
         error=share(lost, _logit_energy(query_grams, key_grams, np.eye(width))),
     )
+
+
+def pooled(
+    of_heads: Float64[np.ndarray, "h *rest"], key_heads: Int[np.ndarray, " h"], groups: int
+) -> Float64[np.ndarray, "g *rest"]:
+    """What query heads have, added up over those that read the same key head.
+
+    >>> pooled(np.array([1.0, 2.0, 4.0]), np.array([0, 1, 0]), 2)
+    array([5., 2.])
+    """
+    total = np.zeros((groups, *of_heads.shape[1:]))
+    np.add.at(total, key_heads, of_heads)
+    return total
 
 
 def solve_bilinear(

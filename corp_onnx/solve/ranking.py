@@ -46,7 +46,8 @@ def score(
     that make the channel, gate and up: both norms count, which the paper, that
     has no gated model, leaves open. For query-key ``e_j = E[q_j² k_j²]``, query
     and key of the same token, per head, and the weights are the columns of the
-    query and of the key projection.
+    query and of the key projection. Query heads that share a key head count
+    together: their energies are added, their columns one above the other.
 
     Source: arXiv 2602.05243, the rankings.
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
+import torch
 from onnx import version_converter
 
 from corp_onnx.export import export
+from corp_onnx.export.module import is_tokens
+from corp_onnx.export.sources import load_module
+from tools.zoo.sample import TIMM_HEADS, TRANSFORMERS_HEADS, WIDTH
+
+Step = Callable[[onnx.ModelProto, str], onnx.ModelProto]
+"""From a model, and the name of its module, to another model of the same function."""
 
 EXPORTERS: Mapping[str, tuple[str, int]] = {
     "ts13": ("torchscript", 13),
@@ -20,42 +26,88 @@ EXPORTERS: Mapping[str, tuple[str, int]] = {
     "dynamo23": ("dynamo", 23),
 }
 
-ORT_NAMES: Mapping[str, str] = {"hf_bert": "bert", "timm": "vit", "hf_vit": "vit", "hf_gpt2": "gpt2"}
-"""What ONNX Runtime's optimiser calls the architectures, by the beginning of a module's name."""
+ORT_KINDS: Mapping[str, tuple[str, int, int]] = {
+    "hf_bert": ("bert", TRANSFORMERS_HEADS, WIDTH),
+    "hf_gpt2": ("gpt2", 4, 48),
+    "hf_vit": ("vit", TRANSFORMERS_HEADS, WIDTH),
+    "timm": ("vit", TIMM_HEADS, WIDTH),
+}
+"""What ONNX Runtime's optimiser must be told, by the beginning of a module's name.
+
+It finds the attention of BERT alone; of the others it fuses norms and activations.
+"""
 
 
-def write(source: str, form: str, path: Path) -> onnx.ModelProto:
+def write(source: str, form: str) -> onnx.ModelProto:
     """A module in one form, with all its weights.
 
     Args:
         source: ``script.py:function``.
         form: A name of EXPORTERS, or one of them and what is done to it, as in ``ts17+ort``.
-        path: Where files may be written.
     """
     exporter, *after = form.split("+")
-    kind, opset = EXPORTERS[exporter]
-    export(source, path, exporter=kind, opset=opset)
-    model = onnx.load(path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        if exporter == "ts11":
+            _write_old(source, path)
+        else:
+            kind, opset = EXPORTERS[exporter]
+            export(source, path, exporter=kind, opset=opset)
+        model = onnx.load(path)
     for step in after:
         model = STEPS[step](model, source.rpartition(":")[2])
     return model
 
 
-def _convert(opset: int) -> Callable[[onnx.ModelProto, str], onnx.ModelProto]:
+def _write_old(source: str, path: Path) -> None:
+    """Let torch write opset 11, which is older than what this project exports, and still reads."""
+    module = load_module(source, checkpoint=None, random_weights=False)
+    axes = {
+        name: {0: "batch", 1: "sequence"} if is_tokens(example) else {0: "batch"}
+        for name, example in module.examples.items()
+    }
+    torch.onnx.export(
+        module.module,
+        tuple(module.examples.values()),
+        str(path),
+        input_names=list(module.examples),
+        output_names=list(module.outputs),
+        opset_version=11,
+        dynamo=False,
+        dynamic_axes=axes | {name: {0: "batch"} for name in module.outputs},
+    )
+
+
+def _convert(opset: int) -> Step:
     def convert(model: onnx.ModelProto, _: str) -> onnx.ModelProto:
         return version_converter.convert_version(model, opset)
 
     return convert
 
 
-def _fused(model: onnx.ModelProto, module: str) -> onnx.ModelProto:
+def _fused(*, separate: bool) -> Step:
     """What ONNX Runtime's offline optimiser makes of it: operators of com.microsoft."""
-    from onnxruntime.transformers import optimizer
 
-    logging.disable(logging.WARNING)
-    kind = next(kind for begin, kind in ORT_NAMES.items() if module.startswith(begin))
-    made = optimizer.optimize_model(model, model_type=kind, opt_level=0, verbose=False)
-    return made.model
+    def fuse(model: onnx.ModelProto, module: str) -> onnx.ModelProto:
+        from onnxruntime.transformers import fusion_options, optimizer
+
+        begin = next(begin for begin in ORT_KINDS if module.startswith(begin))
+        kind, heads, width = ORT_KINDS[begin]
+        options = fusion_options.FusionOptions(kind)
+        options.use_multi_head_attention = separate
+        made = optimizer.optimize_model(
+            model,
+            model_type=kind,
+            num_heads=heads,
+            hidden_size=width,
+            opt_level=0,
+            optimization_options=options,
+        ).model
+        if all(entry.domain != "com.microsoft" for entry in made.opset_import):
+            made.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+        return made
+
+    return fuse
 
 
 def _optimised(model: onnx.ModelProto, module: str) -> onnx.ModelProto:
@@ -81,10 +133,10 @@ def _slim(model: onnx.ModelProto, _: str) -> onnx.ModelProto:
     return made
 
 
-STEPS: Mapping[str, Callable[[onnx.ModelProto, str], onnx.ModelProto]] = {
-    "opset11": _convert(11),
+STEPS: Mapping[str, Step] = {
     "opset24": _convert(24),
-    "fused": _fused,
+    "fused": _fused(separate=False),
+    "mha": _fused(separate=True),
     "ort": _optimised,
     "slim": _slim,
 }

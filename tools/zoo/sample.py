@@ -6,8 +6,11 @@ import torch
 
 from tests.zoo_models import TOKENS, VOCABULARY
 
-Sample = tuple[torch.nn.Module, tuple[torch.Tensor, ...] | dict[str, torch.Tensor]]
-"""A module and its example inputs, by place or by name."""
+Examples = tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
+"""Inputs by place or by name."""
+
+Sample = tuple[torch.nn.Module, Examples]
+"""A module and its example inputs."""
 
 DEPTH, WIDTH, HIDDEN = 2, 64, 160
 """Of the ViTs and BERTs that are written in every form."""
@@ -33,6 +36,23 @@ def text() -> dict[str, torch.Tensor]:
     return {"input_ids": words(), "attention_mask": mask}
 
 
+def full_text() -> dict[str, torch.Tensor]:
+    """Two texts of one length, with a mask.
+
+    For causal models: where all that a token may see is masked, every attention kernel returns
+    something else, and the comparison of an export with its module turns masks around.
+    """
+    return {"input_ids": words(), "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.int64)}
+
+
 def words() -> torch.Tensor:
     """Two texts of one length."""
     return torch.randint(0, VOCABULARY, (BATCH, TOKENS))
+
+
+def unfused(given: Sample) -> Sample:
+    """A timm model with attention as products and a Softmax."""
+    for part in given[0].modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False
+    return given

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from tests.zoo_models import mark, tensors_of
 
-LARGE = 256
+LARGE = 100
 """Weights with more values than this are drawn on loading."""
 
 
@@ -60,7 +60,16 @@ def _form(values: np.ndarray, parameter: np.ndarray) -> str | None:
         return ""
     if parameter.ndim > 1 and np.array_equal(flat, parameter.T.reshape(-1)):
         return ":T"
+    if values.ndim == 4 and values.shape == parameter.shape and _is_rescaled(values, parameter):
+        return ""
     return None
+
+
+def _is_rescaled(values: np.ndarray, parameter: np.ndarray) -> bool:
+    """Whether a batch norm was folded into a convolution; leaving it out changes no structure."""
+    ratio = values / np.where(parameter == 0, np.nan, parameter)
+    per_channel = ratio.reshape(len(ratio), -1)
+    return bool(np.nanmax(np.ptp(per_channel, axis=1) / np.abs(per_channel[:, 0])) < 1e-3)
 
 
 def _drop_metadata(model: onnx.ModelProto) -> None:

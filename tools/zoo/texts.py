@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
+from tests.zoo_models import TOKENS, VOCABULARY
 from tools.zoo.sample import (
     BATCH,
     DEPTH,
@@ -14,11 +15,10 @@ from tools.zoo.sample import (
     TRANSFORMERS_HEADS,
     WIDTH,
     Sample,
+    full_text,
     pixels,
     text,
-    words,
 )
-from tests.zoo_models import TOKENS, VOCABULARY
 
 NARROW, NARROW_HEADS, NARROW_HIDDEN = 48, 3, 112
 POSITIONS = 4 * TOKENS
@@ -73,7 +73,7 @@ def hf_albert() -> Sample:
 def hf_deberta() -> Sample:
     """Logits have terms of content and position."""
     config = transformers.DebertaV2Config(
-        **_sizes(),
+        **_sizes(1),
         relative_attention=True,
         position_buckets=8,
         pos_att_type=["p2c", "c2p"],
@@ -87,6 +87,11 @@ def hf_deberta() -> Sample:
 def hf_t5() -> Sample:
     """No scale, no biases, a relative position bias, norms without a mean."""
     return _t5("relu")
+
+
+def hf_t5_eager() -> Sample:
+    """The same with attention as Python code."""
+    return _t5("relu", attn_implementation="eager")
 
 
 def hf_t5_gated() -> Sample:
@@ -114,7 +119,7 @@ def hf_clip_text() -> Sample:
     config = transformers.CLIPTextConfig(
         **_sizes(), projection_dim=NARROW, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
-    return transformers.CLIPTextModel(config), text()
+    return transformers.CLIPTextModel(config), full_text()
 
 
 def hf_whisper_decoder() -> Sample:
@@ -134,12 +139,12 @@ def hf_whisper_decoder() -> Sample:
     )
     module = transformers.models.whisper.modeling_whisper.WhisperDecoder(config)
     return module, {
-        "input_ids": words(),
+        **full_text(),
         "encoder_hidden_states": torch.randn(BATCH, 10, NARROW),
     }
 
 
-def _t5(activation: str) -> Sample:
+def _t5(activation: str, **options: str) -> Sample:
     config = transformers.T5Config(
         vocab_size=VOCABULARY,
         d_model=NARROW,
@@ -151,15 +156,16 @@ def _t5(activation: str) -> Sample:
         relative_attention_max_distance=16,
         feed_forward_proj=activation,
         use_cache=False,
+        **options,
     )
     return transformers.T5EncoderModel(config), text()
 
 
-def _sizes() -> dict[str, int]:
+def _sizes(depth: int = DEPTH) -> dict[str, int]:
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": NARROW,
-        "num_hidden_layers": DEPTH,
+        "num_hidden_layers": depth,
         "num_attention_heads": NARROW_HEADS,
         "intermediate_size": NARROW_HIDDEN,
         "max_position_embeddings": POSITIONS,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import timm
 from timm.models.gcvit import GlobalContextVit
+from torch import nn
 
-from tools.zoo.sample import CLASSES, IMAGE, Sample, image
+from tools.zoo.sample import CLASSES, IMAGE, Sample, image, unfused
 
 LARGE_IMAGE = 2 * IMAGE
 WIDTHS = (16, 24, 32, 48)
@@ -14,24 +15,34 @@ ONE_EACH = (1, 1, 1, 1)
 
 def timm_swin() -> Sample:
     """Windows, shifted in every second block, and a relative position bias."""
-    return _swin("swin_tiny_patch4_window7_224")
+    return _swin("swin_tiny_patch4_window7_224", (2, 1))
 
 
 def timm_swinv2() -> Sample:
     """Logits are cosines; norms behind the branches."""
-    return _swin("swinv2_tiny_window8_256")
+    module, inputs = _swin("swinv2_tiny_window8_256", (2,))
+    for part in module.modules():
+        if hasattr(part, "cpb_mlp"):  # 512 channels wide, which exporters fold into large constants
+            heads = part.num_heads
+            part.cpb_mlp = nn.Sequential(
+                nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, heads, bias=False)
+            )
+    return module, inputs
 
 
 def timm_maxvit() -> Sample:
     """Blocks of an inverted bottleneck, attention in windows, attention on a grid."""
-    return _maxxvit(
-        "maxvit_rmlp_pico_rw_256", block_type=("M", "M"), transformer_window_size=(4, 4)
-    )
+    return _maxxvit("maxvit_rmlp_pico_rw_256", (16,), ("M",), transformer_window_size=(4, 4))
+
+
+def timm_maxvit_eager() -> Sample:
+    """The same with attention as Python code."""
+    return unfused(timm_maxvit())
 
 
 def timm_coatnet() -> Sample:
     """Attention whose projections are convolutions."""
-    return _maxxvit("coatnet_rmlp_nano_rw_224", block_type=("C", "T"))
+    return _maxxvit("coatnet_rmlp_nano_rw_224", (16, 32), ("C", "T"))
 
 
 def timm_pvt_v2() -> Sample:
@@ -77,10 +88,10 @@ def timm_gcvit() -> Sample:
     """Every second block takes its queries from the whole image."""
     return GlobalContextVit(
         img_size=LARGE_IMAGE,
-        depths=(2, 2),
-        num_heads=(2, 4),
+        depths=(2,),
+        num_heads=(2,),
         embed_dim=16,
-        window_ratio=(16, 16),
+        window_ratio=(16,),
         num_classes=CLASSES,
     ), image(LARGE_IMAGE)
 
@@ -111,24 +122,32 @@ def timm_hiera() -> Sample:
     ), image(LARGE_IMAGE)
 
 
-def _swin(name: str) -> Sample:
+def timm_hiera_eager() -> Sample:
+    """The same with attention as Python code."""
+    return unfused(timm_hiera())
+
+
+def _swin(name: str, depths: tuple[int, ...]) -> Sample:
     return timm.create_model(
         name,
         img_size=IMAGE,
         embed_dim=16,
-        depths=(2, 2),
-        num_heads=(2, 4),
+        depths=depths,
+        num_heads=(2, 4)[: len(depths)],
         window_size=4,
         num_classes=CLASSES,
     ), image()
 
 
-def _maxxvit(name: str, **options: object) -> Sample:
+def _maxxvit(
+    name: str, widths: tuple[int, ...], kinds: tuple[str, ...], **options: object
+) -> Sample:
     return timm.create_model(
         name,
         img_size=LARGE_IMAGE,
-        embed_dim=(16, 32),
-        depths=(1, 1),
+        embed_dim=widths,
+        depths=(1,) * len(widths),
+        block_type=kinds,
         stem_width=8,
         transformer_dim_head=8,
         transformer_rel_pos_dim=16,

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import timm
-import torch
 from timm.models.mlp_mixer import MlpMixer
 
-from tools.zoo.sample import CLASSES, DEPTH, HIDDEN, IMAGE, PATCH, TIMM_HEADS, WIDTH, Sample, image
+from tools.zoo.sample import (
+    CLASSES,
+    DEPTH,
+    HIDDEN,
+    IMAGE,
+    PATCH,
+    TIMM_HEADS,
+    WIDTH,
+    Sample,
+    image,
+    unfused,
+)
 
 NARROW, NARROW_HEADS = 48, 3
 
@@ -14,6 +24,11 @@ NARROW, NARROW_HEADS = 48, 3
 def timm_deit() -> Sample:
     """Packed query, key and value; scale from timm's fused attention."""
     return _classic("deit_tiny_patch16_224")
+
+
+def timm_deit_eager() -> Sample:
+    """The same with attention as Python code."""
+    return unfused(timm_deit())
 
 
 def timm_vit_layerscale() -> Sample:
@@ -46,6 +61,11 @@ def timm_dinov3() -> Sample:
     return _vit("vit_small_patch16_dinov3")
 
 
+def timm_dinov3_eager() -> Sample:
+    """The same with attention as Python code."""
+    return unfused(timm_dinov3())
+
+
 def timm_dinov3_plus() -> Sample:
     """The same with a gated MLP of two layers."""
     return _vit("vit_small_plus_patch16_dinov3")
@@ -56,9 +76,19 @@ def timm_beit() -> Sample:
     return _vit("beit_base_patch16_224")
 
 
+def timm_beit_eager() -> Sample:
+    """The same with attention as Python code."""
+    return unfused(timm_beit())
+
+
 def timm_eva02() -> Sample:
     """Rotated queries and keys, a packed gated MLP."""
     return _vit("eva02_tiny_patch14_224")
+
+
+def timm_eva02_eager() -> Sample:
+    """The same with attention as Python code."""
+    return unfused(timm_eva02())
 
 
 def timm_eva02_large() -> Sample:
@@ -85,7 +115,7 @@ def timm_mixer() -> Sample:
 
 def timm_xcit() -> Sample:
     """Channels attend to channels; at the end the class token attends to tokens."""
-    return _vit("xcit_nano_12_p8_224")
+    return _vit("xcit_nano_12_p8_224", depth=1, cls_attn_layers=1)
 
 
 def timm_samvit() -> Sample:
@@ -105,7 +135,12 @@ def timm_samvit() -> Sample:
     return module, image(2 * IMAGE)
 
 
-def _classic(name: str, **options: float) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+def timm_samvit_eager() -> Sample:
+    """The same with attention as Python code."""
+    return unfused(timm_samvit())
+
+
+def _classic(name: str, **options: float) -> Sample:
     module = timm.create_model(
         name,
         img_size=IMAGE,
@@ -120,13 +155,13 @@ def _classic(name: str, **options: float) -> tuple[torch.nn.Module, tuple[torch.
     return module, image()
 
 
-def _vit(name: str, **options: float) -> Sample:
+def _vit(name: str, *, depth: int = DEPTH, **options: float) -> Sample:
     module = timm.create_model(
         name,
         img_size=IMAGE,
         patch_size=PATCH,
         embed_dim=NARROW,
-        depth=DEPTH,
+        depth=depth,
         num_heads=NARROW_HEADS,
         num_classes=CLASSES,
         **options,

@@ -9,10 +9,10 @@ import torchvision
 from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 
-from tools.zoo.sample import CLASSES, DEPTH, IMAGE, PATCH, Sample, image, words
-from tests.zoo_models import VOCABULARY
+from tests.zoo_models import TOKENS, VOCABULARY
+from tools.zoo.sample import BATCH, CLASSES, DEPTH, IMAGE, PATCH, Sample, image, words
 
-WIDTH, HEADS, HIDDEN = 48, 3, 112
+WIDTH, HEADS, HIDDEN, VECTOR = 48, 3, 112, 8
 
 
 class Reader(nn.Module):
@@ -30,6 +30,19 @@ class Reader(nn.Module):
         x = self.embedding(input_ids)
         x = self.layer(x.transpose(0, 1)).transpose(0, 1) if self.tokens_first else self.layer(x)
         return self.head(x)
+
+
+class VectorReader(nn.Module):
+    """Vectors into a layer; TorchScript makes their number a constant."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Linear(VECTOR, WIDTH)
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Every vector, changed."""
+        return self.layer(self.stem(x))
 
 
 class SelfAttention(nn.Module):
@@ -75,6 +88,19 @@ def torch_encoder_tokens_first() -> Sample:
     return _encoder(batch_first=False, norm_first=False, activation="relu")
 
 
+def torch_attention_of_vectors() -> Sample:
+    """``nn.MultiheadAttention`` on a fixed number of vectors."""
+    module = VectorReader(SelfAttention(batch_first=True, weights=True))
+    return module, (torch.randn(BATCH, TOKENS, VECTOR),)
+
+
+def torch_encoder_of_vectors() -> Sample:
+    """``nn.TransformerEncoder`` on a fixed number of vectors."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, batch_first=True)
+    module = VectorReader(nn.TransformerEncoder(layer, DEPTH, enable_nested_tensor=False))
+    return module, (torch.randn(BATCH, TOKENS, VECTOR),)
+
+
 def torchvision_vit() -> Sample:
     """``nn.MultiheadAttention`` in a ViT."""
     return torchvision.models.VisionTransformer(
@@ -93,8 +119,8 @@ def torchvision_swin() -> Sample:
     return SwinTransformer(
         patch_size=[4, 4],
         embed_dim=16,
-        depths=[2, 2],
-        num_heads=[2, 4],
+        depths=[2],
+        num_heads=[2],
         window_size=[4, 4],
         num_classes=CLASSES,
         norm_layer=partial(nn.LayerNorm, eps=1e-5),

@@ -1,0 +1,158 @@
+"""The plain layout of a projection that puts every element where a movement has put it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+from jaxtyping import Int64
+
+from corp_onnx.blocks.movement import Path
+from corp_onnx.blocks.records import Layout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """Where a movement has put the elements of a projection."""
+
+    token: Int64[np.ndarray, "..."]
+    """Which token of the projection lies at every place."""
+    head: Int64[np.ndarray, "..."]
+    position: Int64[np.ndarray, "..."]
+    heads: int
+    width: int
+    width_axis: int | None
+    """The axis that holds a head's channels; None where single channels are moved as heads."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Atom:
+    """A factor of an axis: a coordinate of ``size`` values, each ``stride`` steps long."""
+
+    axis: int
+    stride: int
+    size: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What sorts factors from the outermost to the innermost."""
+        return self.axis, -self.stride
+
+
+def find_layout(
+    target: Target, path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...]
+) -> Layout | None:
+    """The layout with token axes as the projection has them, or as a Reshape splits them."""
+    for split, sizes in _token_axes(path, moved, tokens):
+        layout = _fit(target, split, sizes)
+        if layout is not None:
+            return layout
+    return None
+
+
+def arrange(layout: Layout, projection: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Lay ``projection [t0, …, tk, g, r]`` out as an operand of the given shape."""
+    tokens, width = projection.shape[:-2], projection.shape[-1:] if layout.width else ()
+    rows = projection[..., layout.copies, :] if layout.copies else projection
+    return rows.reshape(*tokens, *layout.rows, *width).transpose(layout.perm).reshape(shape)
+
+
+def _token_axes(
+    path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...]
+) -> list[tuple[str | None, tuple[int, ...]]]:
+    ways: list[tuple[str | None, tuple[int, ...]]] = [(None, tokens)]
+    for node in path.nodes:
+        if node.op == "Reshape":
+            output = moved[node.outputs[0].name]
+            (ends,) = np.nonzero(np.cumprod(output.shape) == prod(tokens))
+            in_order = (np.diff(output.reshape(-1)) == 1).all()
+            if in_order and ends.size and output.shape[: ends[-1] + 1] != tokens:
+                ways.append((node.name, output.shape[: ends[-1] + 1]))
+            break
+    return ways
+
+
+def _fit(target: Target, split: str | None, sizes: tuple[int, ...]) -> Layout | None:
+    """Find what every axis is made of, call the rest of it heads, and check the result."""
+    shape = target.token.shape
+    coordinates = np.unravel_index(target.token, sizes)
+    atoms = [_atom(values, size) for values, size in zip(coordinates, sizes, strict=True)]
+    if target.width_axis is not None:
+        single = _Atom(target.width_axis % len(shape), 0, 1)
+        atoms.append(_atom(target.position, target.width) if target.width > 1 else single)
+    if any(atom is None for atom in atoms):
+        return None
+    known = [atom for atom in atoms if atom is not None]
+    rows = _gaps(shape, known, needed=target.heads > 1)
+    if rows is None:
+        return None
+    layout = _assembled(split, known[: len(sizes)], rows, known[len(sizes) :], len(shape))
+    copies = _copies(rows, target.head)
+    if copies != tuple(range(target.heads)):
+        layout = replace(layout, copies=copies)
+    return layout if _fits(layout, target, sizes) else None
+
+
+def _fits(layout: Layout, target: Target, sizes: tuple[int, ...]) -> bool:
+    """Whether a layout puts every element where the movement has put it."""
+    plain = np.arange(prod(sizes) * target.heads * target.width)
+    plain = plain.reshape(*sizes, target.heads, target.width)
+    actual = (target.token * target.heads + target.head) * target.width + target.position
+    if prod(sizes) * prod(layout.rows) * target.width != actual.size:
+        return False
+    return np.array_equal(arrange(layout, plain, actual.shape), actual)
+
+
+def _atom(coordinate: np.ndarray, size: int) -> _Atom | None:
+    """The one axis along which a coordinate changes, and how many steps it stays the same there."""
+    axes = [axis for axis in range(coordinate.ndim) if np.diff(coordinate, axis=axis).any()]
+    if not axes:
+        return _Atom(0, coordinate.size, 1) if size == 1 else None
+    if len(axes) > 1:
+        return None
+    line = np.moveaxis(coordinate, axes[0], -1).reshape(-1, coordinate.shape[axes[0]])[0]
+    return _Atom(axes[0], int(np.argmax(line != line[0])), size)
+
+
+def _gaps(shape: tuple[int, ...], known: list[_Atom], *, needed: bool) -> list[_Atom] | None:
+    """What is left of every axis beside the known factors, outermost first.
+
+    Where nothing is left but one head is ``needed`` no more than that, an axis of one holds it.
+    """
+    gaps = []
+    for axis, length in enumerate(shape):
+        end = 1
+        taken = [atom for atom in known if atom.axis == axis and atom.size > 1]
+        for atom in (*sorted(taken, key=lambda atom: atom.stride), _Atom(axis, length, 1)):
+            if atom.stride % end:
+                return None
+            if atom.stride > end:
+                gaps.append(_Atom(axis, end, atom.stride // end))
+            end = atom.stride * atom.size
+    empty = [axis for axis in range(len(shape)) if all(atom.axis != axis for atom in known)]
+    if not gaps and empty:
+        return [_Atom(empty[0], 1, 1)]
+    return sorted(gaps, key=lambda atom: atom.place) if gaps or not needed else None
+
+
+def _copies(rows: list[_Atom], head: np.ndarray) -> tuple[int, ...]:
+    """The head at every combination of rows, read off at the first token and position."""
+    corner = np.zeros((prod(atom.size for atom in rows), head.ndim), dtype=int)
+    indices = np.unravel_index(np.arange(len(corner)), tuple(atom.size for atom in rows) or (1,))
+    for atom, index in zip(rows, indices, strict=False):
+        corner[:, atom.axis] += index * atom.stride
+    return tuple(head[tuple(corner.T)].tolist())
+
+
+def _assembled(
+    split: str | None, tokens: list[_Atom], rows: list[_Atom], width: list[_Atom], rank: int
+) -> Layout:
+    """The layout that sorts factors into the axes that they were found on."""
+    atoms = [*tokens, *rows, *width]
+    perm = tuple(sorted(range(len(atoms)), key=lambda index: atoms[index].place))
+    axes = [atom.axis for atom in atoms]
+    groups = tuple(axes.count(axis) for axis in range(rank))
+    sizes = tuple(atom.size for atom in rows)
+    return Layout(split, len(tokens), sizes, (), bool(width), perm, groups)
