@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from corp_onnx.blocks import Axis, Catalog, find_blocks
-from corp_onnx.blocks.records import named_as
+from corp_onnx.blocks.catalog import named_as
 from corp_onnx.calibrate import calibrate
 from corp_onnx.data import Dataset
 from corp_onnx.errors import DataError, PlanError

@@ -405,7 +405,7 @@ def with_cache(net):
 
 
 REFUSED = {
-    channels_attend: "the value holds channels where tokens are expected: channels attend to channels",
+    channels_attend: "channels where tokens are expected: channels attend to channels",
     pooled_keys: "the key is mixed with neighbouring tokens by AveragePool",
     channels_scaled: "scales channels of the mixed values one by one",
     bias_behind: "stands between the mixed values and a linear layer",

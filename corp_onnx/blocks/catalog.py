@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.attention import attention_of, unshared
@@ -79,6 +78,26 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
         counts.params,
         {block.id: _macs_of(block, counts) for block in blocks},
     )
+
+
+def named_as(found: Catalog, dense: Catalog) -> Catalog:
+    """The blocks of a cut model under the names, and in the order, of those they were before.
+
+    A block is known by the node that it is anchored at or ends in, which surgery leaves in place.
+    """
+    names = {_place(block): block.id for block in dense.blocks}
+    order = {name: place for place, name in enumerate(names.values())}
+    known = [(names[_place(block)], block) for block in found.blocks if _place(block) in names]
+    known.sort(key=lambda pair: order[pair[0]])
+    return replace(
+        found,
+        blocks=tuple(replace(block, id=name) for name, block in known),
+        macs_by_block={name: found.macs_by_block[block.id] for name, block in known},
+    )
+
+
+def _place(block: Block) -> str:
+    return block.down.node if isinstance(block, Mlp) else block.anchor
 
 
 def view_of(model: Model, sizes: Sizes | None = None) -> tuple[View, tuple[Refusal, ...]]:
@@ -202,7 +221,7 @@ def _weights(view: View, nodes: Mapping[str, gs.Node], block: Block) -> Iterator
             for tensor in nodes[name].inputs:
                 value = constant_value(tensor, view.opset)
                 if value is not None:
-                    yield value.shape, hashlib.sha256(np.ascontiguousarray(value).data).digest()
+                    yield value.shape, hashlib.sha256(value.tobytes()).digest()
 
 
 def _large_leftovers(view: View, counts: Counts, said: set[str]) -> list[Refusal]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -249,26 +249,6 @@ class Catalog:
     def macs_prunable(self) -> int:
         """MACs of the blocks that have an axis to cut."""
         return sum(self.macs_by_block[block.id] for block in self.blocks if axes_of(block))
-
-
-def named_as(found: Catalog, dense: Catalog) -> Catalog:
-    """The blocks of a cut model under the names, and in the order, of those they were before.
-
-    A block is known by the node that it is anchored at or ends in, which surgery leaves in place.
-    """
-    names = {_place(block): block.id for block in dense.blocks}
-    order = {name: place for place, name in enumerate(names.values())}
-    known = [(names[_place(block)], block) for block in found.blocks if _place(block) in names]
-    known.sort(key=lambda pair: order[pair[0]])
-    return replace(
-        found,
-        blocks=tuple(replace(block, id=name) for name, block in known),
-        macs_by_block={name: found.macs_by_block[block.id] for name, block in known},
-    )
-
-
-def _place(block: Block) -> str:
-    return block.down.node if isinstance(block, Mlp) else block.anchor
 
 
 def leader_of(block: Block) -> str:
