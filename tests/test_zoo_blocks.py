@@ -9,14 +9,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from corp_onnx import graph
+from corp_onnx import graph, surgery
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
-from corp_onnx.blocks.records import linears_of, named_as
+from corp_onnx.blocks.catalog import named_as
+from corp_onnx.blocks.records import linears_of
 from corp_onnx.calibrate import gather
 from corp_onnx.macs import count
 from corp_onnx.plan import Cut, Plan, uniform
 from corp_onnx.promise import measured_errors
-from corp_onnx.shapes import usual_facts
+from corp_onnx.shapes import evaluate
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold, QueryKeyFold, Solution, ValueOutputFold
 from corp_onnx.surgery import operate
@@ -36,7 +37,20 @@ LARGE_SHARE = 0.01
 SHARES = {"mlp": 0.5, "qk": 0.5}
 """What is solved for. Values have no solver yet; where they can be cut, the first half stays."""
 
-ALL = pytest.mark.parametrize("name", NAMES)
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request):
+    """A model of the zoo: all tests of one model run together, and share what they found."""
+    yield request.param
+    for shared in (found, statistics_of, varied):
+        shared.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def uncounted(monkeypatch):
+    """Counting MACs takes longer than cutting; it is tested elsewhere."""
+    monkeypatch.setattr(surgery, "evaluate", lambda *_: None)
+    monkeypatch.setattr(surgery, "count", lambda *_: None)
 
 
 @cache
@@ -101,7 +115,6 @@ def shown(block):
     return sizes | {"cut": list(axes_of(block)), "refused": dict(block.refused)}
 
 
-@ALL
 def test_the_catalog_is_the_truth(name):
     _, catalog = found(name)
     missing, unknown = list(truth_of(name)), []
@@ -120,7 +133,6 @@ def test_the_catalog_is_the_truth(name):
     assert len(refusable) <= len(catalog.refusals), f"silent about {refusable}"
 
 
-@ALL
 def test_every_refusal_gives_a_reason_and_is_about_no_block(name):
     _, catalog = found(name)
     reasons = [item.reason for item in catalog.refusals]
@@ -129,11 +141,10 @@ def test_every_refusal_gives_a_reason_and_is_about_no_block(name):
     assert nodes_of(catalog).isdisjoint(item.node for item in catalog.refusals)
 
 
-@ALL
 def test_every_softmax_and_every_large_linear_layer_is_mentioned(name):
     model, catalog = found(name)
     known = nodes_of(catalog) | {item.node for item in catalog.refusals}
-    counts = count(model.graph, usual_facts(model.graph))
+    counts = count(model.graph, evaluate(model.graph, catalog.sizes))
     attentions = [n for n in model.graph.nodes if n.op == "Softmax" or "Attention" in n.op]
     large = [
         node
@@ -163,7 +174,6 @@ def is_constant(tensor):
     return bool(tensor.inputs) and all(map(is_constant, tensor.inputs[0].inputs))
 
 
-@ALL
 def test_ratio_0_gives_back_the_dense_function(name):
     model, catalog = found(name)
     axes = offered(name)
@@ -175,7 +185,6 @@ def test_ratio_0_gives_back_the_dense_function(name):
     check(run(operate(model, catalog, solution).model, *inputs), expected)
 
 
-@ALL
 def test_another_basis_gives_back_the_dense_function(name):
     model, catalog = found(name)
     if not any(map(axes_of, catalog.blocks)):
@@ -184,7 +193,6 @@ def test_another_basis_gives_back_the_dense_function(name):
     check(run(operate(model, catalog, turned(model, catalog)).model, *inputs), expected)
 
 
-@ALL
 def test_half_a_model_is_whole_and_keeps_its_promises(name):
     """What is left computes what zeros at full width do, and every block errs as was predicted."""
     model, catalog = found(name)

@@ -1,0 +1,10 @@
+"""The page of families says what is found."""
+
+from __future__ import annotations
+
+from tests.test_zoo_blocks import found
+from tools.families import PAGE, page
+
+
+def test_the_page_of_families_is_up_to_date():
+    assert PAGE.read_text(encoding="utf-8") == page(lambda name: found(name)[1])

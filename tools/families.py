@@ -1,0 +1,93 @@
+"""Write docs/reference/families.md: what is found in every model of the zoo.
+
+::
+
+    python -m tools.families
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from corp_onnx.blocks import Attention, Axis, Catalog, Mlp, axes_of, find_blocks
+from corp_onnx.graph import from_proto
+from tests import zoo_models
+
+PAGE = Path(__file__).parent.parent / "docs/reference/families.md"
+AXES: tuple[Axis, ...] = ("mlp", "qk", "vo")
+TITLE = """\
+# Families
+
+What `inspect` finds in small models of every family below, drawn with random weights and written by
+real exporters. *2 of 2* means that two blocks have the axis and both offer it; where one does not,
+the reason follows. `tools/families.py` writes this page, and a test holds it to what is found.
+
+Forms: `ts` is the TorchScript exporter and `dynamo` the newer one, each with its opset; behind a
+`+` stands what was done to the file afterwards: fused by ONNX Runtime's transformer optimiser
+(`fused`, `mha`), optimised by ONNX Runtime itself (`ort`), simplified by onnxslim (`slim`), or
+converted to another opset.
+
+| model | forms | MLP | query-key | value-output | what is refused, and why |
+|---|---|---|---|---|---|
+"""
+
+
+def page(catalog_of: Callable[[str], Catalog]) -> str:
+    """The whole page, from the catalog of every model by name."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name in zoo_models.NAMES:
+        module, _, form = name.partition(".")
+        found = _cells(catalog_of(name))
+        rows.setdefault((module, found), []).append(form)
+    lines = [
+        f"| {module.replace('_', ' ')} | {', '.join(sorted(forms))} | {cells} |"
+        for (module, cells), forms in sorted(rows.items())
+    ]
+    return TITLE + "\n".join(lines) + "\n"
+
+
+def _cells(catalog: Catalog) -> str:
+    return " | ".join([*(_share(catalog, axis) for axis in AXES), "; ".join(_reasons(catalog))])
+
+
+def _share(catalog: Catalog, axis: Axis) -> str:
+    """How many of the blocks that might offer an axis do."""
+    kind = Mlp if axis == "mlp" else Attention
+    blocks = [block for block in catalog.blocks if isinstance(block, kind)]
+    offered = sum(axis in axes_of(block) for block in blocks)
+    return f"{offered} of {len(blocks)}" if blocks else "-"
+
+
+def _reasons(catalog: Catalog) -> Iterable[str]:
+    """Every reason once; of linear layers only where there is no MLP."""
+    said = [
+        f"{axis}: {_general(reason)}"
+        for block in catalog.blocks
+        for axis, reason in block.refused.items()
+    ]
+    has_mlp = any(isinstance(block, Mlp) for block in catalog.blocks)
+    said += [
+        f"{refusal.op}: {_general(refusal.reason)}"
+        for refusal in catalog.refusals
+        if refusal.op == "Softmax" or not (has_mlp or catalog.blocks)
+    ]
+    return dict.fromkeys(said)
+
+
+def _general(reason: str) -> str:
+    """A reason without the names of nodes and tensors, up to what is said of their sizes."""
+    reason = reason.partition(", and its ")[0]
+    return re.sub(r"'[^']*'", "a tensor of it", re.sub(r" ?\([^()]*\)", "", reason))
+
+
+def main() -> None:
+    """Look at every model and write the page."""
+    text = page(lambda name: find_blocks(from_proto(zoo_models.load(name))))
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
