@@ -16,7 +16,7 @@ from corp_onnx.errors import SurgeryError
 from corp_onnx.graph import Model
 from corp_onnx.macs import Counts, count
 from corp_onnx.projections import project
-from corp_onnx.shapes import evaluate
+from corp_onnx.shapes import declared_only, evaluate
 from corp_onnx.solve.folds import Fold, MlpFold, QueryKeyFold, Solution, ValueOutputFold
 from corp_onnx.theatre import Theatre
 
@@ -176,8 +176,12 @@ def _share_equal_weights(graph: gs.Graph, dense: set[str]) -> None:
 
 
 def _forget_shapes(graph: gs.Graph) -> None:
-    """Drop the recorded shapes of intermediate tensors, which may have changed."""
-    kept = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
+    """Drop the recorded shapes of intermediate tensors, which may have changed.
+
+    Those behind operators that nobody knows cannot be inferred again. No axis that is cut reaches
+    them, so they stay.
+    """
+    kept = {tensor.name for tensor in (*graph.inputs, *graph.outputs)} | declared_only(graph)
     for tensor in graph.tensors().values():
-        if isinstance(tensor, gs.Variable) and id(tensor) not in kept:
+        if isinstance(tensor, gs.Variable) and tensor.name not in kept:
             tensor.shape = None

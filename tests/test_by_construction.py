@@ -136,8 +136,8 @@ def bias_forgotten(role):
     return make
 
 
-def one_too_few(wanted):
-    return lambda block, axis, kept: kept[..., 1:] if axis == wanted else kept
+def too_few(wanted):
+    return lambda block, axis, kept: kept[..., 3:] if axis == wanted else kept
 
 
 def first_two_exchanged(array):
@@ -149,8 +149,8 @@ def of_neighbours(array):
 
 
 TWINS = {
-    "a hidden channel too few": made_with(keep=one_too_few("mlp")),
-    "a channel of every head too few": made_with(keep=one_too_few("qk")),
+    "hidden channels too few": made_with(keep=too_few("mlp")),
+    "channels of every head too few": made_with(keep=too_few("qk")),
     "nothing repaired": made_with(method="none"),
     "only means repaired": made_with(method="mean"),
     "two kept hidden channels exchanged": fold_with(MlpFold, kept=first_two_exchanged),

@@ -9,10 +9,12 @@ import pytest
 from onnx import helper
 
 from corp_onnx import graph
+from corp_onnx.blocks import find_blocks
 from corp_onnx.macs import count
 from corp_onnx.shapes import declared_only, evaluate
+from corp_onnx.surgery import operate
 from tests.builders import HEAD, HEADS, HIDDEN, WIDTH, Net, feeds, relu
-from tests.full_width import run
+from tests.full_width import narrowed, run, unchanged
 
 MICROSOFT = "com.microsoft"
 INNER = HEADS * HEAD
@@ -213,6 +215,22 @@ def test_only_unknown_operators_rely_on_what_is_declared():
     y = net("Mystery", relu(net, net.x()), domain="somebody")
     y = net("QuickGelu", y, domain=MICROSOFT)
     assert declared_only(graph.from_proto(net.build(y)).graph) == {"Mystery_1_0"}
+
+
+def test_blocks_behind_an_unknown_operator_are_found_again_in_the_cut_model():
+    net = Net(0)
+    mystery = net("Mystery", net.x(), domain="somebody")
+    hidden = relu(net, net.linear(mystery, WIDTH, HIDDEN))
+    proto = net.build(net.linear(hidden, HIDDEN, WIDTH))
+    shape = ["batch", "tokens", WIDTH]
+    declared = helper.make_tensor_value_info(mystery, onnx.TensorProto.FLOAT, shape)
+    proto.graph.value_info.append(declared)
+    model = graph.from_proto(proto)
+    catalog = find_blocks(model)
+    (block,) = catalog.blocks
+    small = operate(model, catalog, narrowed(unchanged(model, catalog), 0.5)).model
+    (again,) = find_blocks(graph.from_proto(small.proto())).blocks
+    assert again.width == block.width // 2
 
 
 # Counting
