@@ -108,12 +108,8 @@ def _narrower_mlps(model: Model, calibration: list[Batch]) -> Callable[[float], 
     (name,) = (tensor.name for tensor in model.graph.inputs)
     catalog = find_blocks(model, {name: (1, WINDOW)})
     statistics = gather(model, catalog, calibration, source="definitions")
-    (name,) = (tensor.name for tensor in model.graph.inputs)
-    counts = count(model.graph, evaluate(model.graph, {name: (1, WINDOW)}))
-    linears = [
-        linear for block in catalog.blocks if isinstance(block, Mlp) for linear in linears_of(block)
-    ]
-    of_mlps = sum(counts.by_node[linear.node] for linear in linears) / counts.total
+    mlps = [block for block in catalog.blocks if isinstance(block, Mlp)]
+    of_mlps = sum(catalog.macs_by_block[block.id] for block in mlps) / catalog.macs
 
     def narrow(saved: float) -> Model:
         plan = uniform(catalog, {"mlp": saved / of_mlps}, align=1)
