@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from functools import cache
 
@@ -46,6 +47,15 @@ def name(request):
         shared.cache_clear()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def rarely_collected():
+    """Graphs are many small objects: looking for garbage among them takes a sixth of the time."""
+    usual = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 50)
+    yield
+    gc.set_threshold(*usual)
+
+
 @pytest.fixture(autouse=True)
 def uncounted(monkeypatch):
     """Counting MACs takes longer than cutting; it is tested elsewhere."""
@@ -74,12 +84,6 @@ def varied(name):
     return inputs, run(load(name), *inputs)
 
 
-def truth_of(name, axis=None):
-    """The blocks of a model; only those that certainly offer an axis, if it is given."""
-    blocks = TRUTH[module_of(name)]
-    return [b for b in blocks if axis is None or axis in {*b["cut"]} - b.get("or", {}).keys()]
-
-
 def offered(name):
     """The axes that a model offers to be solved for."""
     _, catalog = found(name)
@@ -88,17 +92,13 @@ def offered(name):
 
 
 def fits(block, entry):
-    """Whether a block is the one of an entry of the truth, with the axes that it says."""
+    """Whether a block is the one of an entry of the truth, with exactly the axes that it says."""
     axes = {*axes_of(block)}
-    if isinstance(block, Mlp) != ("mlp" in entry):
-        return False
-    if not entry["cut"] and not axes:
-        return True
-    if not {*entry["cut"]} - entry.get("or", {}).keys() <= axes <= {*entry["cut"]}:
+    if isinstance(block, Mlp) != ("mlp" in entry) or axes != {*entry["cut"]}:
         return False
     if isinstance(block, Mlp):
         return block.width == entry["mlp"]
-    return (
+    return not axes or (
         (block.heads, block.kv_heads) == (entry["attention"], entry["kv_heads"])
         and ("qk" not in axes or block.head_width == entry["head_width"])
         and ("vo" not in axes or block.value_width == entry["value_width"])
@@ -116,21 +116,20 @@ def shown(block):
 
 
 def test_the_catalog_is_the_truth(name):
+    """A block of which nothing can be cut may be a refusal instead."""
     _, catalog = found(name)
-    missing, unknown = list(truth_of(name)), []
+    missing, unknown = list(TRUTH[module_of(name)]), []
     for block in catalog.blocks:
-        fitting = [entry for entry in missing if fits(block, entry)]
-        exact = [entry for entry in fitting if {*entry["cut"]} == {*axes_of(block)}]
-        if fitting:
-            missing.remove((exact or fitting)[0])
-        else:
+        entry = next((entry for entry in missing if fits(block, entry)), None)
+        if entry is None:
             unknown.append(block)
-    refusable = [entry for entry in missing if {*entry["cut"]} <= entry.get("or", {}).keys()]
-    lost = [entry for entry in missing if entry not in refusable]
+        else:
+            missing.remove(entry)
+    lost = [entry for entry in missing if entry["cut"]]
     said = "\n".join(f"refused {item.op} {item.node}: {item.reason}" for item in catalog.refusals)
     assert [*map(shown, unknown)] == [], f"which the truth does not have; it lacks {lost}"
     assert lost == [], said
-    assert len(refusable) <= len(catalog.refusals), f"silent about {refusable}"
+    assert len(missing) <= len(catalog.refusals), f"silent about {missing}"
 
 
 def test_every_refusal_gives_a_reason_and_is_about_no_block(name):
@@ -279,6 +278,7 @@ def values_of(model):
     return (*model.graph.input, *model.graph.output)
 
 
-def test_the_truth_offers_every_axis_somewhere():
+def test_the_truth_offers_every_axis_in_most_models():
     for axis in ("mlp", "qk", "vo"):
-        assert sum(bool(truth_of(name, axis)) for name in NAMES) > len(NAMES) / 2
+        offering = [name for name in NAMES if any(axis in b["cut"] for b in TRUTH[module_of(name)])]
+        assert len(offering) > len(NAMES) / 2

@@ -29,10 +29,11 @@ from tools.zoo import (
     timm_vits,
     torch_layers,
 )
+from tools.zoo.entries import Entry
 from tools.zoo.sample import DEPTH, HIDDEN, TRANSFORMERS_HEADS, WIDTH, Sample
 from tools.zoo.strip import strip
 from tools.zoo.table import MODULES
-from tools.zoo.truth import Entry, blocks_of
+from tools.zoo.truth import blocks_of
 
 __all__ = ["DEPTH", "HIDDEN", "TRANSFORMERS_HEADS", "WIDTH", "main", "make", "sample"]
 

@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.zoo_models import VOCABULARY, draw
-from tools.zoo.truth import Entry, attention, mlp
+from tools.zoo.entries import Entry, attention, mlp
 
 WIDTH, HEADS, HEAD, HIDDEN, DEPTH = 48, 3, 16, 112, 2
 IMAGE, PATCH, CHANNELS = 32, 8, 3

@@ -63,7 +63,7 @@ def hf_llama() -> Sample:
 
 def hf_llama_eager() -> Sample:
     """The same with MatMul, mask and Softmax as Python code."""
-    config = transformers.LlamaConfig(**_sizes(1), attn_implementation="eager")
+    config = transformers.LlamaConfig(**_sizes(), attn_implementation="eager")
     return transformers.LlamaModel(config), full_text()
 
 

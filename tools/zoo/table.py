@@ -119,6 +119,8 @@ UNEXPORTABLE: Mapping[str, str] = {
     "timm_hiera.dynamo18": "its fused attention has five axes, the exporter knows four",
     "timm_deit.ts13": "scaled_dot_product_attention has no form before opset 14",
     "timm_deit_eager.ts13+opset11": "onnx.version_converter knows no way down from Shape 13",
+    "torch_encoder_of_vectors.ts13": "scaled_dot_product_attention has no form before opset 14",
+    "torch_attention_of_vectors.ts11": "unflatten has no form before opset 13",
     "hf_llama.dynamo23": ROTARY,
     "hf_smollm3.dynamo23": ROTARY,
     "torch_attention.ts17": STATIC,
