@@ -22,6 +22,8 @@ from tests.full_width import run, squared_error
 from tests.redundant import plan_of, value_folds, with_redundancy
 from tests.zoo_models import NAMES, TOKENS, feeds, load, module_of
 
+pytestmark = pytest.mark.slow
+
 BOUND = 1e-8
 """Of ``‖ŷ - y‖² / ‖y‖²``: rounding of float32, as far as the condition of a map amplifies it."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.test_zoo_blocks import found
 from tools.families import PAGE, page
 
 
+@pytest.mark.slow
 def test_the_page_of_families_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == page(lambda name: found(name)[1])

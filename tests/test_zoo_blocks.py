@@ -26,6 +26,8 @@ from corp_onnx.verify import check_promises, check_structure
 from tests.full_width import narrowed, run, squared_error, turned
 from tests.zoo_models import NAMES, TOKENS, TRUTH, feeds, load, module_of
 
+pytestmark = pytest.mark.slow
+
 BOUND = 1e-9
 """Of ``‖ŷ - y‖² / ‖y‖²`` at ratio 0, where nothing but rounding is lost."""
 
