@@ -33,8 +33,9 @@ from corp_onnx import graph
 from corp_onnx.blocks import Mlp, find_blocks
 from corp_onnx.blocks.catalog import view_of
 from corp_onnx.blocks.logits import Anchor, match_logits, match_softmax
-from corp_onnx.calibrate import exposed, gather
+from corp_onnx.calibrate import gather
 from corp_onnx.emit import replace_readers
+from corp_onnx.extracts import exposed
 from corp_onnx.graph import Model
 from corp_onnx.macs import count
 from corp_onnx.plan import uniform

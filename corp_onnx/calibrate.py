@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from corp_onnx.blocks import Block, Catalog, Mlp, axes_of
 from corp_onnx.data import Dataset
 from corp_onnx.errors import DataError, NothingPrunable, TooFewSamples
+from corp_onnx.extracts import exposed
 from corp_onnx.graph import Model
 from corp_onnx.moments import Moments
 from corp_onnx.resume import Partial
@@ -143,17 +144,6 @@ def _summed(sites: Iterable[Site], samples: int, source: str, sha256: str) -> St
     energies = {site.block.id: site.energy() for site in sites if site.tokens}
     tokens = {site.block.id: site.tokens for site in sites if site.tokens}
     return Statistics(moments, energies, tokens, samples, source, sha256)
-
-
-def exposed(model: Model, tensors: Iterable[str]) -> Model:
-    """The model with intermediate tensors as its only outputs, less what these do not need."""
-    graph = model.graph.copy()
-    by_name = graph.tensors()
-    graph.outputs = [by_name[name] for name in dict.fromkeys(tensors)]
-    for tensor in graph.outputs:
-        tensor.shape = None
-    graph.cleanup(remove_unused_graph_inputs=False)
-    return model.with_graph(graph)
 
 
 def require_enough(statistics: Statistics) -> None:

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
 from corp_onnx.blocks.records import Linear, Route, leader_of
-from corp_onnx.calibrate import exposed
-from corp_onnx.emit import replace_readers
+from corp_onnx.extracts import exposed, extract
 from corp_onnx.graph import Model
 from corp_onnx.masks import seen_rows
 from corp_onnx.session import Runtime, open_session
@@ -49,7 +47,8 @@ def measured_errors(
         exposed(dense, [*entries, *(name for block, _ in pairs for name in _reads(block))]), runtime
     )
     parts = open_session(
-        _cut_open(pruned, entries, [name for _, other in pairs for name in _reads(other)]), runtime
+        extract(pruned, entries, [name for _, other in pairs for name in _reads(other)], {}),
+        runtime,
     )
     meters = {leader_of(block): _meter(block) for block, _ in pairs}
     for batch in batches:
@@ -177,24 +176,6 @@ def _reads(block: Block) -> list[str]:
     if isinstance(block, Mlp):
         return [block.down.output, *mask]
     return [*(linear.output for linear in _first_layers(block)), *mask]
-
-
-def _cut_open(model: Model, entries: list[str], outputs: list[str]) -> Model:
-    """The graph with tensors fed from outside instead of being computed."""
-    graph = model.graph.copy()
-    by_name = graph.tensors()
-    inputs = list(graph.inputs)
-    for name in entries:
-        computed = by_name[name]
-        if not any(computed is known for known in inputs):
-            computed.name = f"{name}/computed"  # it stays where it is among its node's outputs
-            by_name[name] = gs.Variable(name, computed.dtype or np.dtype(np.float32))
-            replace_readers(computed, by_name[name])
-            inputs.append(by_name[name])
-    graph.inputs = inputs
-    graph.outputs = [by_name[name] for name in dict.fromkeys(outputs)]
-    graph.cleanup(remove_unused_graph_inputs=True).toposort()
-    return model.with_graph(graph)
 
 
 def _vectors(tensor: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from corp_onnx.graph import Model
 from corp_onnx.macs import Counts, count
 from corp_onnx.projections import project
 from corp_onnx.shapes import declared_only, evaluate
-from corp_onnx.solve.folds import Fold, MlpFold, QueryKeyFold, Solution, ValueOutputFold
+from corp_onnx.solve.folds import Fold, MlpFold, OutputFold, QueryKeyFold, Solution, ValueOutputFold
 from corp_onnx.theatre import Theatre
 
 OPERATORS = frozenset({"Attention", "MultiHeadAttention"})
@@ -42,32 +43,42 @@ def operate(model: Model, catalog: Catalog, solution: Solution) -> Surgery:
     Raises:
         SurgeryError: If something outside the blocks still needs a projection that was to go.
     """
-    graph = model.graph.copy()
-    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
-    folds: dict[str, list[Fold]] = {}
-    for fold in solution.folds:
-        folds.setdefault(fold.block, []).append(fold)
-    gone: set[str] = set()
-    biased: dict[str, str] = {}
-    for block in catalog.blocks:
-        if block.id not in folds:
-            continue
-        emit = Emitter(graph, block.id, taken)
-        theatre = Theatre.of(graph, model.fingerprint.opset, emit, biased)
-        if isinstance(block, Mlp):
-            _cut_mlp(theatre, block, folds[block.id])
-        else:
-            gone |= _cut_attention(theatre, block, folds[block.id])
-    if any(block.twins for block in catalog.blocks):
-        _share_equal_weights(graph, set(model.graph.tensors()))
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    _require_gone(graph, gone)
-    _forget_shapes(graph)
+    graph = carried_out(model, catalog, solution.folds)
     return Surgery(
         model.with_graph(graph),
         count(model.graph, evaluate(model.graph, catalog.sizes)),
         count(graph, evaluate(graph, catalog.sizes)),
     )
+
+
+def carried_out(model: Model, catalog: Catalog, folds: Iterable[Fold]) -> gs.Graph:
+    """A copy of the graph, or of the part of it that a model holds, with its folds carried out.
+
+    Raises:
+        SurgeryError: As `operate`.
+    """
+    graph = model.graph.copy()
+    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    of_block: dict[str, list[Fold]] = {}
+    for fold in folds:
+        of_block.setdefault(fold.block, []).append(fold)
+    gone: set[str] = set()
+    biased: dict[str, str] = {}
+    for block in catalog.blocks:
+        if block.id not in of_block:
+            continue
+        emit = Emitter(graph, block.id, taken)
+        theatre = Theatre.of(graph, model.fingerprint.opset, emit, biased)
+        if isinstance(block, Mlp):
+            _cut_mlp(theatre, block, of_block[block.id])
+        else:
+            gone |= _cut_attention(theatre, block, of_block[block.id])
+    if any(block.twins for block in catalog.blocks):
+        _share_equal_weights(graph, set(model.graph.tensors()))
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    _require_gone(graph, gone)
+    _forget_shapes(graph)
+    return graph
 
 
 def _cut_mlp(theatre: Theatre, block: Mlp, folds: list[Fold]) -> None:
@@ -117,7 +128,10 @@ def _cut_attention(theatre: Theatre, block: Attention, folds: list[Fold]) -> set
     _state_scale(theatre, block)
     for fold in folds:
         if isinstance(fold, ValueOutputFold):
-            _renew_output(theatre, block, fold)
+            _narrow_output(theatre, block, fold)
+        elif isinstance(fold, OutputFold):
+            assert block.output is not None, f"the output of {block.id} was fitted"
+            theatre.set_linear(block.output.linear, fold.weight, fold.bias)
     return gone
 
 
@@ -143,7 +157,7 @@ def _state_scale(theatre: Theatre, block: Attention) -> None:
         anchor.attrs["scale"] = float(1.0 / np.sqrt(block.head_width))
 
 
-def _renew_output(theatre: Theatre, block: Attention, fold: ValueOutputFold) -> None:
+def _narrow_output(theatre: Theatre, block: Attention, fold: ValueOutputFold) -> None:
     """Narrow the way to the output projection and give it its refitted weight."""
     output = block.output
     assert output is not None, f"{block.id} offered its values"

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 
 from corp_onnx.blocks import Catalog, width_of
-from corp_onnx.calibrate import exposed
 from corp_onnx.errors import DataError, PlanError, VerificationError
+from corp_onnx.extracts import exposed
 from corp_onnx.graph import LARGEST_PROTOBUF_BYTES, Model
 from corp_onnx.plan import Plan
 from corp_onnx.session import Session

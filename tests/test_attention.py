@@ -11,8 +11,9 @@ import pytest
 
 from corp_onnx import graph
 from corp_onnx.blocks import Attention, axes_of, find_blocks
-from corp_onnx.calibrate import exposed, gather
+from corp_onnx.calibrate import gather
 from corp_onnx.errors import SurgeryError
+from corp_onnx.extracts import exposed
 from corp_onnx.moments import Moments
 from corp_onnx.plan import uniform
 from corp_onnx.promise import measured_errors

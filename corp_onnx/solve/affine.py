@@ -104,7 +104,7 @@ def fold(
     >>> answer.weight.round(6), answer.offset.round(6), round(answer.unexplained, 6)
     (array([[2.]]), array([1.]), 0.0)
     """
-    covariance = _covariance(moments)
+    covariance = covariance_of(moments)
     varying = np.diagonal(covariance)[kept] > 0.0
     weight = np.zeros((len(kept), len(removed)))
     condition = 1.0
@@ -113,7 +113,7 @@ def fold(
         system = covariance[np.ix_(kept[varying], kept[varying])]
         system[np.diag_indices_from(system)] += absolute
         cross = covariance[np.ix_(kept[varying], removed)]
-        weight[varying], condition = _solve(system, cross)
+        weight[varying], condition = solve_definite(system, cross)
     offset = moments.mean[removed] - moments.mean[kept] @ weight
     return Affine(weight, offset, condition, _unexplained(covariance, kept, removed, weight))
 
@@ -210,7 +210,7 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole > 0.0 else np.inf
 
 
-def _solve(
+def solve_definite(
     system: Float64[np.ndarray, "k k"], cross: Float64[np.ndarray, "k p"]
 ) -> tuple[Float64[np.ndarray, "k p"], float]:
     """Solution of a positive definite system, and the system's condition number."""
@@ -233,7 +233,7 @@ def _advice(channels: int, found: str) -> str:
     )
 
 
-def _covariance(moments: Moments) -> Float64[np.ndarray, "d d"]:
+def covariance_of(moments: Moments) -> Float64[np.ndarray, "d d"]:
     """The covariance, zero for channels that vary by no more than float64 rounds their mean."""
     covariance = moments.covariance
     rounding = 64 * np.finfo(np.float64).eps * moments.mean
@@ -251,7 +251,7 @@ def _without_prediction(
     offset: Float64[np.ndarray, " p"],
 ) -> Affine:
     weight = np.zeros((len(kept), len(removed)))
-    left = _unexplained(_covariance(moments), kept, removed, weight)
+    left = _unexplained(covariance_of(moments), kept, removed, weight)
     return Affine(weight, offset, condition=1.0, unexplained=left)
 
 
@@ -287,7 +287,7 @@ def _output_error(
     lost[kept] = -affine.weight @ dense[removed]
     shift = moments.mean[removed] - moments.mean[kept] @ affine.weight - affine.offset
     mean_lost = shift @ dense[removed]
-    covariance = _covariance(moments)
+    covariance = covariance_of(moments)
     variance_lost = np.vdot(lost, covariance @ lost)
     total = np.vdot(dense, covariance @ dense)
     return share(float(variance_lost + mean_lost @ mean_lost), float(total))

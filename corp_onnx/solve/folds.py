@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64, Int64
+
+from corp_onnx.blocks.records import Axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +20,10 @@ class Evidence:
     condition: float
     """Condition number of the system that was solved."""
     error: float
-    """Predicted relative squared error: of the block's output (MLP) or logits (query-key)."""
+    """Predicted relative squared error: of the block's output (MLP, value-output) or its logits
+    (query-key). Of a block that was fitted to the dense stream, of what it adds to that stream."""
+    unseen: float | None = None
+    """The same on samples that the fit has not seen, where some were held out of it."""
 
 
 EXACT = Evidence(0.0, 1.0, 0.0)
@@ -55,7 +61,26 @@ class ValueOutputFold:
     evidence: Evidence
 
 
-Fold = MlpFold | QueryKeyFold | ValueOutputFold
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputFold:
+    """A new output projection for an attention whose values stay as they are."""
+
+    block: str
+    weight: Float64[np.ndarray, "d o"]
+    bias: Float64[np.ndarray, " o"]
+    evidence: Evidence
+
+
+Fold = MlpFold | QueryKeyFold | ValueOutputFold | OutputFold
+
+
+AXES: Mapping[type, Axis | None] = {
+    MlpFold: "mlp",
+    QueryKeyFold: "qk",
+    ValueOutputFold: "vo",
+    OutputFold: None,
+}
+"""The axis that a fold cuts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,3 +89,14 @@ class Solution:
 
     method: str
     folds: tuple[Fold, ...]
+    in_sequence: bool = False
+    """Whether every block was fitted behind those before it, as they were cut."""
+
+    def of(self, block: str, axis: Axis) -> Fold:
+        """The fold of one cut."""
+        return next(fold for fold in self.folds if (fold.block, axis_of(fold)) == (block, axis))
+
+
+def axis_of(fold: Fold) -> Axis | None:
+    """The axis that a fold cuts; None for one that only renews a layer."""
+    return AXES[type(fold)]

@@ -1,0 +1,52 @@
+"""Parts of a model as models of their own, to be run and read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from corp_onnx.emit import replace_readers
+from corp_onnx.graph import Model
+
+
+def exposed(model: Model, tensors: Iterable[str]) -> Model:
+    """The model with intermediate tensors as its only outputs, less what these do not need."""
+    graph = model.graph.copy()
+    by_name = graph.tensors()
+    graph.outputs = [by_name[name] for name in dict.fromkeys(tensors)]
+    for tensor in graph.outputs:
+        tensor.shape = None
+    graph.cleanup(remove_unused_graph_inputs=False)
+    return model.with_graph(graph)
+
+
+def extract(
+    model: Model,
+    entries: Iterable[str],
+    outputs: Iterable[str],
+    types: Mapping[str, np.dtype] | None = None,
+) -> Model:
+    """The model cut open: ``entries`` are fed from outside instead of being computed.
+
+    Inputs of the model that the outputs still need stay inputs. ``types`` are those of entries of
+    which the file says nothing; float32 otherwise.
+    """
+    graph = model.graph.copy()
+    by_name = graph.tensors()
+    inputs = list(graph.inputs)
+    for name in entries:
+        computed = by_name[name]
+        if not any(computed is known for known in inputs):
+            computed.name = f"{name}/computed"  # it stays where it is among its node's outputs
+            dtype = (types or {}).get(name) or computed.dtype or np.dtype(np.float32)
+            by_name[name] = gs.Variable(name, dtype)
+            replace_readers(computed, by_name[name])
+            inputs.append(by_name[name])
+    graph.inputs = inputs
+    graph.outputs = [by_name[name] for name in dict.fromkeys(outputs)]
+    for tensor in graph.outputs:
+        tensor.shape = None
+    graph.cleanup(remove_unused_graph_inputs=True).toposort()
+    return model.with_graph(graph)

@@ -1,0 +1,219 @@
+"""The method ``best``, block by block: what stays of every axis, and the layer that repairs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64, Int, Int64
+
+from corp_onnx.blocks.records import Output
+from corp_onnx.moments import Moments
+from corp_onnx.solve.affine import share, solve_definite
+from corp_onnx.solve.elimination import eliminate
+from corp_onnx.solve.folds import Evidence, MlpFold, OutputFold, QueryKeyFold, ValueOutputFold
+from corp_onnx.solve.joint import Joint, merged
+from corp_onnx.solve.lowrank import shared, truncate_query_key, truncate_value_output
+from corp_onnx.solve.refit import Refit, refit
+
+LEAST_GAIN = 1e-6
+"""Share of the largest gain below which a channel of the branch counts as this much."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branch:
+    """The last layer of a block, ``y = f W + b``, and the stream that ``gain · y`` is added to."""
+
+    block: str
+    weight: Float64[np.ndarray, "d o"]
+    gain: Float64[np.ndarray, " o"]
+
+    @property
+    def scaled(self) -> Float64[np.ndarray, "d o"]:
+        """The weight as the stream sees it."""
+        scaled: np.ndarray = self.weight * self.gain
+        return scaled
+
+    def layer(
+        self, fitted: Refit
+    ) -> tuple[Float64[np.ndarray, "k o"], Float64[np.ndarray, " o"]]:
+        """Weight and bias in front of the gain, from those behind it."""
+        least = LEAST_GAIN * np.abs(self.gain).max()
+        gain = np.where(np.abs(self.gain) < least, np.copysign(least, self.gain), self.gain)
+        return fitted.weight / gain, fitted.bias / gain
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Heads:
+    """Where the channels of every head are among those that an output projection reads."""
+
+    places: Int64[np.ndarray, "h e"]
+    value_heads: Int64[np.ndarray, " h"]
+    """The value head that every head mixes."""
+
+    @staticmethod
+    def of(output: Output) -> Heads:
+        """Out of what is known of the way to an output projection."""
+        head, position = output.places.T
+        places = np.empty((head.max() + 1, position.max() + 1), dtype=int)
+        places[head, position] = np.arange(len(head))
+        return Heads(places, output.value_heads)
+
+    @property
+    def groups(self) -> int:
+        """How many value heads there are."""
+        return int(self.value_heads.max()) + 1
+
+
+def narrow_mlp(
+    parts: Sequence[Joint],
+    branch: Branch,
+    width: int,
+    *,
+    ridge: float,
+    kept: Int[np.ndarray, " k"] | None = None,
+) -> MlpFold:
+    r"""Eliminate channels, let the kept ones stand in for them, then fit the down projection.
+
+    The weight that the fit starts from is the affine recovery, seen from the output::
+
+        W₀ = W_S + (Σ_SS + λI)⁻¹ Σ_SP W_P        λ = ridge · tr(Σ) / d
+
+    Args:
+        parts: Hidden vector and target, of disjoint sets of samples.
+        branch: The down projection.
+        width: How many channels stay.
+        ridge: Relative, for the elimination and for ``W₀``.
+        kept: Channels that stay, instead of the elimination's choice.
+    """
+    whole = merged(parts)
+    dense = len(whole.mean)
+    if kept is None:
+        kept = eliminate(whole.within, branch.scaled, ridge=ridge, keep=width).kept(dense, width)
+    removed = np.setdiff1d(np.arange(dense), kept)
+    conditions = []
+
+    def narrowing(joint: Joint) -> tuple[Joint, Float64[np.ndarray, "k o"]]:
+        narrow = joint.picked(kept)
+        lost = joint.within[np.ix_(kept, removed)] @ branch.scaled[removed]
+        absolute = ridge * float(np.trace(joint.within)) / dense
+        change, condition = _taken_over(narrow.within, lost, absolute)
+        conditions.append(condition)
+        return narrow, branch.scaled[kept] + change
+
+    fitted = refit(parts, narrowing)
+    evidence = Evidence(
+        _unexplained(whole, branch.scaled, kept, removed, ridge),
+        max(conditions),
+        fitted.seen,
+        fitted.unseen,
+    )
+    return MlpFold(branch.block, kept, *branch.layer(fitted), evidence)
+
+
+def narrow_values(
+    parts: Sequence[Joint], branch: Branch, heads: Heads, width: int, *, ridge: float
+) -> ValueOutputFold:
+    r"""Truncate the values of every head, then fit the output projection over all heads.
+
+    With ``P = diag(P_1 … P_h)`` of `truncate_value_output`, the fit starts from::
+
+        W₀ = (Pᵀ Σ P + λI)⁻¹ Pᵀ Σ W        λ = ridge · tr(Pᵀ Σ P) / (h r)
+
+    in which other heads help to say what one head lost.
+    """
+    whole = merged(parts)
+    places, of_head, weight = heads.places, heads.value_heads, branch.scaled
+    covariances = np.stack([whole.within[np.ix_(head, head)] for head in places])
+    rows = [
+        np.concatenate([weight[head] for head in places[of_head == group]], axis=1)
+        for group in range(heads.groups)
+    ]
+    pooled = shared(covariances, of_head, heads.groups)
+    found = truncate_value_output(pooled, _side_by_side(rows), width)
+    (maps,) = found.maps
+    narrow = np.zeros((len(weight), len(places) * width))
+    for head, channels in enumerate(places):
+        narrow[channels, head * width : (head + 1) * width] = maps[of_head[head]]
+    conditions = [found.condition]
+
+    def narrowing(joint: Joint) -> tuple[Joint, Float64[np.ndarray, "k o"]]:
+        mapped = joint.mapped(narrow)
+        absolute = ridge * float(np.trace(mapped.within)) / len(mapped.mean)
+        wanted = narrow.T @ joint.within @ weight
+        start, condition = _taken_over(mapped.within, wanted, absolute)
+        conditions.append(condition)
+        return mapped, start
+
+    fitted = refit(parts, narrowing)
+    evidence = Evidence(
+        float(found.curve[width]), max(conditions), fitted.seen, fitted.unseen
+    )
+    layer, bias = branch.layer(fitted)
+    return ValueOutputFold(
+        branch.block, maps, layer.reshape(len(places), width, -1), bias, evidence
+    )
+
+
+def narrow_output(parts: Sequence[Joint], branch: Branch) -> OutputFold:
+    """Fit the output projection of an attention whose values stay as they are."""
+    fitted = refit(parts, lambda joint: (joint, branch.scaled))
+    evidence = Evidence(0.0, 1.0, fitted.seen, fitted.unseen)
+    return OutputFold(branch.block, *branch.layer(fitted), evidence)
+
+
+def narrow_query_key(
+    block: str,
+    query: Moments,
+    centred_key: Moments,
+    key_heads: Int[np.ndarray, " h"],
+    width: int,
+) -> QueryKeyFold:
+    """Truncate the logits of every head; query heads that read one key head share one map."""
+    groups = len(centred_key.mean)
+    grams = np.zeros((groups, *query.covariance.shape[1:]))
+    np.add.at(grams, key_heads, query.gram)
+    found = truncate_query_key(grams, centred_key.gram, width)
+    of_query, of_key = found.maps
+    left = float(found.curve[width])
+    return QueryKeyFold(block, of_query[key_heads], of_key, Evidence(left, found.condition, left))
+
+
+def _taken_over(
+    within: Float64[np.ndarray, "k k"], wanted: Float64[np.ndarray, "k o"], ridge: float
+) -> tuple[Float64[np.ndarray, "k o"], float]:
+    """``(C + λI)⁻¹ X`` over the features that vary at all, and the condition number."""
+    varying = np.diagonal(within) > 0.0
+    answer, condition = np.zeros_like(wanted), 1.0
+    if varying.any():
+        system = within[np.ix_(varying, varying)]
+        system[np.diag_indices_from(system)] += ridge
+        answer[varying], condition = solve_definite(system, wanted[varying])
+    return answer, condition
+
+
+def _unexplained(
+    joint: Joint,
+    weight: Float64[np.ndarray, "d o"],
+    kept: Int[np.ndarray, " k"],
+    removed: Int[np.ndarray, " p"],
+    ridge: float,
+) -> float:
+    """Share of what removed channels gave to the output that kept ones do not make up for."""
+    lost = joint.within[np.ix_(kept, removed)] @ weight[removed]
+    absolute = ridge * float(np.trace(joint.within)) / len(joint.mean)
+    change, _ = _taken_over(joint.within[np.ix_(kept, kept)], lost, absolute)
+    gone = float(
+        np.vdot(weight[removed], joint.within[np.ix_(removed, removed)] @ weight[removed])
+    )
+    again = joint.within[np.ix_(kept, kept)] @ change
+    return share(gone + float(np.vdot(change, again - 2.0 * lost)), gone)
+
+
+def _side_by_side(
+    rows: Sequence[Float64[np.ndarray, "e _"]],
+) -> Float64[np.ndarray, "g e o"]:
+    """Rows of all groups in one array: groups of fewer heads are filled up with zeros."""
+    longest = max(one.shape[1] for one in rows)
+    return np.stack([np.pad(one, ((0, 0), (0, longest - one.shape[1]))) for one in rows])

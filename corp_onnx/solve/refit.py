@@ -1,0 +1,126 @@
+"""A block's last layer, fitted to what the dense model had there, as far as the data support it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+
+from corp_onnx.moments import read_only
+from corp_onnx.solve.affine import share
+from corp_onnx.solve.joint import Joint, merged
+
+STRENGTHS: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Ridges that are tried, as shares of the mean variance of the features."""
+
+STEPS: tuple[float, ...] = (0.5, 1.0)
+"""How much of the correction is taken."""
+
+Narrowing = Callable[[Joint], tuple[Joint, Float64[np.ndarray, "k o"]]]
+"""From what all features say to what the kept ones say, and the folded weight to start from."""
+
+Choice = tuple[float, float]
+"""A ridge and a step; ``NO_REFIT`` takes no step."""
+
+NO_REFIT: Choice = (np.inf, 0.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refit:
+    """A layer's new weight and bias, and how far to trust them.
+
+    Attributes:
+        weight: ``W``, for the features that are left.
+        bias: ``b``.
+        choice: The ridge and the step that did best on samples held out.
+        seen: Squared error on the calibration samples over the variance of the target.
+        unseen: The same on samples held out of the fit; None where none were.
+    """
+
+    weight: Float64[np.ndarray, "k o"]
+    bias: Float64[np.ndarray, " o"]
+    choice: Choice
+    seen: float
+    unseen: float | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", read_only(self.weight))
+        object.__setattr__(self, "bias", read_only(self.bias))
+
+
+def refit(parts: Sequence[Joint], narrowing: Narrowing) -> Refit:
+    r"""Fit a layer to its target, with a ridge towards its folded weight.
+
+    With ``C`` the covariance of the kept features ``f`` and ``t`` the target::
+
+        ΔW = (C + λI)⁻¹ (Cov(f, t) - C W₀)        W = W₀ + β ΔW        b = E[t] - E[f] W
+
+    ``λ`` (relative to the mean variance) and ``β`` are those that do best on each part of the
+    samples when fitted to the others. No refit is one of the choices, and the only one if there is
+    but one part.
+
+    Args:
+        parts: Moments of disjoint sets of samples, with different pictures or texts in each.
+        narrowing: Which features stay, and ``W₀``, both out of the moments of some samples.
+
+    >>> from corp_onnx.moments import Moments
+    >>> x, e = np.arange(8.0)[:, None] % 5, np.array([[0.1], [-0.1]] * 4)
+    >>> t = 3.0 * x + 1.0 + e
+    >>> parts = [Joint.of(Moments.of(np.hstack([x, t])[at::2]), 1) for at in (0, 1)]
+    >>> fitted = refit(parts, lambda joint: (joint, np.array([[2.0]])))
+    >>> fitted.weight.round(1), fitted.bias.round(1)
+    (array([[3.]]), array([1.]))
+    """
+    if len(parts) == 1:
+        return _fitted(*narrowing(parts[0]), NO_REFIT, None)
+    trials = [_trials(narrowing(part)[0], *narrowing(_others(parts, part))) for part in parts]
+    totals = {choice: sum(trial[choice] for trial in trials) for choice in trials[0]}
+    best = min(totals, key=totals.__getitem__)
+    spread = sum(part.total for part in parts)
+    unseen = totals[best] / spread if spread else 0.0
+    return _fitted(*narrowing(merged(parts)), best, unseen)
+
+
+def _others(parts: Sequence[Joint], held: Joint) -> Joint:
+    return merged([part for part in parts if part is not held])
+
+
+def _trials(
+    held: Joint, train: Joint, start: Float64[np.ndarray, "k o"]
+) -> dict[Choice, float]:
+    """The error of every choice on samples that it was not fitted to."""
+    correction = _Correction(train, start)
+    errors = {NO_REFIT: held.error(start, train.bias(start))}
+    for strength in STRENGTHS:
+        change = correction.at(strength)
+        for step in STEPS:
+            weight = start + step * change
+            errors[strength, step] = held.error(weight, train.bias(weight))
+    return errors
+
+
+def _fitted(
+    whole: Joint, start: Float64[np.ndarray, "k o"], choice: Choice, unseen: float | None
+) -> Refit:
+    strength, step = choice
+    weight = start + step * _Correction(whole, start).at(strength) if step else start
+    bias = whole.bias(weight)
+    return Refit(weight, bias, choice, share(whole.error(weight, bias), whole.total), unseen)
+
+
+class _Correction:
+    """``ΔW`` for every ridge from one eigendecomposition of ``C``."""
+
+    def __init__(self, joint: Joint, start: Float64[np.ndarray, "k o"]) -> None:
+        values, self._vectors = np.linalg.eigh(joint.within)
+        self._values = values.clip(min=0.0)
+        self._wanted = self._vectors.T @ (joint.cross - joint.within @ start)
+
+    def at(self, strength: float) -> Float64[np.ndarray, "k o"]:
+        ridge = strength * self._values.mean()
+        shrunk = self._values + ridge
+        inverse = np.divide(1.0, shrunk, out=np.zeros_like(shrunk), where=shrunk > 0.0)
+        change: np.ndarray = self._vectors @ (self._wanted * inverse[:, None])
+        return change

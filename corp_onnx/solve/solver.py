@@ -1,0 +1,211 @@
+"""One cut of one block, from what was seen of it: every method, every axis."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from jaxtyping import Float64, Int
+
+from corp_onnx.blocks import Attention, Mlp
+from corp_onnx.blocks.linear import bias_of, weight_of
+from corp_onnx.blocks.records import Linear, Route
+from corp_onnx.errors import DataError, PlanError
+from corp_onnx.graph import Model
+from corp_onnx.moments import Moments
+from corp_onnx.plan import Cut
+from corp_onnx.solve.affine import Repair, recover_mlp
+from corp_onnx.solve.bilinear import pooled, recover_query_key
+from corp_onnx.solve.folds import Evidence, Fold, MlpFold, QueryKeyFold, ValueOutputFold
+from corp_onnx.solve.joint import Joint
+from corp_onnx.solve.narrow import Branch, Heads, narrow_mlp, narrow_query_key, narrow_values
+from corp_onnx.solve.ranking import channel_energy, column_norms, highest, row_norms, score
+from corp_onnx.statistics import Statistics
+
+Method = Literal["best", "corp", "mean", "none"]
+METHODS: tuple[Method, ...] = ("best", "corp", "mean", "none")
+
+DEFAULT_RIDGE = 1e-3
+
+ELIMINATION = "elimination"
+"""The ranking of ``best``: channels go one by one, the one that repair replaces best first."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recipe:
+    """How a plan is solved.
+
+    Attributes:
+        method: ``best``; the paper's repair; removed channels replaced by their mean; or none.
+        ranking: What decides which MLP channels stay, and which coordinates where a method selects
+            these; None for what the method has by default.
+        ridge: Regularisation, relative to the mean variance of a layer.
+        refit: Whether ``best`` goes block by block and fits each to the dense stream, where there
+            are data to run.
+        truncate: Whether ``best`` truncates queries, keys and values, rather than select.
+        kept: Channels to keep instead of ranking, by block and axis: ``[k]`` for an MLP,
+            ``[g, r]`` for query-key.
+    """
+
+    method: Method = "best"
+    ranking: str | None = None
+    ridge: float = DEFAULT_RIDGE
+    refit: bool = True
+    truncate: bool = True
+    kept: Mapping[tuple[str, str], Int[np.ndarray, "..."]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ridge < np.inf:
+            raise PlanError(f"--ridge {self.ridge:g} is no regularisation; it must be 0 or more")
+        if self.ranking == ELIMINATION and self.method != "best":
+            raise PlanError(
+                f"--ranking {ELIMINATION} belongs to --method best; {self.method} selects by energy "
+                "or energy-norm"
+            )
+
+    @property
+    def repair(self) -> Repair:
+        """How what is selected is repaired."""
+        return "corp" if self.method == "best" else self.method
+
+    @property
+    def selection(self) -> str:
+        """The ranking by which coordinates are selected."""
+        return "energy" if self.ranking in {None, ELIMINATION} else str(self.ranking)
+
+    @property
+    def eliminates(self) -> bool:
+        """Whether MLP channels are eliminated one by one."""
+        return self.method == "best" and self.ranking in {None, ELIMINATION}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solver:
+    """A model's weights, and what was seen of it."""
+
+    nodes: Mapping[str, gs.Node]
+    opset: int
+    statistics: Statistics
+    recipe: Recipe
+
+    @staticmethod
+    def of(model: Model, statistics: Statistics, recipe: Recipe) -> Solver:
+        """With the nodes of the model by name."""
+        nodes = {node.name: node for node in model.graph.nodes}
+        return Solver(nodes, model.fingerprint.opset, statistics, recipe)
+
+    def fold(self, block: Attention | Mlp, cut: Cut) -> Fold:
+        """The fold of one cut."""
+        if isinstance(block, Mlp):
+            return self._mlp(block, cut)
+        return self._query_key(block, cut) if cut.axis == "qk" else self._value_output(block, cut)
+
+    def channels(self, block: Mlp, width: int, moments: Moments) -> Int[np.ndarray, " k"] | None:
+        """The MLP channels that stay; None leaves that to the elimination."""
+        kept = self.recipe.kept.get((block.id, "mlp"))
+        if kept is not None or self.recipe.eliminates:
+            return kept
+        norms = [row_norms(self._weight(block.down))]
+        for source in block.sources:
+            norms.append(column_norms(self._weight(source.linear))[source.channels])
+        return highest(score(self.recipe.selection, channel_energy(moments), norms), width)
+
+    def branch(self, block: str, linear: Linear, gain: Float64[np.ndarray, " o"]) -> Branch:
+        """The last layer of a block, for `narrow`."""
+        return Branch(block, self._weight(linear), gain)
+
+    def _mlp(self, block: Mlp, cut: Cut) -> MlpFold:
+        moments = self._site(block, "hidden")
+        weight, bias = self._weight(block.down), self._bias(block.down)
+        kept = self.channels(block, cut.to, moments)
+        if self.recipe.method == "best":
+            branch = Branch(block.id, weight, np.ones(len(bias)))
+            own = Joint.own(moments, weight, bias)
+            return narrow_mlp([own], branch, cut.to, ridge=self.recipe.ridge, kept=kept)
+        assert kept is not None, "only `best` eliminates"
+        found = recover_mlp(
+            moments, kept, weight, bias, repair=self.recipe.repair, ridge=self.recipe.ridge
+        )
+        evidence = Evidence(found.unexplained, found.condition, found.error)
+        return MlpFold(block.id, kept, found.weight, found.bias, evidence)
+
+    def _query_key(self, block: Attention, cut: Cut) -> QueryKeyFold:
+        assert block.query is not None, f"{block.id} offers its queries"
+        assert block.key is not None, f"{block.id} offers its keys"
+        query, kept = self._site(block, "query"), self.recipe.kept.get((block.id, "qk"))
+        if kept is None and self.recipe.method == "best" and self.recipe.truncate:
+            centred = self._site(block, "centred_key")
+            return narrow_query_key(block.id, query, centred, block.key_heads, cut.to)
+        if kept is None:
+            groups = len(block.key.channels)
+            squares = pooled(self._head_norms(block.query) ** 2, block.key_heads, groups)
+            norms = [np.sqrt(squares), self._head_norms(block.key)]
+            kept = highest(score(self.recipe.selection, self._energy(block), norms), cut.to)
+        maps = recover_query_key(
+            query,
+            self._site(block, "key"),
+            kept,
+            key_heads=block.key_heads,
+            repair=self.recipe.repair,
+            ridge=self.recipe.ridge,
+        )
+        evidence = Evidence(maps.unexplained, maps.condition, maps.error)
+        return QueryKeyFold(block.id, maps.query, maps.key, evidence)
+
+    def _value_output(self, block: Attention, cut: Cut) -> ValueOutputFold:
+        assert block.output is not None, f"{block.id} offers its values"
+        heads, linear = Heads.of(block.output), block.output.linear
+        moments = self._site(block, "context")
+        weight, bias = self._weight(linear), self._bias(linear)
+        if self.recipe.method == "best" and self.recipe.truncate:
+            branch = Branch(block.id, weight, np.ones(len(bias)))
+            own = Joint.own(moments, weight, bias)
+            return narrow_values([own], branch, heads, cut.to, ridge=self.recipe.ridge)
+        energy = pooled(channel_energy(moments)[heads.places], heads.value_heads, heads.groups)
+        norms = pooled(row_norms(weight)[heads.places] ** 2, heads.value_heads, heads.groups)
+        kept = highest(score(self.recipe.selection, energy, [np.sqrt(norms)]), cut.to)
+        rows = np.take_along_axis(heads.places, kept[heads.value_heads], axis=1)
+        found = recover_mlp(
+            moments, rows.ravel(), weight, bias, repair=self.recipe.repair, ridge=self.recipe.ridge
+        )
+        select = np.swapaxes(np.eye(heads.places.shape[1])[kept], -1, -2)
+        evidence = Evidence(found.unexplained, found.condition, found.error)
+        layer = found.weight.reshape(*rows.shape, -1)
+        return ValueOutputFold(block.id, select, layer, found.bias, evidence)
+
+    def _weight(self, linear: Linear) -> Float64[np.ndarray, "i o"]:
+        return weight_of(dict(self.nodes), linear, self.opset)
+
+    def _bias(self, linear: Linear) -> Float64[np.ndarray, " o"]:
+        return bias_of(dict(self.nodes), linear, self.opset)
+
+    def _head_norms(self, route: Route) -> Float64[np.ndarray, "h e"]:
+        """Norm of the weights behind every coordinate of every head, as it enters the product."""
+        weight = self._weight(route.linear)
+        norms: np.ndarray = column_norms(weight)[route.channels] * np.abs(route.gain)
+        return norms
+
+    def _energy(self, block: Attention) -> Float64[np.ndarray, "g e"]:
+        """The query-key energy, over all blocks of the same weights."""
+        names = block.twins or (block.id,)
+        tokens = [self.statistics.tokens[name] for name in names]
+        energies = [self.statistics.energies[name] for name in names]
+        mean: np.ndarray = np.average(energies, axis=0, weights=tokens)
+        return mean
+
+    def _site(self, block: Attention | Mlp, role: str) -> Moments:
+        """What was seen at a block, and at all others of the same weights."""
+        parts = []
+        for name in (f"{twin}.{role}" for twin in block.twins or (block.id,)):
+            if name not in self.statistics.sites:
+                raise DataError(
+                    f"the statistics ({self.statistics.source}) hold nothing of {name}; calibrate "
+                    "again"
+                )
+            parts.append(self.statistics.sites[name])
+        return reduce(operator.add, parts)
