@@ -59,7 +59,7 @@ def measure(place: Place) -> Outcome:
     )
     settings = {"seeds": SEEDS, "test": subject.task.samples["test"], "tensor": tasks.FEATURES}
     return Outcome(
-        {"DINOv2 ViT-S, method corp: mean over seeds": spread, "every run": rows},
+        {"corp on DINOv2 ViT-S: mean over seeds": spread, "every run": rows},
         (check,),
         settings,
     )
