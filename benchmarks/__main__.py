@@ -19,6 +19,7 @@ from rich.table import Table
 
 from benchmarks import (
     calibration,
+    crops,
     demo,
     exactness,
     language,
@@ -50,6 +51,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "calibration": Benchmark(
         calibration.measure, "time and memory of calibrating, and of a new ratio after it"
+    ),
+    "crops": Benchmark(
+        crops.measure, "what random crops of the calibration pictures give and cost", ("pillow",)
     ),
     "latency": Benchmark(
         latency.measure, "speed-up against the MAC ratio on ONNX Runtime CPU", TORCH

@@ -70,8 +70,8 @@ def photographs(place: Place) -> Task:
     """
     model = place.asset("vit_s_focus.onnx")
     data = photo_data(place)
-    classes, labels = np.unique(data.labels or (), return_inverse=True)
-    parts = _split(labels, len(classes), share=2 / 3, every=4 if place.quick else 1)
+    _, labels = np.unique(data.labels or (), return_inverse=True)
+    parts = photo_parts(place, data)
     gallery, query = (labels[part] for part in parts)
 
     def nearest(x: np.ndarray, y: np.ndarray) -> float:
@@ -87,6 +87,12 @@ def photo_data(place: Place) -> Dataset:
     """All photographs, as DINOv2 ViT-S takes them."""
     inputs = open_session(place.asset("vit_s_focus.onnx")).inputs
     return open_data(str(place.asset("photos")), inputs, preprocessing=IMAGENET)
+
+
+def photo_parts(place: Place, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the photographs to calibrate and to test on."""
+    classes, labels = np.unique(data.labels or (), return_inverse=True)
+    return _split(labels, len(classes), share=2 / 3, every=4 if place.quick else 1)
 
 
 def glosses(place: Place) -> Task:

@@ -20,7 +20,7 @@ from corp_onnx.graph import Model
 from corp_onnx.moments import Moments
 from corp_onnx.resume import Partial
 from corp_onnx.session import Runtime, open_session
-from corp_onnx.sites import Site
+from corp_onnx.sites import Site, Thinning
 from corp_onnx.statistics import Batch, Statistics
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def calibrate(
     batch_size: int = BATCH_SIZE,
     runtime: Runtime | None = None,
     seed: int = 0,
+    crops: int = 1,
     partial: Partial | None = None,
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> Statistics:
@@ -56,7 +57,9 @@ def calibrate(
         data: Unlabelled samples; a share of them is held out, to verify with.
         batch_size: Samples per run.
         runtime: How the model is run.
-        seed: Decides which samples are held out.
+        seed: Decides which samples are held out, and what crops show.
+        crops: Inputs to make of every picture that is not held out, `Dataset.augmented`. One of as
+            many tokens counts, so that only running the model takes longer.
         partial: Keeps what is summed so far, and what an interrupted run has summed before.
         on_batch: Called after every batch with its number of samples.
 
@@ -66,6 +69,7 @@ def calibrate(
         NothingPrunable: If no block has an axis that statistics are needed for.
     """
     held_out, used = _split(data, seed)
+    used = used.augmented(crops, seed)
     earlier = partial.load(model.fingerprint.sha256) if partial else None
     statistics = gather(
         model,
@@ -73,6 +77,8 @@ def calibrate(
         used.batches(batch_size, after=earlier.samples if earlier else 0),
         runtime=runtime,
         source=data.source,
+        crops=used.crops,
+        seed=seed,
         earlier=earlier,
         keep=partial.keep if partial else None,
         on_batch=on_batch,
@@ -94,6 +100,8 @@ def gather(
     *,
     runtime: Runtime | None = None,
     source: str = "",
+    crops: int = 1,
+    seed: int = 0,
     earlier: Statistics | None = None,
     keep: Callable[[Callable[[], Statistics]], None] | None = None,
     on_batch: Callable[[int], None] = lambda samples: None,
@@ -101,7 +109,8 @@ def gather(
     """Moments over exactly these batches, none held out and none too few.
 
     With ``earlier`` they are added to what was gathered before. ``keep`` is called after every
-    batch and may ask for the statistics so far.
+    batch and may ask for the statistics so far. Of every batch one in ``crops`` tokens counts,
+    evenly spaced from a start that follows from the seed.
 
     Raises:
         DataError: If there are no batches, or an activation holds NaN or infinity.
@@ -119,13 +128,15 @@ def gather(
         on_batch(earlier.samples)
 
     def so_far() -> Statistics:
-        new = _summed(sites, samples, source, model.fingerprint.sha256)
+        new = replace(_summed(sites, samples, source, model.fingerprint.sha256), crops=crops)
         return earlier + new if earlier else new
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, threadpool_limits(1, user_api="blas"):
         for batch in batches:
             tensors = session.run(batch)
-            list(pool.map(lambda site, read=tensors: site.add(read), sites))
+            before = samples + (earlier.samples if earlier else 0)
+            thinning = Thinning.drawn(crops, seed, before)
+            list(pool.map(lambda site, read=tensors, thin=thinning: site.add(read, thin), sites))
             size = len(next(iter(batch.values())))
             samples += size
             on_batch(size)
@@ -178,11 +189,12 @@ def _too_few(statistics: Statistics, site: str) -> DataError:
             f"no token of {statistics.source} reaches {site}: its mask hides all of them; check "
             "the mask among the inputs"
         )
-    per_sample = moments.count / statistics.samples
+    samples = int(np.ceil(statistics.samples / statistics.crops))
+    per_sample = moments.count / samples
     used = int(np.ceil(ENOUGH_TOKENS_PER_CHANNEL * moments.width / per_sample))
     held_out = int(np.ceil(used * HELD_OUT_SHARE / (1 - HELD_OUT_SHARE)))
     return TooFewSamples(
-        f"{statistics.samples} samples give {moments.count} tokens, fewer than the "
+        f"{samples} samples give {moments.count} tokens, fewer than the "
         f"{moments.width} channels of {site}; give at least {used + min(MOST_HELD_OUT, held_out)} "
         f"samples ({ENOUGH_TOKENS_PER_CHANNEL} tokens per channel, and some to verify with)"
     )

@@ -89,6 +89,7 @@ def calibrate(
     output: options.OutputFile,
     samples: options.Samples = None,
     seed: options.Seed = 0,
+    crops: options.Crops = options.DEFAULT_CROPS,
     allow_random: options.AllowRandom = False,
     shard: Annotated[
         str, typer.Option("--shard", help="i/n: one of n random parts, i from 0.")
@@ -108,6 +109,7 @@ def calibrate(
         model,
         output,
         Source(data, samples, seed, allow_random),
+        crops,
         options.shard_of(shard),
         resume,
         options.sizes_of(shapes),
@@ -151,6 +153,7 @@ def prune(
     min_agreement: options.MinAgreement = None,
     samples: options.Samples = None,
     seed: options.Seed = 0,
+    crops: options.Crops = options.DEFAULT_CROPS,
     allow_random: options.AllowRandom = False,
     shapes: options.Shapes = None,
     providers: options.Providers = options.DEFAULT_PROVIDERS,
@@ -167,6 +170,7 @@ def prune(
         model,
         output,
         None if data is None else Source(data, samples, seed, allow_random),
+        crops,
         stats,
         {axis: share for axis, share in given.items() if share is not None},
         align,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +13,12 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from corp_onnx.arrays import open_noise, open_npy, open_npz
+from corp_onnx.crops import Crops
 from corp_onnx.errors import DataError
-from corp_onnx.fitting import fitted, listed, require_batchable, require_fit, shape_text
+from corp_onnx.fitting import fitted, how_to_preprocess, listed, require_batchable, require_fit
 from corp_onnx.loaders import is_loader, open_loader
 from corp_onnx.preprocessing import Preprocessing
-from corp_onnx.sources import InputSpec, Layout, Store, open_images
+from corp_onnx.sources import Images, InputSpec, Layout, Store, open_images
 
 __all__ = ["Dataset", "InputSpec", "open_data"]
 
@@ -64,6 +64,11 @@ class Dataset:
     def places(self) -> Int[np.ndarray, " n"]:
         """The number of every sample in the source, in order."""
         return np.array([self.store.place(index) for index in self.indices.tolist()], np.intp)
+
+    @property
+    def crops(self) -> int:
+        """How many inputs are made of every picture; 1 where each sample is taken as it is."""
+        return self.store.crops if isinstance(self.store, Crops) else 1
 
     @property
     def fixed_batch(self) -> int | None:
@@ -134,6 +139,27 @@ class Dataset:
         first = min(max(round(share * self.samples), 1), self.samples - 1)
         order = np.random.default_rng(seed).permutation(self.samples)
         return self.take(np.sort(order[:first])), self.take(np.sort(order[first:]))
+
+    def augmented(self, crops: int, seed: int) -> Dataset:
+        """Every picture ``crops`` times: plain first, then random crops, half of them mirrored.
+
+        All pictures come once before any comes again. Samples that are no pictures stay as they
+        are. Split before, not after: otherwise both parts get crops of the same picture.
+
+        Args:
+            crops: Inputs to make of every picture.
+            seed: Decides, with the number of the picture in its folder, what the crops show.
+
+        Raises:
+            DataError: If there are fewer crops than one.
+        """
+        if crops < 1:
+            raise DataError(f"at least one crop of every picture is needed, not {crops}")
+        if crops == 1 or not isinstance(self.store, Images):
+            return self
+        indices = (np.arange(crops)[:, None] * len(self.store) + self.indices).reshape(-1)
+        indices.flags.writeable = False
+        return replace(self, store=Crops(self.store, crops, seed), indices=indices)
 
     def _pieces(self, batch_size: int) -> list[Int[np.ndarray, " b"]]:
         """The samples of every batch."""
@@ -238,7 +264,7 @@ def _open_path(source: str, specs: Layout, preprocessing: Preprocessing | None) 
 def _open_folder(path: Path, specs: Layout, preprocessing: Preprocessing | None) -> Store:
     name = _only_input(str(path), "a folder of images holds", specs)
     if preprocessing is None:
-        raise DataError(_how_to_preprocess(path, specs[0]))
+        raise DataError(how_to_preprocess(path, specs[0]))
     if preprocessing.input != name:
         raise DataError(
             f"the preprocessing is for an input {preprocessing.input!r}, but the model's input is "
@@ -253,26 +279,6 @@ def _only_input(source: str, what: str, specs: Layout) -> str:
     raise DataError(
         f"{source}: {what} one input, but the model has {listed([spec.name for spec in specs])}; "
         "save all of them in a .npz under these names"
-    )
-
-
-def _how_to_preprocess(folder: Path, spec: InputSpec) -> str:
-    if len(spec.shape) != 4:
-        return (
-            f"{folder} holds images, but the model's input {spec.name!r} has the shape "
-            f"{shape_text(spec)} and takes none; give arrays in a .npz"
-        )
-    height, width = (size or 224 for size in spec.shape[2:])
-    grey = spec.shape[1] == 1
-    mean, std = ((0.5,), (0.5,)) if grey else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    example = Preprocessing(
-        *(spec.name, (height, width), len(mean), mean, std), interpolation="bicubic", crop_pct=0.9
-    )
-    used = "pixels between -1 and 1" if grey else "ImageNet's mean and standard deviation"
-    return (
-        f"{folder} holds images, but there is no <model>.preprocessing.json beside the model that "
-        f"says how a picture becomes its input; write one. For a model trained with {used} it "
-        f"holds {json.dumps(asdict(example))}"
     )
 
 

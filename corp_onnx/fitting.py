@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,3 +201,24 @@ def _require_none(
             f"input {spec.name!r}: a value of {name(int(first[0]))}{where} {what}; correct that "
             "sample or take it away"
         )
+
+
+def how_to_preprocess(folder: Path, spec: InputSpec) -> str:
+    """What to say of a folder of images where the model has no recipe for pictures."""
+    if len(spec.shape) != 4:
+        return (
+            f"{folder} holds images, but the model's input {spec.name!r} has the shape "
+            f"{shape_text(spec)} and takes none; give arrays in a .npz"
+        )
+    height, width = (size or 224 for size in spec.shape[2:])
+    grey = spec.shape[1] == 1
+    mean, std = ((0.5,), (0.5,)) if grey else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    example = Preprocessing(
+        *(spec.name, (height, width), len(mean), mean, std), interpolation="bicubic", crop_pct=0.9
+    )
+    used = "pixels between -1 and 1" if grey else "ImageNet's mean and standard deviation"
+    return (
+        f"{folder} holds images, but there is no <model>.preprocessing.json beside the model that "
+        f"says how a picture becomes its input; write one. For a model trained with {used} it "
+        f"holds {json.dumps(asdict(example))}"
+    )

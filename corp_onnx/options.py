@@ -34,6 +34,10 @@ DATA_HELP = (
 Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 MaybeData = Annotated[str | None, typer.Option("--data", help=DATA_HELP)]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Take only so many.")]
+DEFAULT_CROPS = 2
+Crops = Annotated[
+    int, typer.Option("--crops", min=1, help="Calibrate on so many crops of every picture.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
 AllowRandom = Annotated[
     bool, typer.Option("--allow-random", help="Let --data random feed noise (ruins statistics).")

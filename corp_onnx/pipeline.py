@@ -62,6 +62,7 @@ class Pruned:
     samples: int
     source: str
     seconds: Mapping[str, float]
+    crops: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ def prune(
     sizes: Sizes | None = None,
     runtime: Runtime | None = None,
     seed: int = 0,
+    crops: int = 1,
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> Pruned:
     """Cut a model and write the result to ``output``.
@@ -104,7 +106,8 @@ def prune(
         gates: The user's own limits.
         sizes: Input dimensions for counting MACs.
         runtime: How models are run.
-        seed: Decides which samples are held out.
+        seed: Decides which samples are held out, and what crops show.
+        crops: Inputs to calibrate on that are made of every picture.
         on_batch: Called after every calibration batch with its number of samples.
 
     Raises:
@@ -122,7 +125,13 @@ def prune(
             statistics = Statistics.load(knowledge)
         else:
             statistics = calibrate(
-                model, catalog, knowledge(model), runtime=runtime, seed=seed, on_batch=on_batch
+                model,
+                catalog,
+                knowledge(model),
+                runtime=runtime,
+                seed=seed,
+                crops=crops,
+                on_batch=on_batch,
             )
     with clock.stage("solve"):
         solution = solve(model, catalog, plan, statistics, recipe)
@@ -151,6 +160,7 @@ def prune(
         statistics.samples,
         statistics.source,
         clock.seconds,
+        statistics.crops,
     )
 
 

@@ -174,10 +174,22 @@ class Preprocessing:
         whole = image.convert(MODES[self.channels])
         whole = whole.resize(self._resized(*whole.size), RESAMPLING[self.interpolation])
         left, top = round((whole.width - width) / 2), round((whole.height - height) / 2)
-        crop = whole.crop((left, top, left + width, top + height))
-        pixels = np.asarray(crop, dtype=np.uint8).reshape(height, width, self.channels)
-        normalised: np.ndarray = self.normalise(pixels.transpose(2, 0, 1)[None])[0]
-        return normalised
+        return self._as_input(whole.crop((left, top, left + width, top + height)))
+
+    def apply_within(
+        self, image: Image.Image, box: tuple[float, float, float, float], *, mirrored: bool
+    ) -> Float32[np.ndarray, "c h w"]:
+        """A part of a picture, resized to fill the model input.
+
+        Args:
+            image: Of any size and mode.
+            box: Left, upper, right and lower edge of the part, in pixels.
+            mirrored: Whether left and right change places.
+        """
+        height, width = self.size
+        whole = image.convert(MODES[self.channels])
+        part = whole.resize((width, height), RESAMPLING[self.interpolation], box=box)
+        return self._as_input(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part)
 
     def normalise(self, pixels: UInt8[np.ndarray, "n c h w"]) -> Float32[np.ndarray, "n c h w"]:
         """Pictures that have the right size already: only ``(pixel / 255 - mean) / std``.
@@ -193,6 +205,12 @@ class Preprocessing:
         mean = np.array(self.mean, np.float32).reshape(-1, 1, 1)
         std = np.array(self.std, np.float32).reshape(-1, 1, 1)
         return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+    def _as_input(self, picture: Image.Image) -> Float32[np.ndarray, "c h w"]:
+        """A picture that has the right size and mode."""
+        pixels = np.asarray(picture, dtype=np.uint8).reshape(*self.size, self.channels)
+        normalised: np.ndarray = self.normalise(pixels.transpose(2, 0, 1)[None])[0]
+        return normalised
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after the resize, rounded as torchvision and timm round them."""

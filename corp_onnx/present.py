@@ -78,6 +78,7 @@ def statistics_json(statistics: Statistics, output: str) -> Json:
     """What ``calibrate --json`` and ``merge --json`` print."""
     return {
         "samples": statistics.samples,
+        "crops": statistics.crops,
         "source": statistics.source,
         "sha256": statistics.sha256,
         "tokens": {name: moments.count for name, moments in statistics.sites.items()},
@@ -88,10 +89,11 @@ def statistics_json(statistics: Statistics, output: str) -> Json:
 
 def statistics_text(document: Mapping[str, Any]) -> RenderableType:
     """What ``calibrate`` and ``merge`` print."""
-    tokens = document["tokens"].values()
+    tokens, crops = document["tokens"].values(), document["crops"]
+    each = f", {crops} crops of every picture" if crops > 1 else ""
     return Text(
-        f"{document['samples']} samples of {document['source']}: {min(tokens)} tokens or more at "
-        f"each of {len(tokens)} sites; {document['held_out']} samples held out\n"
+        f"{document['samples']} samples of {document['source']}{each}: {min(tokens)} tokens or "
+        f"more at each of {len(tokens)} sites; {document['held_out']} samples held out\n"
         f"written to {document['output']}"
     )
 
@@ -116,6 +118,7 @@ def pruned_json(result: Pruned, output: str) -> Json:
         "macs": {"dense": result.surgery.dense.total, "pruned": result.surgery.pruned.total},
         "params": {"dense": result.surgery.dense.params, "pruned": result.surgery.pruned.params},
         "samples": result.samples,
+        "crops": result.crops,
         "source": result.source,
         "seconds": dict(result.seconds),
         "checks": [asdict(check) for check in result.verification.checks],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,26 @@ from corp_onnx.statistics import Batch
 
 ROWS_PER_CHANNEL = 2
 """Vectors wait until there are so many per channel: one product for several small batches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thinning:
+    """Which of a batch's tokens count: every ``step``-th, from one of the first ``step``."""
+
+    step: int = 1
+    first: int = 0
+
+    @staticmethod
+    def drawn(step: int, seed: int, samples: int) -> Thinning:
+        """Where to begin follows from the seed and from how many samples came before the batch."""
+        return Thinning(step, int(np.random.default_rng((seed, samples)).integers(step)))
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """The rows that count: at least one, if there are any."""
+        return rows[min(self.first, max(len(rows) - 1, 0)) :: self.step]
+
+
+ALL = Thinning()
 
 
 class Site:
@@ -38,13 +59,13 @@ class Site:
             return (self.block.hidden, *mask)
         return (*(route.linear.output for route in _query_and_key(self.block)), *mask)
 
-    def add(self, tensors: Batch) -> None:
-        """Add one batch of activations."""
+    def add(self, tensors: Batch, thinning: Thinning = ALL) -> None:
+        """Add one batch of activations, or of its tokens those that count."""
         with self._named(), np.errstate(over="ignore", invalid="ignore"):  # an error anyway
             if isinstance(self.block, Mlp):
-                self._add_hidden(self.block, tensors)
+                self._add_hidden(self.block, tensors, thinning)
             else:
-                self._add_heads(self.block, tensors)
+                self._add_heads(self.block, tensors, thinning)
 
     def moments(self) -> dict[str, Moments]:
         """Everything so far, by site name."""
@@ -58,16 +79,16 @@ class Site:
         assert self._products is not None, "only read once there are tokens"
         return self._products / self.tokens
 
-    def _add_hidden(self, block: Mlp, tensors: Batch) -> None:
+    def _add_hidden(self, block: Mlp, tensors: Batch, thinning: Thinning) -> None:
         hidden = np.moveaxis(tensors[block.hidden], block.down.axis, -1)
-        rows = seen_rows(block.padding, hidden, tensors)
+        rows = self._rows(hidden, tensors, thinning)
         self._sum("hidden", hidden.reshape(-1, hidden.shape[-1])[rows])
 
-    def _add_heads(self, block: Attention, tensors: Batch) -> None:
+    def _add_heads(self, block: Attention, tensors: Batch, thinning: Thinning) -> None:
         values = []
         for role, route in zip(("query", "key"), _query_and_key(block), strict=True):
             tokens = channels_last(route, tensors[route.linear.output])
-            heads = operand(route, tokens)[seen_rows(block.padding, tokens, tensors)]
+            heads = operand(route, tokens)[self._rows(tokens, tensors, thinning)]
             self._sum(role, heads)
             values.append(heads)
         query, key = (np.square(heads) for heads in values)
@@ -80,6 +101,13 @@ class Site:
         )
         self._products = energy if self._products is None else self._products + energy
         self.tokens += len(key)
+
+    def _rows(self, tokens: np.ndarray, tensors: Batch, thinning: Thinning) -> np.ndarray | slice:
+        """Which tokens are no padding, and of these the ones that count."""
+        seen = seen_rows(self.block.padding, tokens, tensors)
+        if thinning.step == 1:
+            return seen
+        return thinning.of(np.arange(np.prod(tokens.shape[:-1]))[seen])
 
     def _sum(self, role: str, vectors: np.ndarray) -> None:
         waiting = self._waiting.setdefault(role, [])

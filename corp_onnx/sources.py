@@ -100,8 +100,16 @@ class Images:
 
     def read(self, indices: Int[np.ndarray, " n"]) -> dict[str, Shaped[np.ndarray, "n ..."]]:
         """The pictures, resized, cropped and normalised."""
-        pictures = [self.preprocessing.apply(_picture(self.files[index])) for index in indices]
+        pictures = [self.preprocessing.apply(self.open(index)) for index in indices.tolist()]
         return {self.preprocessing.input: np.stack(pictures)}
+
+    def open(self, index: int) -> Image.Image:
+        """One picture as it is in its file.
+
+        Raises:
+            DataError: If the file cannot be read as an image.
+        """
+        return _picture(self.files[index])
 
 
 def open_images(folder: Path, preprocessing: Preprocessing) -> Images:

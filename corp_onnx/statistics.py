@@ -45,6 +45,8 @@ class Statistics:
     """A few of the calibration batches, to hold promises against what is measured."""
     held_out: tuple[Batch, ...] = ()
     """Batches that no statistic has seen, to verify with."""
+    crops: int = 1
+    """How many of the samples were made of one picture, at most."""
 
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics of both sets of samples together.
@@ -74,6 +76,7 @@ class Statistics:
             self.sha256,
             _mixed(self.seen, other.seen),
             _mixed(self.held_out, other.held_out),
+            max(self.crops, other.crops),
         )
 
     def save(self, path: Path) -> None:
@@ -95,6 +98,7 @@ class Statistics:
             "samples": self.samples,
             "source": self.source,
             "sha256": self.sha256,
+            "crops": self.crops,
         }
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
         with whole(path) as draft, draft.open("wb") as stream:
@@ -143,6 +147,7 @@ def _assembled(about: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Stati
         about["sha256"],
         _unflatten("seen", arrays),
         _unflatten("held_out", arrays),
+        about.get("crops", 1),
     )
 
 

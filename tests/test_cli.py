@@ -116,11 +116,11 @@ def test_calibrate_resumes_what_was_asked_for_and_tidies_up(command, files, tmp_
     statistics = tmp_path / "done.npz"
     assert command(*arguments[:5], statistics, "--json").status == 0
     done = Statistics.load(statistics)
-    request = f"--data {files.data} --samples None --seed 1 --shard 0/1"
+    request = f"--data {files.data} --samples None --seed 1 --crops 2 --shard 0/1"
     replace(done, source=request).save(left)
     refused = command(*arguments)
     assert refused.status == 2
-    assert "--seed 1 --shard 0/1, not with" in refused.stderr
+    assert "--seed 1 --crops 2 --shard 0/1, not with" in refused.stderr
     assert left.exists()
     resumed = command(*arguments, "--seed", 1)
     assert resumed.status == 0

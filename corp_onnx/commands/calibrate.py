@@ -24,6 +24,7 @@ class Calibrate:
     model: Path
     output: Path
     source: Source
+    crops: int
     shard: tuple[int, int]
     resume: bool
     sizes: Sizes
@@ -45,6 +46,7 @@ class Calibrate:
             shard,
             runtime=self.runtime,
             seed=self.source.seed,
+            crops=self.crops,
             partial=partial,
             on_batch=progress,
         )
@@ -58,7 +60,7 @@ class Calibrate:
         source = self.source
         request = (
             f"--data {source.data} --samples {source.samples} --seed {source.seed} "
-            f"--shard {self.shard[0]}/{self.shard[1]}"
+            f"--crops {self.crops} --shard {self.shard[0]}/{self.shard[1]}"
         )
         return Partial(self.output.with_name(f"{self.output.name}.partial"), request)
 

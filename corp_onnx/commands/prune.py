@@ -27,6 +27,7 @@ class Prune:
     model: Path
     output: Path
     source: Source | None
+    crops: int
     stats: Path | None
     shares_removed: dict[Axis, float]
     align: int
@@ -60,6 +61,7 @@ class Prune:
             sizes=self.sizes,
             runtime=self.runtime,
             seed=0 if source is None else source.seed,
+            crops=self.crops,
             on_batch=progress,
         )
         sidecar = Preprocessing.beside(self.model)
