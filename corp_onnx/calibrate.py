@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from corp_onnx.blocks import Block, Catalog, Mlp, axes_of
+from corp_onnx.blocks import Catalog, axes_of
 from corp_onnx.data import Dataset
 from corp_onnx.errors import DataError, NothingPrunable, TooFewSamples
 from corp_onnx.extracts import exposed
@@ -68,7 +68,7 @@ def calibrate(
         TooFewSamples: If an axis has more channels than there are tokens.
         NothingPrunable: If no block has an axis that statistics are needed for.
     """
-    held_out, used = _split(data, seed)
+    held_out, used = held_apart(data, seed)
     used = used.augmented(crops, seed)
     earlier = partial.load(model.fingerprint.sha256) if partial else None
     statistics = gather(
@@ -84,7 +84,7 @@ def calibrate(
         on_batch=on_batch,
     )
     require_enough(statistics)
-    seen = tuple(_drawn(used, MOST_SEEN, seed).batches(batch_size))
+    seen = tuple(drawn(used, MOST_SEEN, seed).batches(batch_size))
     return replace(
         statistics,
         source=data.source,
@@ -116,7 +116,7 @@ def gather(
         DataError: If there are no batches, or an activation holds NaN or infinity.
         NothingPrunable: If no block has an axis that statistics are needed for.
     """
-    sites = tuple(Site(block) for block in catalog.blocks if _is_read(block))
+    sites = tuple(Site(block) for block in catalog.blocks if axes_of(block))
     if not sites:
         raise NothingPrunable(
             "no block of the model has an axis to calibrate; `corp-onnx inspect` says why"
@@ -128,7 +128,7 @@ def gather(
         on_batch(earlier.samples)
 
     def so_far() -> Statistics:
-        new = replace(_summed(sites, samples, source, model.fingerprint.sha256), crops=crops)
+        new = replace(summed(sites, samples, source, model.fingerprint.sha256), crops=crops)
         return earlier + new if earlier else new
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, threadpool_limits(1, user_api="blas"):
@@ -147,7 +147,7 @@ def gather(
     return so_far()
 
 
-def _summed(sites: Iterable[Site], samples: int, source: str, sha256: str) -> Statistics:
+def summed(sites: Iterable[Site], samples: int, source: str, sha256: str) -> Statistics:
     """What the sites have summed."""
     moments: dict[str, Moments] = {}
     for site in sites:
@@ -200,22 +200,17 @@ def _too_few(statistics: Statistics, site: str) -> DataError:
     )
 
 
-def _is_read(block: Block) -> bool:
-    """Whether a block has an axis whose statistics are of use."""
-    return isinstance(block, Mlp) or "qk" in axes_of(block)
-
-
 def _tensors(sites: Iterable[Site]) -> list[str]:
     return list(itertools.chain.from_iterable(site.tensors() for site in sites))
 
 
-def _drawn(data: Dataset, most: int, seed: int) -> Dataset:
+def drawn(data: Dataset, most: int, seed: int) -> Dataset:
     """A random choice of samples, in the order of the data."""
     order = np.random.default_rng(seed).permutation(data.samples)
     return data.take(np.sort(order[: max(most, data.fixed_batch or 1)]))
 
 
-def _split(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+def held_apart(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
     """Some samples to verify with, and all others."""
     fixed = data.fixed_batch or 1
     wanted = min(MOST_HELD_OUT, round(HELD_OUT_SHARE * data.samples))

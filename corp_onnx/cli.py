@@ -26,7 +26,6 @@ from corp_onnx.pipeline import Gates
 from corp_onnx.plan import DEFAULT_ALIGN
 from corp_onnx.session import Runtime
 from corp_onnx.solve import DEFAULT_RIDGE, Method, Recipe
-from corp_onnx.solve.ranking import RANKINGS
 
 DONE, UNVERIFIED, UNUSABLE, NOTHING, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -137,18 +136,17 @@ def prune(
     stats: Annotated[
         Path | None, typer.Option("--stats", help="Statistics of an earlier calibration.")
     ] = None,
-    method: Annotated[Method, typer.Option("--method")] = "corp",
+    method: Annotated[Method, typer.Option("--method")] = "best",
     mlp: options.MlpShare = None,
     qk: options.QueryKeyShare = None,
+    vo: options.ValueShare = None,
     align: Annotated[
         int, typer.Option("--align", help="Widths become multiples of this.")
     ] = DEFAULT_ALIGN,
     ridge: Annotated[
         float, typer.Option("--ridge", help="Regularisation, relative to the layer's variance.")
     ] = DEFAULT_RIDGE,
-    ranking: Annotated[
-        str, typer.Option("--ranking", help=f"One of {', '.join(RANKINGS)}.")
-    ] = "energy",
+    ranking: options.Ranking = None,
     max_error: options.MaxError = None,
     min_agreement: options.MinAgreement = None,
     samples: options.Samples = None,
@@ -165,7 +163,7 @@ def prune(
     """Cut a model, repair it, verify it, write it. Without shares: --mlp 0.5 --qk 0.5."""
     if (data is None) == (stats is None):
         raise PlanError("give either --data (inputs to calibrate on) or --stats (a file of them)")
-    given: dict[Axis, float | None] = {"mlp": mlp, "qk": qk}
+    given: dict[Axis, float | None] = {"mlp": mlp, "qk": qk, "vo": vo}
     command = commands.Prune(
         model,
         output,

@@ -10,6 +10,8 @@ import typer
 from corp_onnx.errors import PlanError
 from corp_onnx.session import CPU, Runtime
 from corp_onnx.sizes import Sizes
+from corp_onnx.solve.ranking import RANKINGS
+from corp_onnx.solve.solver import ELIMINATION
 
 Exporter = Literal["torchscript", "dynamo"]
 ModelFile = Annotated[Path, typer.Argument(help="An ONNX file.", metavar="MODEL")]
@@ -51,6 +53,16 @@ MinAgreement = Annotated[
 MlpShare = Annotated[float | None, typer.Option("--mlp", help="Share of MLP width to remove.")]
 QueryKeyShare = Annotated[
     float | None, typer.Option("--qk", help="Share of query-key width to remove.")
+]
+ValueShare = Annotated[
+    float | None, typer.Option("--vo", help="Share of value-output width to remove.")
+]
+Ranking = Annotated[
+    str | None,
+    typer.Option(
+        "--ranking",
+        help=f"What stays: {ELIMINATION} (best's default), {', '.join(RANKINGS)} (else energy).",
+    ),
 ]
 
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from corp_onnx.blocks import Axis, Catalog, find_blocks
 from corp_onnx.blocks.catalog import named_as
 from corp_onnx.calibrate import calibrate
 from corp_onnx.data import Dataset
-from corp_onnx.errors import DataError, PlanError
+from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model, load, require_writable, save
 from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, Plan, uniform
-from corp_onnx.promise import measured_errors
+from corp_onnx.promise import Measured, measured_errors, stream_errors
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.sizes import Sizes
-from corp_onnx.solve import Recipe, solve
-from corp_onnx.solve.folds import Solution
+from corp_onnx.solve import Recipe
+from corp_onnx.solved import Solved, from_statistics, in_sequence
 from corp_onnx.statistics import Statistics
 from corp_onnx.surgery import Surgery, operate
 from corp_onnx.verify import (
@@ -56,13 +56,10 @@ class Pruned:
 
     catalog: Catalog
     plan: Plan
-    solution: Solution
+    solved: Solved
     surgery: Surgery
     verification: Verification
-    samples: int
-    source: str
     seconds: Mapping[str, float]
-    crops: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +90,7 @@ def prune(
     seed: int = 0,
     crops: int = 1,
     on_batch: Callable[[int], None] = lambda samples: None,
+    on_block: Callable[[str], None] = lambda block: None,
 ) -> Pruned:
     """Cut a model and write the result to ``output``.
 
@@ -109,6 +107,7 @@ def prune(
         seed: Decides which samples are held out, and what crops show.
         crops: Inputs to calibrate on that are made of every picture.
         on_batch: Called after every calibration batch with its number of samples.
+        on_block: Called with every block that is done, where they are fitted in sequence.
 
     Raises:
         CorpError: Whatever is wrong with the model, the data or the request.
@@ -120,10 +119,22 @@ def prune(
     with clock.stage("blocks"):
         catalog = find_blocks(model, sizes)
         plan = uniform(catalog, shares_removed, align=align)
-    with clock.stage("calibrate"):
-        if isinstance(knowledge, Path):
+    if isinstance(knowledge, Path):
+        with clock.stage("calibrate"):
             statistics = Statistics.load(knowledge)
-        else:
+        with clock.stage("solve"):
+            solved = from_statistics(model, catalog, plan, statistics, recipe)
+    elif recipe.method == "best" and recipe.refit:
+        with clock.stage("fit"):
+            solved = in_sequence(
+                *(model, catalog, plan, knowledge(model), recipe),
+                runtime=runtime,
+                seed=seed,
+                crops=crops,
+                on_block=on_block,
+            )
+    else:
+        with clock.stage("calibrate"):
             statistics = calibrate(
                 model,
                 catalog,
@@ -133,43 +144,27 @@ def prune(
                 crops=crops,
                 on_batch=on_batch,
             )
-    with clock.stage("solve"):
-        solution = solve(model, catalog, plan, statistics, recipe)
+        with clock.stage("solve"):
+            solved = from_statistics(model, catalog, plan, statistics, recipe)
     with clock.stage("surgery"):
-        surgery = operate(model, catalog, solution)
+        surgery = operate(model, catalog, solved.solution)
     with clock.stage("verify"):
         verification = verify(
-            model,
-            catalog,
-            plan,
-            statistics,
-            solution,
-            surgery,
+            *(model, catalog, plan, solved, surgery),
             gates=gates or Gates(),
             sizes=sizes,
             runtime=runtime,
         )
     with clock.stage("save"):
         save(surgery.model, output)
-    return Pruned(
-        catalog,
-        plan,
-        solution,
-        surgery,
-        verification,
-        statistics.samples,
-        statistics.source,
-        clock.seconds,
-        statistics.crops,
-    )
+    return Pruned(catalog, plan, solved, surgery, verification, clock.seconds)
 
 
 def verify(
     model: Model,
     catalog: Catalog,
     plan: Plan,
-    statistics: Statistics,
-    solution: Solution,
+    solved: Solved,
     surgery: Surgery,
     *,
     gates: Gates,
@@ -177,29 +172,56 @@ def verify(
     runtime: Runtime | None = None,
 ) -> Verification:
     """Hold the smaller model against the plan, the promises, no repair, and the user's limits."""
-    if not statistics.held_out:
-        raise DataError(
-            f"the statistics of {statistics.source} keep no samples to verify with; calibrate again"
-        )
     found = named_as(find_blocks(surgery.model, sizes), catalog)
     checks: list[Check] = [check_structure(plan, surgery.model, model, found)]
     candidates = [surgery.model]
-    if solution.method != "none":
-        candidates.append(_without_repair(model, catalog, plan, statistics))
+    if solved.solution.method != "none":
+        candidates.append(operate(model, catalog, solved.bare).model)
     comparison, *unrepaired = compare_each(
         open_session(model, runtime),
         [open_session(candidate, runtime) for candidate in candidates],
-        statistics.held_out,
+        solved.held_out,
     )
     if checks[0].passed:
-        measured = measured_errors(model, catalog, surgery.model, found, statistics.seen, runtime)
-        checks.append(check_promises(solution, measured))
+        measured = kept_promises(model, catalog, surgery.model, found, solved, runtime)
+        checks.append(check_promises(solved.solution, measured))
     checks += [check_repair(comparison, bare) for bare in unrepaired]
     checks += check_gates(comparison, max_error=gates.max_error, min_agreement=gates.min_agreement)
     return Verification(tuple(checks), comparison)
 
 
-def _without_repair(model: Model, catalog: Catalog, plan: Plan, statistics: Statistics) -> Model:
-    """The same cut with nothing put in place of what goes."""
-    solution = solve(model, catalog, plan, statistics, Recipe(method="none"))
-    return operate(model, catalog, solution).model
+def kept_promises(
+    model: Model,
+    catalog: Catalog,
+    pruned: Model,
+    found: Catalog,
+    solved: Solved,
+    runtime: Runtime | None,
+) -> Measured:
+    """What every fold of a solution really does, on samples that it was solved from."""
+    solution, seen = solved.solution, solved.seen
+
+    def measure(
+        smaller: Model, blocks: Catalog, axes: tuple[Axis, ...], *, behind_pruned: bool = False
+    ) -> Measured:
+        return measured_errors(
+            model,
+            catalog,
+            smaller,
+            blocks,
+            seen,
+            runtime,
+            axes=axes,
+            behind_pruned=behind_pruned,
+            without_row_constants=solution.method == "best",
+        )
+
+    if solution.in_sequence:
+        logits = measure(pruned, found, ("qk",), behind_pruned=True)
+        return logits | stream_errors(model, catalog, pruned, solution, seen, runtime)
+    measured = measure(pruned, found, ("mlp", "qk"))
+    values = tuple(fold for fold in solution.folds if fold.axis == "vo")
+    if not values:
+        return measured
+    alone = operate(model, catalog, replace(solution, folds=values)).model
+    return measured | measure(alone, named_as(find_blocks(alone), catalog), ("vo",))

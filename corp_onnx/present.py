@@ -15,7 +15,6 @@ from rich.text import Text
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
 from corp_onnx.latency import Race
 from corp_onnx.pipeline import Pruned
-from corp_onnx.solve.folds import Fold, MlpFold, QueryKeyFold
 from corp_onnx.statistics import Statistics
 from corp_onnx.verify import Check, Comparison
 
@@ -100,26 +99,26 @@ def statistics_text(document: Mapping[str, Any]) -> RenderableType:
 
 def pruned_json(result: Pruned, output: str) -> Json:
     """What ``prune --json`` prints."""
-    folds = {(fold.block, _axis(fold)): fold for fold in result.solution.folds}
     cuts: dict[str, Json] = {}
     for cut in result.plan.cuts:
-        evidence = folds[cut.block, cut.axis].evidence
+        evidence = result.solved.solution.of(cut.block, cut.axis).evidence
         cuts.setdefault(cut.block, {})[cut.axis] = {
             "from": cut.width,
             "to": cut.to,
             "unexplained": evidence.unexplained,
             "condition": evidence.condition,
             "error": evidence.error,
+            "unseen": evidence.unseen,
         }
     return {
-        "method": result.solution.method,
-        "one_shot": True,
+        "method": result.solved.solution.method,
+        "one_shot": not result.solved.solution.in_sequence,
         "blocks": [{"id": block, "cuts": entry} for block, entry in cuts.items()],
         "macs": {"dense": result.surgery.dense.total, "pruned": result.surgery.pruned.total},
         "params": {"dense": result.surgery.dense.params, "pruned": result.surgery.pruned.params},
-        "samples": result.samples,
-        "crops": result.crops,
-        "source": result.source,
+        "samples": result.solved.samples,
+        "crops": result.solved.crops,
+        "source": result.solved.source,
         "seconds": dict(result.seconds),
         "checks": [asdict(check) for check in result.verification.checks],
         "held_out": comparison_json(result.verification.comparison),
@@ -132,8 +131,8 @@ def pruned_json(result: Pruned, output: str) -> Json:
 def pruned_table(result: Pruned, output: str) -> RenderableType:
     """What ``prune`` prints."""
     table = _table("block", "axis", "from", "to", "unexplained", "predicted error", "condition")
-    for cut, fold in zip(result.plan.cuts, result.solution.folds, strict=True):
-        evidence = fold.evidence
+    for cut in result.plan.cuts:
+        evidence = result.solved.solution.of(cut.block, cut.axis).evidence
         table.add_row(
             cut.block,
             cut.axis,
@@ -250,12 +249,6 @@ def _block_json(block: Block) -> Json:
             "value_width": block.value_width,
         }
     return entry
-
-
-def _axis(fold: Fold) -> str:
-    if isinstance(fold, MlpFold):
-        return "mlp"
-    return "qk" if isinstance(fold, QueryKeyFold) else "vo"
 
 
 def _change(what: str, before: int, after: int, scale: float, unit: str) -> str:

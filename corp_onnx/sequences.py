@@ -36,6 +36,11 @@ def centred(
     """
     if axis is None:
         return heads - heads.mean(axis=0, keepdims=True) if len(heads) else heads
+    if isinstance(seen, slice):
+        apart = np.moveaxis(heads.reshape(*shape, *heads.shape[1:]), axis, 0)
+        apart = apart - apart.mean(axis=0, keepdims=True)
+        ordered: np.ndarray = np.moveaxis(apart, 0, axis).reshape(heads.shape)
+        return ordered
     numbers = np.arange(int(np.prod(shape)) // shape[axis])
     rest = tuple(size for place, size in enumerate(shape) if place != axis)
     of_token = np.broadcast_to(np.expand_dims(numbers.reshape(rest), axis), shape).reshape(-1)

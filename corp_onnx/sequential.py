@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from corp_onnx.blocks import Attention, Axis, Block, Catalog, Mlp
-from corp_onnx.blocks.records import Linear
-from corp_onnx.calibrate import gather, summed
+from corp_onnx.calibrate import gather, require_enough, summed
 from corp_onnx.extracts import extract
 from corp_onnx.graph import Model
 from corp_onnx.masks import seen_rows
-from corp_onnx.moments import Accumulator
+from corp_onnx.moments import Accumulator, Moments
 from corp_onnx.plan import Cut, Plan
 from corp_onnx.segments import Segment, segments_of
 from corp_onnx.session import Runtime, open_session
@@ -28,7 +27,7 @@ from corp_onnx.solve.joint import Joint, merged
 from corp_onnx.solve.narrow import Heads, narrow_mlp, narrow_output, narrow_values
 from corp_onnx.solve.solver import Solver
 from corp_onnx.statistics import Batch, Statistics
-from corp_onnx.streams import Stream, last_layer, stream_behind
+from corp_onnx.streams import Stream, stream_behind
 from corp_onnx.surgery import carried_out
 from corp_onnx.tape import Tape
 
@@ -60,8 +59,8 @@ def fit_in_sequence(
     The model is cut open at the streams behind its blocks. Of every segment the dense part runs
     once, for the stream ``X`` behind the block. The pruned part runs on what the segments before
     it, as they were cut, have made of the same samples: once for what there is to fit, and once
-    more as it was cut, for the next. Its stream is ``x + γ y``, with the branch ``y = f W + b``; so
-    the target of ``γ y`` is ``X - x``, in which this block can undo what earlier ones got wrong, as
+    more as it was cut, for the next. Its stream is ``x + g y``, with the branch ``y = f W + b``; so
+    the target of ``g y`` is ``X - x``, in which this block can undo what earlier ones got wrong, as
     far as `refit` finds that to hold on other samples.
 
     Blocks that share their weights with others are solved from the dense model alone, once for
@@ -85,13 +84,18 @@ def fit_in_sequence(
     with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
         dense, pruned = Tape(Path(folder) / "dense"), Tape(Path(folder) / "pruned")
         of_part: list[int] = []
+        samples = 0
         for part, batches in enumerate(parts):
             for batch in batches:
                 dense.write(len(of_part), batch)
                 pruned.write(len(of_part), batch)
                 of_part.append(part)
+                samples += len(next(iter(batch.values())))
         thinnings = tuple(Thinning.drawn(crops, seed, batch) for batch in range(len(of_part)))
-        line = _Line(model, catalog, recipe, runtime, dense, pruned, tuple(of_part), thinnings)
+        line = _Line(
+            *(model, catalog, recipe, runtime, dense, pruned, tuple(of_part), thinnings),
+            *(samples, crops),
+        )
         given = line.solve_shared(plan)
         folds, bare = [], []
         for segment in line.segments(plan):
@@ -122,6 +126,8 @@ class _Line:
     of_part: tuple[int, ...]
     """The part that every batch belongs to."""
     thinnings: tuple[Thinning, ...]
+    samples: int
+    crops: int
 
     def segments(self, plan: Plan) -> tuple[Segment, ...]:
         """The model cut at the streams behind every block that is to be cut."""
@@ -165,7 +171,8 @@ class _Line:
             found, unrepaired = given.get(stream.block) or fitter.fit(cuts)
             folds = [*folds, *found]
             bare += unrepaired
-        self._advance(self.pruned, self.cut(part, folds))
+        if segment.outputs:
+            self._advance(self.pruned, self.cut(part, folds))
         self.dense.forget(segment.later)
         self.pruned.forget(segment.later)
         return folds, bare
@@ -262,9 +269,7 @@ class _Fitter:
         part = self.line.cut(self.part, self.before)
         for batch, tensors in self.line.run(self.line.pruned, part, site.tensors()):
             site.add(tensors, self.line.thinnings[batch])
-        statistics = summed([site], len(self.line.of_part), "", self._sha256)
-        require_enough(statistics)
-        return statistics
+        return self._enough(summed([site], self.line.samples, "", self._sha256))
 
     def _joints(self, folds: Sequence[Fold], features: str) -> list[Joint]:
         """What the last layer reads, with what it should add to the stream, by part of samples."""
@@ -289,12 +294,16 @@ class _Fitter:
 
     def _rows(self, tokens: np.ndarray, tensors: Batch, batch: int) -> np.ndarray:
         numbers = np.arange(int(np.prod(tokens.shape[:-1])))
-        return self.line.thinnings[batch].of(numbers[seen_rows(self.block.padding, tokens, tensors)])
+        return self.line.thinnings[batch].of(
+            numbers[seen_rows(self.block.padding, tokens, tensors)]
+        )
 
     def _statistics(self, sites: Mapping[str, Moments]) -> Statistics:
         named = {f"{self.block.id}.{role}": moments for role, moments in sites.items()}
-        statistics = Statistics(named, {}, {}, len(self.line.of_part), "", self._sha256)
-        require_enough(statistics)
+        return self._enough(Statistics(named, {}, {}, self.line.samples, "", self._sha256))
+
+    def _enough(self, statistics: Statistics) -> Statistics:
+        require_enough(replace(statistics, crops=self.line.crops))
         return statistics
 
     def _solver(self, statistics: Statistics, recipe: Recipe | None = None) -> Solver:
@@ -303,4 +312,3 @@ class _Fitter:
     @property
     def _sha256(self) -> str:
         return self.line.model.fingerprint.sha256
-

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
-from corp_onnx.blocks import Attention, Block, Mlp
-from corp_onnx.blocks.records import Route
+from corp_onnx.blocks import Attention, Axis, Block, Mlp, axes_of
+from corp_onnx.blocks.records import Linear, Output, Route
 from corp_onnx.errors import DataError
 from corp_onnx.masks import seen_rows
 from corp_onnx.moments import Accumulator, Moments
+from corp_onnx.sequences import centred, sequence_axis
 from corp_onnx.statistics import Batch
 
 ROWS_PER_CHANNEL = 2
@@ -42,11 +43,12 @@ ALL = Thinning()
 class Site:
     """Sums up the activations of one block; mutable, as the sums that it holds."""
 
-    __slots__ = ("_products", "_sums", "_waiting", "block", "tokens")
+    __slots__ = ("_products", "_sums", "_waiting", "axes", "block", "tokens")
 
-    def __init__(self, block: Block) -> None:
-        """Start with no batch."""
+    def __init__(self, block: Block, axes: Sequence[Axis] | None = None) -> None:
+        """Start with no batch; all axes that can be cut are read, unless some are named."""
         self.block = block
+        self.axes = axes_of(block) if axes is None else tuple(axes)
         self.tokens = 0
         self._sums: dict[str, Accumulator] = {}
         self._waiting: dict[str, list[np.ndarray]] = {}
@@ -57,15 +59,21 @@ class Site:
         mask = (self.block.padding.tensor,) if self.block.padding else ()
         if isinstance(self.block, Mlp):
             return (self.block.hidden, *mask)
-        return (*(route.linear.output for route in _query_and_key(self.block)), *mask)
+        heads = _query_and_key(self.block) if "qk" in self.axes else ()
+        context = [_output(self.block).linear.input] if "vo" in self.axes else []
+        return (*(route.linear.output for route in heads), *context, *mask)
 
     def add(self, tensors: Batch, thinning: Thinning = ALL) -> None:
         """Add one batch of activations, or of its tokens those that count."""
         with self._named(), np.errstate(over="ignore", invalid="ignore"):  # an error anyway
             if isinstance(self.block, Mlp):
-                self._add_hidden(self.block, tensors, thinning)
-            else:
+                self._add_vectors("hidden", self.block.hidden, self.block.down, tensors, thinning)
+                return
+            if "qk" in self.axes:
                 self._add_heads(self.block, tensors, thinning)
+            if "vo" in self.axes:
+                linear = _output(self.block).linear
+                self._add_vectors("context", linear.input, linear, tensors, thinning)
 
     def moments(self) -> dict[str, Moments]:
         """Everything so far, by site name."""
@@ -79,18 +87,25 @@ class Site:
         assert self._products is not None, "only read once there are tokens"
         return self._products / self.tokens
 
-    def _add_hidden(self, block: Mlp, tensors: Batch, thinning: Thinning) -> None:
-        hidden = np.moveaxis(tensors[block.hidden], block.down.axis, -1)
-        rows = self._rows(hidden, tensors, thinning)
-        self._sum("hidden", hidden.reshape(-1, hidden.shape[-1])[rows])
+    def _add_vectors(
+        self, role: str, name: str, linear: Linear, tensors: Batch, thinning: Thinning
+    ) -> None:
+        """What a linear layer reads."""
+        vectors = np.moveaxis(tensors[name], linear.axis, -1)
+        rows = self._rows(vectors, tensors, thinning)
+        self._sum(role, vectors.reshape(-1, vectors.shape[-1])[rows])
 
     def _add_heads(self, block: Attention, tensors: Batch, thinning: Thinning) -> None:
         values = []
         for role, route in zip(("query", "key"), _query_and_key(block), strict=True):
             tokens = channels_last(route, tensors[route.linear.output])
-            heads = operand(route, tokens)[self._rows(tokens, tensors, thinning)]
+            rows = self._rows(tokens, tensors, thinning)
+            heads = operand(route, tokens)[rows]
             self._sum(role, heads)
             values.append(heads)
+            if role == "key":
+                apart = centred(heads, rows, tokens.shape[:-1], sequence_axis(route))
+                self._sum("centred_key", apart)
         query, key = (np.square(heads) for heads in values)
         if query.shape[1:] != key.shape[1:] or (np.diff(block.key_heads) != 1).any():
             query = _pooled(query, block.key_heads, key.shape[1])
@@ -155,6 +170,11 @@ def operand(route: Route, projection: np.ndarray) -> np.ndarray:
     if (route.gain != 1).any():
         heads = heads * route.gain.astype(heads.dtype)
     return heads + route.offset.astype(heads.dtype) if route.offset.any() else heads
+
+
+def _output(block: Attention) -> Output:
+    assert block.output is not None, f"{block.id} offers its values"
+    return block.output
 
 
 def _query_and_key(block: Attention) -> tuple[Route, Route]:

@@ -21,7 +21,7 @@ from corp_onnx.moments import Moments
 
 Batch = Mapping[str, np.ndarray]
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +29,9 @@ class Statistics:
     """Moments of every site of a dense model, over ``samples`` calibration samples.
 
     Sites are named ``<block>.hidden`` (an MLP's hidden vector), ``<block>.query`` and
-    ``<block>.key`` (operands as they enter the logits product, one set of moments per head).
+    ``<block>.key`` (operands as they enter the logits product, one set of moments per head),
+    ``<block>.centred_key`` (keys less their mean over the sequence), and ``<block>.context`` (mixed
+    values as they enter the output projection).
     """
 
     sites: Mapping[str, Moments]

@@ -41,10 +41,13 @@ class Stream:
         """What has to be computed to know the stream and the branch."""
         return (self.tensor,) if self.linear is None else (self.tensor, self.linear.output)
 
+    def last(self, tensor: np.ndarray) -> Float[np.ndarray, "... o"]:
+        """The stream, or the branch, with its channels on the last axis."""
+        return np.moveaxis(tensor, -1 if self.linear is None else self.linear.axis, -1)
+
     def vectors(self, tensor: np.ndarray) -> Float[np.ndarray, "n o"]:
-        """The stream, or the branch, as one vector per token."""
-        axis = -1 if self.linear is None else self.linear.axis
-        last = np.moveaxis(tensor, axis, -1)
+        """The same as one vector per token."""
+        last = self.last(tensor)
         vectors: np.ndarray = last.reshape(-1, last.shape[-1]).astype(np.float32, copy=False)
         return vectors
 
@@ -86,7 +89,7 @@ def stream_behind(model: Model, facts: Facts, block: Block) -> Stream:
 def _only_reader(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
     if len(tensor.outputs) != 1 or any(tensor is output for output in graph.outputs):
         return None
-    return tensor.outputs[0]  # type: ignore[no-any-return]
+    return tensor.outputs[0]
 
 
 def _step(

@@ -170,4 +170,5 @@ def _inverse(covariance: Float64[np.ndarray, "d d"], ridge: float) -> Float64[np
             "raise --ridge"
         ) from error
     inverse, _ = linalg.lapack.dpotri(factor, lower=1)
-    return np.tril(inverse) + np.tril(inverse, -1).T
+    whole: np.ndarray = np.tril(inverse) + np.tril(inverse, -1).T
+    return whole

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float64, Int64
-
-from corp_onnx.blocks.records import Axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +31,7 @@ EXACT = Evidence(0.0, 1.0, 0.0)
 class MlpFold:
     """Kept hidden channels, and the down projection that makes up for the others."""
 
+    axis: ClassVar[str | None] = "mlp"
     block: str
     kept: Int64[np.ndarray, " k"]
     weight: Float64[np.ndarray, "k o"]
@@ -44,6 +43,7 @@ class MlpFold:
 class QueryKeyFold:
     """Maps of every head's query and key: ``q ← q A``, ``k ← k B``, weights and biases alike."""
 
+    axis: ClassVar[str | None] = "qk"
     block: str
     query: Float64[np.ndarray, "h e r"]
     key: Float64[np.ndarray, "g e r"]
@@ -54,6 +54,7 @@ class QueryKeyFold:
 class ValueOutputFold:
     """Maps of every head's value, ``v ← v P``, and the output projection behind them."""
 
+    axis: ClassVar[str | None] = "vo"
     block: str
     value: Float64[np.ndarray, "g e r"]
     weight: Float64[np.ndarray, "h r o"]
@@ -65,6 +66,7 @@ class ValueOutputFold:
 class OutputFold:
     """A new output projection for an attention whose values stay as they are."""
 
+    axis: ClassVar[str | None] = None
     block: str
     weight: Float64[np.ndarray, "d o"]
     bias: Float64[np.ndarray, " o"]
@@ -72,15 +74,6 @@ class OutputFold:
 
 
 Fold = MlpFold | QueryKeyFold | ValueOutputFold | OutputFold
-
-
-AXES: Mapping[type, Axis | None] = {
-    MlpFold: "mlp",
-    QueryKeyFold: "qk",
-    ValueOutputFold: "vo",
-    OutputFold: None,
-}
-"""The axis that a fold cuts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,11 +85,6 @@ class Solution:
     in_sequence: bool = False
     """Whether every block was fitted behind those before it, as they were cut."""
 
-    def of(self, block: str, axis: Axis) -> Fold:
+    def of(self, block: str, axis: str) -> Fold:
         """The fold of one cut."""
-        return next(fold for fold in self.folds if (fold.block, axis_of(fold)) == (block, axis))
-
-
-def axis_of(fold: Fold) -> Axis | None:
-    """The axis that a fold cuts; None for one that only renews a layer."""
-    return AXES[type(fold)]
+        return next(fold for fold in self.folds if (fold.block, fold.axis) == (block, axis))

@@ -103,7 +103,8 @@ class Joint:
 
     def bias(self, weight: Float64[np.ndarray, "d o"]) -> Float64[np.ndarray, " o"]:
         """The bias that goes best with a weight: ``b = E[t] - E[f] W``."""
-        return self.target_mean - self.mean @ weight
+        bias: np.ndarray = self.target_mean - self.mean @ weight
+        return bias
 
     def error(self, weight: Float64[np.ndarray, "d o"], bias: Float64[np.ndarray, " o"]) -> float:
         """``E‖t - f W - b‖²``, exact on the vectors that the moments were taken of."""

@@ -119,7 +119,8 @@ def shared(
     total = np.zeros((groups, *covariances.shape[1:]))
     np.add.at(total, heads, covariances)
     counts: np.ndarray = np.bincount(heads, minlength=groups).clip(min=1)
-    return total / counts[:, None, None]
+    mean: np.ndarray = total / counts[:, None, None]
+    return mean
 
 
 def _roots(

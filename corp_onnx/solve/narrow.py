@@ -35,9 +35,7 @@ class Branch:
         scaled: np.ndarray = self.weight * self.gain
         return scaled
 
-    def layer(
-        self, fitted: Refit
-    ) -> tuple[Float64[np.ndarray, "k o"], Float64[np.ndarray, " o"]]:
+    def layer(self, fitted: Refit) -> tuple[Float64[np.ndarray, "k o"], Float64[np.ndarray, " o"]]:
         """Weight and bias in front of the gain, from those behind it."""
         least = LEAST_GAIN * np.abs(self.gain).max()
         gain = np.where(np.abs(self.gain) < least, np.copysign(least, self.gain), self.gain)
@@ -147,9 +145,7 @@ def narrow_values(
         return mapped, start
 
     fitted = refit(parts, narrowing)
-    evidence = Evidence(
-        float(found.curve[width]), max(conditions), fitted.seen, fitted.unseen
-    )
+    evidence = Evidence(float(found.curve[width]), max(conditions), fitted.seen, fitted.unseen)
     layer, bias = branch.layer(fitted)
     return ValueOutputFold(
         branch.block, maps, layer.reshape(len(places), width, -1), bias, evidence
@@ -204,9 +200,7 @@ def _unexplained(
     lost = joint.within[np.ix_(kept, removed)] @ weight[removed]
     absolute = ridge * float(np.trace(joint.within)) / len(joint.mean)
     change, _ = _taken_over(joint.within[np.ix_(kept, kept)], lost, absolute)
-    gone = float(
-        np.vdot(weight[removed], joint.within[np.ix_(removed, removed)] @ weight[removed])
-    )
+    gone = float(np.vdot(weight[removed], joint.within[np.ix_(removed, removed)] @ weight[removed]))
     again = joint.within[np.ix_(kept, kept)] @ change
     return share(gone + float(np.vdot(change, again - 2.0 * lost)), gone)
 

@@ -87,9 +87,7 @@ def _others(parts: Sequence[Joint], held: Joint) -> Joint:
     return merged([part for part in parts if part is not held])
 
 
-def _trials(
-    held: Joint, train: Joint, start: Float64[np.ndarray, "k o"]
-) -> dict[Choice, float]:
+def _trials(held: Joint, train: Joint, start: Float64[np.ndarray, "k o"]) -> dict[Choice, float]:
     """The error of every choice on samples that it was not fitted to."""
     correction = _Correction(train, start)
     errors = {NO_REFIT: held.error(start, train.bias(start))}

@@ -64,8 +64,8 @@ class Recipe:
             raise PlanError(f"--ridge {self.ridge:g} is no regularisation; it must be 0 or more")
         if self.ranking == ELIMINATION and self.method != "best":
             raise PlanError(
-                f"--ranking {ELIMINATION} belongs to --method best; {self.method} selects by energy "
-                "or energy-norm"
+                f"--ranking {ELIMINATION} belongs to --method best; {self.method} selects by "
+                "energy or energy-norm"
             )
 
     @property
@@ -110,9 +110,10 @@ class Solver:
         kept = self.recipe.kept.get((block.id, "mlp"))
         if kept is not None or self.recipe.eliminates:
             return kept
-        norms = [row_norms(self._weight(block.down))]
-        for source in block.sources:
-            norms.append(column_norms(self._weight(source.linear))[source.channels])
+        norms = [
+            row_norms(self._weight(block.down)),
+            *(column_norms(self._weight(src.linear))[src.channels] for src in block.sources),
+        ]
         return highest(score(self.recipe.selection, channel_energy(moments), norms), width)
 
     def branch(self, block: str, linear: Linear, gain: Float64[np.ndarray, " o"]) -> Branch:

@@ -1,0 +1,99 @@
+"""Two ways from data to a solution: in one shot from statistics, or block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from corp_onnx.blocks import Catalog
+from corp_onnx.calibrate import BATCH_SIZE, MOST_SEEN, drawn, held_apart
+from corp_onnx.data import Dataset
+from corp_onnx.errors import DataError
+from corp_onnx.graph import Model
+from corp_onnx.plan import Plan
+from corp_onnx.sequential import fit_in_sequence
+from corp_onnx.session import Runtime
+from corp_onnx.solve import Recipe, solve
+from corp_onnx.solve.folds import Solution
+from corp_onnx.statistics import Batch, Statistics
+
+LEAST_TO_REFIT = 16
+"""Samples below which two halves say nothing of how well a fit carries over."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solved:
+    """A solution, the same cut without repair, and the samples to hold both against."""
+
+    solution: Solution
+    bare: Solution
+    seen: tuple[Batch, ...]
+    """A few of the samples that it was solved from."""
+    held_out: tuple[Batch, ...]
+    """Samples that it knows nothing of."""
+    samples: int
+    source: str
+    crops: int
+
+
+def from_statistics(
+    model: Model,
+    catalog: Catalog,
+    plan: Plan,
+    statistics: Statistics,
+    recipe: Recipe,
+) -> Solved:
+    """One shot: every block from the statistics of the dense model.
+
+    Raises:
+        DataError: If they are of another model, or keep no samples to verify with.
+    """
+    if not statistics.held_out:
+        raise DataError(
+            f"the statistics of {statistics.source} keep no samples to verify with; calibrate again"
+        )
+    return Solved(
+        solve(model, catalog, plan, statistics, recipe),
+        solve(model, catalog, plan, statistics, Recipe("none")),
+        statistics.seen,
+        statistics.held_out,
+        statistics.samples,
+        statistics.source,
+        statistics.crops,
+    )
+
+
+def in_sequence(
+    model: Model,
+    catalog: Catalog,
+    plan: Plan,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    runtime: Runtime | None = None,
+    seed: int = 0,
+    crops: int = 1,
+    on_block: Callable[[str], None] = lambda block: None,
+) -> Solved:
+    """Block by block, each fitted behind those before it as they were cut."""
+    held_out, used = held_apart(data, seed)
+    halves = used.split(0.5, seed) if used.samples >= LEAST_TO_REFIT else (used,)
+    parts = [half.augmented(crops, seed) for half in halves]
+    fitted = fit_in_sequence(
+        *(model, catalog, plan),
+        [part.batches(BATCH_SIZE) for part in parts],
+        recipe,
+        runtime=runtime,
+        crops=parts[0].crops,
+        seed=seed,
+        on_block=on_block,
+    )
+    return Solved(
+        fitted.solution,
+        fitted.bare,
+        tuple(drawn(used, MOST_SEEN, seed).batches(BATCH_SIZE)),
+        tuple(held_out.batches(BATCH_SIZE)),
+        sum(part.samples for part in parts),
+        data.source,
+        parts[0].crops,
+    )
