@@ -169,8 +169,8 @@ def checks(model: str, share: float, tested: Sequence[Measured]) -> Iterator[Che
 
 
 def _dense_check(model: str, tested: Measured) -> Check:
-    wanted, share = PUBLISHED[model].dense, tested.dense / 100
-    slack = _slack(tested, share * (1 - share))
+    wanted = PUBLISHED[model].dense
+    slack = _slack(tested, wanted / 100 * (1 - wanted / 100))
     found = f"{tested.dense:.2f}, published {wanted:.2f}, {slack:.2f} off allowed"
     near = abs(tested.dense - wanted) <= slack
     return Check(f"{model}: the dense model is as accurate as published", near, found)
