@@ -31,7 +31,7 @@ from corp_onnx.commands import Source
 from corp_onnx.data import Dataset
 from corp_onnx.errors import BackendUnavailable, DataError
 from corp_onnx.export import export
-from corp_onnx.pipeline import prune
+from corp_onnx.pipeline import Settings, prune
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import CPU, Runtime, open_session
 from corp_onnx.solve import METHODS, Method, Recipe
@@ -178,14 +178,12 @@ def _made(request: Request, subject: _Subject, cut: str, method: Method, folder:
         file,
         lambda model: subject.calibration,
         shares_removed=dict.fromkeys(CUTS[cut], request.share),
-        recipe=Recipe(method),
-        runtime=request.runtime,
-        seed=request.seed,
+        settings=Settings(recipe=Recipe(method), runtime=request.runtime, seed=request.seed),
     )
     macs = found.surgery.dense.total, found.surgery.pruned.total
     broken = tuple(check.name for check in found.verification.checks if not check.passed)
     seconds = sum(found.seconds.values())
-    return CutModel(cut, method, file, macs, broken, found.samples, seconds)
+    return CutModel(cut, method, file, macs, broken, found.solved.samples, seconds)
 
 
 def _tested(request: Request, subject: _Subject, cuts: Sequence[CutModel]) -> list[Measured]:

@@ -88,6 +88,11 @@ class Recipe:
         return "energy" if self.ranking in {None, ELIMINATION} else str(self.ranking)
 
     @property
+    def goes_in_sequence(self) -> bool:
+        """Whether blocks are fitted one behind the other, which takes data to run."""
+        return self.method == "best" and self.refit
+
+    @property
     def eliminates(self) -> bool:
         """Whether MLP channels are eliminated one by one."""
         return self.method == "best" and self.ranking in {None, ELIMINATION}
