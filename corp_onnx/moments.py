@@ -10,6 +10,9 @@ from scipy.linalg import blas
 
 from corp_onnx.errors import DataError
 
+ROWS_PER_CHANNEL, LEAST_ROWS = 2, 4096
+"""So many vectors are multiplied together, where batches are smaller."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
@@ -190,6 +193,42 @@ class Accumulator:
         """Add the outer product of ``delta`` with itself to the triangle, in place."""
         for head in np.ndindex(delta.shape[:-1]):
             blas.dsyr(1.0, delta[head], a=self._upper[head].T, overwrite_a=1, lower=1)
+
+
+class Collector:
+    """An `Accumulator` in which vectors wait until one product serves several small batches."""
+
+    __slots__ = ("_enough", "_total", "_waiting")
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        """Start with no vector, for batches of shape ``(n, *shape)``."""
+        self._total = Accumulator(shape)
+        self._enough = max(ROWS_PER_CHANNEL * shape[-1], LEAST_ROWS)
+        self._waiting: list[Float[np.ndarray, "n *h d"]] = []
+
+    def add(self, x: Float[np.ndarray, "n *h d"]) -> None:
+        """Add a batch.
+
+        Raises:
+            DataError: As `Accumulator.add`, perhaps of an earlier batch.
+        """
+        self._waiting.append(x)
+        if sum(map(len, self._waiting)) >= self._enough:
+            self._flush()
+
+    def moments(self) -> Moments:
+        """What was added so far.
+
+        Raises:
+            DataError: As `Accumulator.add`.
+        """
+        self._flush()
+        return self._total.moments()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            self._total.add(np.concatenate(waiting))
 
 
 def read_only(values: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:

@@ -257,6 +257,7 @@ def _change(what: str, before: int, after: int, scale: float, unit: str) -> str:
 
 
 def table_of(*columns: str) -> Table:
+    """An empty table; all columns but the first hold numbers or short words."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")

@@ -15,7 +15,7 @@ from corp_onnx.calibrate import gather, require_enough, summed
 from corp_onnx.extracts import extract
 from corp_onnx.graph import Model
 from corp_onnx.masks import seen_rows
-from corp_onnx.moments import Accumulator, Moments
+from corp_onnx.moments import Collector, Moments
 from corp_onnx.plan import Cut, Plan
 from corp_onnx.segments import Segment, segments_of
 from corp_onnx.session import Runtime, open_session
@@ -276,7 +276,7 @@ class _Fitter:
         stream, line, linear = self.stream, self.line, self.stream.linear
         assert linear is not None, "a block whose last layer is known"
         totals = [
-            Accumulator((linear.width_in + linear.width_out,)) for _ in range(max(line.of_part) + 1)
+            Collector((linear.width_in + linear.width_out,)) for _ in range(max(line.of_part) + 1)
         ]
         mask = [self.block.padding.tensor] if self.block.padding else []
         wanted = (features, linear.output, stream.tensor, *mask)

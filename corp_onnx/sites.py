@@ -12,12 +12,9 @@ from corp_onnx.blocks import Attention, Axis, Block, Mlp, axes_of
 from corp_onnx.blocks.records import Linear, Output, Route
 from corp_onnx.errors import DataError
 from corp_onnx.masks import seen_rows
-from corp_onnx.moments import Accumulator, Moments
+from corp_onnx.moments import Collector, Moments
 from corp_onnx.sequences import centred, sequence_axis
 from corp_onnx.statistics import Batch
-
-ROWS_PER_CHANNEL = 2
-"""Vectors wait until there are so many per channel: one product for several small batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +40,14 @@ ALL = Thinning()
 class Site:
     """Sums up the activations of one block; mutable, as the sums that it holds."""
 
-    __slots__ = ("_products", "_sums", "_waiting", "axes", "block", "tokens")
+    __slots__ = ("_products", "_sums", "axes", "block", "tokens")
 
     def __init__(self, block: Block, axes: Sequence[Axis] | None = None) -> None:
         """Start with no batch; all axes that can be cut are read, unless some are named."""
         self.block = block
         self.axes = axes_of(block) if axes is None else tuple(axes)
         self.tokens = 0
-        self._sums: dict[str, Accumulator] = {}
-        self._waiting: dict[str, list[np.ndarray]] = {}
+        self._sums: dict[str, Collector] = {}
         self._products: np.ndarray | None = None
 
     def tensors(self) -> tuple[str, ...]:
@@ -78,9 +74,7 @@ class Site:
     def moments(self) -> dict[str, Moments]:
         """Everything so far, by site name."""
         with self._named():
-            for role in self._waiting:
-                self._flush(role)
-        return {f"{self.block.id}.{role}": total.moments() for role, total in self._sums.items()}
+            return {f"{self.block.id}.{role}": sums.moments() for role, sums in self._sums.items()}
 
     def energy(self) -> np.ndarray:
         """The mean of ``q_j² k_j²`` per head."""
@@ -125,17 +119,7 @@ class Site:
         return thinning.of(np.arange(np.prod(tokens.shape[:-1]))[seen])
 
     def _sum(self, role: str, vectors: np.ndarray) -> None:
-        waiting = self._waiting.setdefault(role, [])
-        waiting.append(vectors)
-        if sum(map(len, waiting)) >= ROWS_PER_CHANNEL * vectors.shape[-1]:
-            self._flush(role)
-
-    def _flush(self, role: str) -> None:
-        """Multiply what has been waiting."""
-        if waiting := self._waiting[role]:
-            total = self._sums.setdefault(role, Accumulator(waiting[0].shape[1:]))
-            total.add(np.concatenate(waiting))
-            waiting.clear()
+        self._sums.setdefault(role, Collector(vectors.shape[1:])).add(vectors)
 
     @contextmanager
     def _named(self) -> Iterator[None]:

@@ -20,6 +20,9 @@ from corp_onnx.statistics import Batch, Statistics
 LEAST_TO_REFIT = 16
 """Samples below which two halves say nothing of how well a fit carries over."""
 
+FIT_BATCH = 16
+"""Samples per run of one segment, which holds fewer tensors than the whole model."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solved:
@@ -81,7 +84,7 @@ def in_sequence(
     parts = [half.augmented(crops, seed) for half in halves]
     fitted = fit_in_sequence(
         *(model, catalog, plan),
-        [part.batches(BATCH_SIZE) for part in parts],
+        [part.batches(FIT_BATCH) for part in parts],
         recipe,
         runtime=runtime,
         crops=parts[0].crops,
