@@ -232,6 +232,7 @@ class Work:
                     runtime=given.runtime,
                     seed=given.seed,
                     crops=given.crops,
+                    on_batch=given.on_batch,
                     on_block=given.on_block,
                 )
         statistics = self.calibrated().statistics

@@ -52,6 +52,7 @@ def fit_in_sequence(
     runtime: Runtime | None = None,
     crops: int = 1,
     seed: int = 0,
+    on_batch: Callable[[int], None] = lambda samples: None,
     on_block: Callable[[str], None] = lambda block: None,
 ) -> Fitted:
     r"""Cut a model block by block, and refit every block to what the dense model has behind it.
@@ -76,6 +77,7 @@ def fit_in_sequence(
         runtime: How models are run.
         crops: Of every batch one in so many tokens counts.
         seed: Decides which tokens.
+        on_batch: Called after every batch that was read with its number of samples.
         on_block: Called with the id of every block that is done.
 
     Raises:
@@ -90,7 +92,9 @@ def fit_in_sequence(
                 dense.write(len(of_part), batch)
                 pruned.write(len(of_part), batch)
                 of_part.append(part)
-                samples += len(next(iter(batch.values())))
+                size = len(next(iter(batch.values())))
+                samples += size
+                on_batch(size)
         thinnings = tuple(Thinning.drawn(crops, seed, batch) for batch in range(len(of_part)))
         line = _Line(
             *(model, catalog, recipe, runtime, dense, pruned, tuple(of_part), thinnings),

@@ -76,6 +76,7 @@ def in_sequence(
     runtime: Runtime | None = None,
     seed: int = 0,
     crops: int = 1,
+    on_batch: Callable[[int], None] = lambda samples: None,
     on_block: Callable[[str], None] = lambda block: None,
 ) -> Solved:
     """Block by block, each fitted behind those before it as they were cut."""
@@ -89,6 +90,7 @@ def in_sequence(
         runtime=runtime,
         crops=parts[0].crops,
         seed=seed,
+        on_batch=on_batch,
         on_block=on_block,
     )
     return Solved(
