@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 from corp_onnx.blocks.linear import bias_of, dtype_of, weight_of
 from corp_onnx.blocks.records import Layout, Linear, Route
 from corp_onnx.blocks.view import constant_value
 from corp_onnx.theatre import Theatre
+
+
+def kept_rows(route: Route, kept: Int64[np.ndarray, " k"]) -> Route:
+    """A route of single channels, less those that are not kept."""
+    return replace(
+        route,
+        channels=route.channels[kept],
+        gain=route.gain[kept],
+        offset=route.offset[kept],
+        layout=replace(route.layout, rows=(len(kept),)),
+    )
 
 
 def project(

@@ -110,6 +110,8 @@ class Theatre:
         """Let Shape nodes go on saying what they said of the dense tensors."""
         for reader in readers:
             node = self.nodes[reader.node]
+            if not node.outputs:  # another block of the same layer has seen to it
+                continue
             pieces: list[gs.Tensor | Sequence[int]] = []
             for size in reader.sizes:
                 if isinstance(size, int):

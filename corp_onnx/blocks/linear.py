@@ -15,8 +15,8 @@ from corp_onnx.blocks.view import constant_value
 def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal | None:
     """Read a MatMul, Gemm or 1x1 Conv as a linear layer; None if it is no product with a weight.
 
-    ``shown`` are the names of the graph's outputs: a product that the caller sees keeps its bias
-    outside.
+    ``shown`` are the names of what the caller sees, or the body of an If: a product among them
+    keeps its bias outside.
     """
     if node.op == "Conv":
         return _match_pointwise(node, opset)
