@@ -148,6 +148,12 @@ def _grouped(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
     return [Made(query)]
 
 
+def _dequantised(node: gs.Node, shapes: Shapes) -> list[Made | None]:
+    """Numbers of the type of their scales."""
+    kind = node.inputs[1].dtype
+    return [Made(shapes[0] or (), None if kind is None else np.dtype(kind))]
+
+
 def _nbits(node: gs.Node, shapes: Shapes) -> list[Made | None]:
     return [Made((*(shapes[0] or ())[:-1], node.attrs.get("N", 0)))]
 
@@ -168,5 +174,6 @@ _RULES: Mapping[str, _Rule] = {
     "Attention": _packed_attention,
     "MultiHeadAttention": _multi_head,
     "GroupQueryAttention": _grouped,
+    "DequantizeLinear": _dequantised,
     "MatMulNBits": _nbits,
 }

@@ -62,6 +62,10 @@ def _parameters(graph: gs.Graph) -> dict[str, int]:
         for slot, tensor in enumerate(node.inputs)
         if isinstance(tensor, gs.Constant)
         and (slot == 0 if node.op == "DequantizeLinear" else _is_float(tensor))
+    } | {
+        node.inputs[1].name: int(node.attrs["N"] * node.attrs["K"])
+        for node in graph.nodes
+        if node.op == "MatMulNBits"
     }
 
 

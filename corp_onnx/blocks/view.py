@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx import shapes
 from corp_onnx.blocks.records import Linear
+from corp_onnx.reference import ROUNDING_OPS
 from corp_onnx.shapes import COMPUTED_OPS, Facts
 
 FOLDED_OPS = frozenset(
@@ -23,6 +24,7 @@ FOLDED_OPS = frozenset(
         "Split",
         "Slice",
         "DequantizeLinear",
+        "QuantizeLinear",
     }
 )
 """Operators on a constant that leave it a constant: a weight behind them is read through."""
@@ -110,7 +112,9 @@ def constant_value(tensor: gs.Tensor, opset: int) -> np.ndarray | None:
     if isinstance(tensor, gs.Constant):
         return np.asarray(tensor.values)
     node = producer(tensor)
-    if node is None or node.op not in FOLDED_OPS or node.domain not in {"", "ai.onnx", None}:
+    if node is None or node.op not in FOLDED_OPS:
+        return None
+    if node.domain not in {"", "ai.onnx", None} and node.op not in ROUNDING_OPS:
         return None
     values = {}
     for source in node.inputs:
