@@ -359,36 +359,6 @@ def test_probabilities_that_enter_two_products_are_refused():
     assert says("enter more than one product", reasons["Softmax"])
 
 
-# Fused attention
-
-
-@pytest.mark.parametrize("op", ["PackedMultiHeadAttention", "GroupQueryAttention"])
-def test_fused_operators_are_refused(op):
-    net = Net(0)
-    made = projections(net)
-    y = net(op, *made, domain="com.microsoft", num_heads=HEADS)
-    assert says("export the model without fusing", with_unknown_output(net, y)[op])
-
-
-def test_the_fused_attention_of_onnx_runtime_is_refused_with_a_cache():
-    net = Net(0)
-    past = net.input("past", 2, "batch", HEADS, "others", HEAD)
-    y = net(
-        "Attention", net.x(), net.weight(WIDTH, 3 * SIZE), net.random(3 * SIZE), "", past,
-        domain="com.microsoft", num_heads=HEADS, unidirectional=1,
-    )  # fmt: skip
-    assert says("export the model without fusing", with_unknown_output(net, y)["Attention"])
-
-
-def with_unknown_output(net, y):
-    """Reasons of a model whose output has a type that no schema gives."""
-    model = net.build(net("Identity", "x"))
-    model.graph.output.append(helper.make_tensor_value_info(y, TensorProto.FLOAT, None))
-    catalog = find_blocks(graph.from_proto(model))
-    assert catalog.blocks == ()
-    return by_operator(catalog)
-
-
 def test_an_operator_with_a_cache_is_refused():
     net = Net(0, opset=23)
     made = separate(net)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.attention import attention_of, unshared
+from corp_onnx.blocks.foreign import is_foreign, weights_inside, why_fused
 from corp_onnx.blocks.linear import match_linear
 from corp_onnx.blocks.logits import Anchor, match_softmax
 from corp_onnx.blocks.mlp import match_mlp, why_not_hidden
@@ -38,17 +39,6 @@ Last comes a batch of one, which is all that some exporters leave possible.
 SMALL_SHARE = 0.01
 """Linear layers below this share of all MACs go unmentioned."""
 
-FUSED_ATTENTION_OPS = frozenset(
-    {
-        "Attention",
-        "GroupQueryAttention",
-        "PackedAttention",
-        "PackedMultiHeadAttention",
-        "DecoderMaskedMultiHeadAttention",
-    }
-)
-"""Operators of ONNX Runtime that are not cut: their projections, caches or rotations are inside."""
-
 
 def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
     """Every block of a model, and a refusal for every Softmax and large linear layer outside.
@@ -69,6 +59,8 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
     refusals += [item for item in (*hidden, *unmatched) if item.node not in taken]
     said = taken | {item.node for item in refusals}
     refusals += _large_leftovers(view, counts, said)
+    inside = weights_inside(model.graph, counts.params, SMALL_SHARE)
+    refusals += [item for item in inside if item.node not in said]
     refusals += _in_bodies(view)
     return Catalog(
         blocks,
@@ -163,9 +155,8 @@ def _parts(view: View, node: gs.Node) -> Parts | Refusal | None:
     """What an attention multiplies, if ``node`` is one or its Softmax."""
     if node.op == "MultiHeadAttention":
         return match_multi_head(view, node)
-    if node.op in FUSED_ATTENTION_OPS and node.domain:
-        reason = "a fused operator; export the model without fusing attention"
-        return Refusal(node.name, node.op, reason)
+    if "Attention" in node.op and is_foreign(node):
+        return Refusal(node.name, node.op, why_fused(view, node))
     if node.op == "Attention":
         return match_operator(view, node)
     anchor = match_softmax(view, node)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from corp_onnx.blocks.foreign import CACHED
 from corp_onnx.blocks.logits import Anchor, match_logits, match_mixing
 from corp_onnx.blocks.operands import Operand
 from corp_onnx.blocks.records import Mask, Refusal, Scalar
 from corp_onnx.blocks.view import OPEN_SIZE, View, follows_data
-
-CACHED = "keys or values are kept in a cache (graph input or output), an interface"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
