@@ -73,8 +73,9 @@ class Mask:
     """A tensor that says which tokens nobody may attend to: padding counts in no statistic."""
 
     tensor: str
-    kind: Literal["added", "keeps", "drops"]
-    """Added to the logits; true where a token is seen; true where it is masked."""
+    kind: Literal["added", "keeps", "drops", "counts"]
+    """Added to the logits; true where a token is seen; true where it is masked; or how many of the
+    first tokens of every sample are seen."""
     heads: int = 1
     """How many heads share a sample where the first axis of a 3-D mask counts both."""
     tokens_first: bool = False
