@@ -254,3 +254,67 @@ def test_a_body_inside_a_body_is_that_of_the_outer_one():
 
     catalog = check_exact(model_of(net, y, chosen(net, nested)))
     assert any("is also read by If (If_7)" in item.reason for item in catalog.refusals)
+
+
+# Behind an If
+
+
+def squeezed(net, y, *, rank):
+    """An If as TorchScript writes it for a squeeze: on whether an axis has one entry."""
+    size = net("Gather", net("Shape", y), np.int64(1))
+    condition = net("Equal", size, np.int64(1))
+    one, other = Body("'"), Body("''")
+    bodies = (
+        one.graph(one("Squeeze", y, [1]) if rank else one("Neg", y)),
+        other.graph(other("Identity", y)),
+    )
+    return net("If", condition, then_branch=bodies[0], else_branch=bodies[1])
+
+
+@pytest.mark.parametrize("rank", [True, False])
+def test_blocks_behind_a_choice_by_sizes_are_found(rank):
+    net = Net(0)
+    y = squeezed(net, mlp(net, net.x(), relu), rank=rank)
+    catalog = check_exact(
+        model_of(net, net("Exp", net.linear(relu(net, y), WIDTH, WIDTH)), mlp(net, y, relu))
+    )
+    assert [block.width for block in catalog.blocks if isinstance(block, Mlp)] == [HIDDEN, HIDDEN]
+
+
+def test_an_attention_behind_a_choice_by_data_is_found():
+    net = Net(0)
+    net.x()
+    y = chosen(net, lambda body: body("Neg", "x"))
+    made = [
+        net("Transpose", net("Reshape", part, [0, 0, HEADS, HEAD]), perm=[0, 2, 1, 3])
+        for part in projections(net, y)
+    ]
+    (block,) = check_exact(model_of(net, merge_heads(net, mix(net, *made)))).blocks
+    assert axes_of(block) == ("qk", "vo")
+
+
+def test_bodies_of_different_shapes_leave_the_shape_open():
+    net = Net(0)
+    net.x()
+    condition = net("Greater", net("ReduceMax", "x", keepdims=0), 0.0)
+    one, other = Body("'"), Body("''")
+    bodies = one.graph(one("Identity", "x")), other.graph(other("Concat", "x", "x", axis=1))
+    y = net("If", condition, then_branch=bodies[0], else_branch=bodies[1])
+    catalog = check_exact(model_of(net, mlp(net, y, relu)))
+    assert not catalog.blocks
+    assert any("its size is not known" in item.reason for item in catalog.refusals)
+
+
+def test_values_behind_a_choice_by_sizes_are_not_taken_for_constants():
+    """A scale that is one number at all sizes that are probed, and another at one token."""
+    net = Net(0)
+    query, key, value = separate(net)
+    size = net("Gather", net("Shape", "x"), np.int64(1))
+    one, other = Body("'"), Body("''")
+    bodies = one.graph(one("Neg", 0.7)), other.graph(other("Neg", 0.3))
+    condition = net("Equal", size, np.int64(1))
+    scale = net("If", condition, then_branch=bodies[0], else_branch=bodies[1])
+    query = net("Mul", query, scale)
+    (block,) = check_exact(model_of(net, merge_heads(net, mix(net, query, key, value)))).blocks
+    assert axes_of(block) == ("vo",)
+    assert "If" in block.refused["qk"] or "Mul" in block.refused["qk"]
