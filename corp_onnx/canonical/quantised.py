@@ -7,9 +7,9 @@ import logging
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx.inliner import inline_local_functions
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from corp_onnx.inlining import inlined
 from corp_onnx.nbits import BITS
 
 log = logging.getLogger(__name__)
@@ -42,9 +42,7 @@ QUANTISED_FAMILIES = ("QLinear", "QOrdered")
 
 def quantised_ops(proto: onnx.ModelProto) -> list[str]:
     """Operators by which a model rounds more than the weights that it stores."""
-    if proto.functions:
-        proto = inline_local_functions(proto)
-    return sorted(_rounding(proto.graph, {""}))
+    return sorted(_rounding(inlined(proto).graph, {""}))
 
 
 def _rounding(graph: onnx.GraphProto, constants: set[str]) -> set[str]:
