@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,9 @@ from corp_onnx.theatre import Theatre
 
 OPERATORS = frozenset({"Attention", "MultiHeadAttention"})
 """What scales its logits by the head width, unless told otherwise."""
+
+Cut = Mapping[str, np.ndarray]
+"""Channels by the node of their layer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +52,7 @@ def operate(model: Model, catalog: Catalog, solution: Solution) -> Surgery:
     for fold in solution.folds:
         folds.setdefault(fold.block, []).append(fold)
     gone: set[str] = set()
-    cut = _cut_operands(catalog, folds)
+    cut = _cut_channels(catalog, folds)
     biased: dict[str, str] = {}
     for block in catalog.blocks:
         if block.id not in folds:
@@ -72,19 +75,27 @@ def operate(model: Model, catalog: Catalog, solution: Solution) -> Surgery:
     )
 
 
-def _cut_operands(catalog: Catalog, folds: Mapping[str, list[Fold]]) -> set[str]:
-    """Every tensor that is written anew because a block cuts it: no other block is to write it."""
-    cut: set[str] = set()
+def _cut_channels(catalog: Catalog, folds: Mapping[str, list[Fold]]) -> Cut:
+    """The channels of every layer that some block cuts."""
+    cut: dict[str, list[np.ndarray]] = {}
     for block in catalog.blocks:
-        if isinstance(block, Mlp) and block.id in folds:
-            cut |= {source.tensor for source in block.sources}
-        elif isinstance(block, Attention):
-            roles = _maps(folds.get(block.id, []))
-            cut |= {route.operand for role, route in _routes(block).items() if role in roles}
-    return cut
+        if isinstance(block, Mlp):
+            for source in block.sources if block.id in folds else ():
+                cut.setdefault(source.linear.node, []).append(source.channels)
+            continue
+        roles = _maps(folds.get(block.id, []))
+        for role, route in _routes(block).items():
+            if role in roles:
+                cut.setdefault(route.linear.node, []).append(route.channels.reshape(-1))
+    return {node: np.concatenate(channels) for node, channels in cut.items()}
 
 
-def _cut_mlp(theatre: Theatre, block: Mlp, folds: list[Fold], cut: Set[str]) -> set[str]:
+def _is_cut(fragment: Route, cut: Cut) -> bool:
+    """Whether a fragment is written by a block that cuts it, this one or another."""
+    return bool(np.isin(fragment.channels, cut.get(fragment.linear.node, ())).any())
+
+
+def _cut_mlp(theatre: Theatre, block: Mlp, folds: list[Fold], cut: Cut) -> set[str]:
     """Narrow the hidden axis to the kept channels and renew the down projection.
 
     Returns:
@@ -118,21 +129,19 @@ def _cut_mlp(theatre: Theatre, block: Mlp, folds: list[Fold], cut: Set[str]) -> 
     return apart
 
 
-def _take_apart(theatre: Theatre, block: Mlp, fold: MlpFold, cut: Set[str]) -> set[str]:
+def _take_apart(theatre: Theatre, block: Mlp, fold: MlpFold, cut: Cut) -> set[str]:
     """Give hidden channels that are packed with others a layer of their own, and these another."""
     hidden = {source.tensor for source in block.sources}
     for fragment in block.fragments:
         if fragment.operand in hidden:
             kept = kept_rows(fragment, fold.kept)
             theatre.take_place(fragment.operand, project(theatre, kept, "hidden"))
-        elif fragment.operand not in cut:
+        elif not _is_cut(fragment, cut):
             theatre.take_place(fragment.operand, project(theatre, fragment, "part"))
     return {fragment.linear.node for fragment in block.fragments}
 
 
-def _cut_attention(
-    theatre: Theatre, block: Attention, folds: list[Fold], cut: Set[str]
-) -> set[str]:
+def _cut_attention(theatre: Theatre, block: Attention, folds: list[Fold], cut: Cut) -> set[str]:
     """Write new projections for every axis that is cut, and for what is packed with one.
 
     Returns:
@@ -144,7 +153,7 @@ def _cut_attention(
         gone.add(route.linear.node)
         theatre.take_place(route.operand, project(theatre, route, role, mapping))
     for fragment in block.fragments:
-        if fragment.linear.node in gone and fragment.operand not in cut:
+        if fragment.linear.node in gone and not _is_cut(fragment, cut):
             theatre.take_place(fragment.operand, project(theatre, fragment, "part"))
     theatre.keep_sizes(block.readers)
     _state_scale(theatre, block)

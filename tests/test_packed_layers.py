@@ -61,6 +61,25 @@ def sliced(net):
     return net("Add", attended(net, parts), net.linear(relu(net, hidden), HIDDEN, WIDTH))
 
 
+def late_bias(net):
+    """No layer has a bias; hidden channels get theirs behind the Split, as in timm."""
+    hidden, *parts = net("Split", net.linear(net.x(), WIDTH, 3 * SIZE + HIDDEN, bias=False),
+                         [HIDDEN] + [SIZE] * 3, outputs=4, axis=2)  # fmt: skip
+    hidden = relu(net, net("Add", hidden, net.random(HIDDEN)))
+    return net("Add", attended(net, parts), net.linear(hidden, HIDDEN, WIDTH))
+
+
+def late_biases(net):
+    """The same of two hidden axes in one layer."""
+    made = net("Split", net.linear(net.x(), WIDTH, HIDDEN + 6, bias=False), [HIDDEN, 6],
+               outputs=2, axis=2)  # fmt: skip
+    total = "x"
+    for part, width in zip(made, (HIDDEN, 6), strict=True):
+        hidden = relu(net, net("Mul", net("Add", part, net.random(width)), net.random(width)))
+        total = net("Add", total, net.linear(hidden, width, WIDTH))
+    return total
+
+
 def gated(net):
     """A packed gate beside packed projections, taken apart in two steps."""
     whole = net.linear(net.x(), WIDTH, 3 * SIZE + 2 * HIDDEN)
@@ -118,6 +137,8 @@ def of_pixels(net):
 FORMS = {
     "side_by_side": (side_by_side, [MLP, ATTENTION]),
     "sliced": (sliced, [MLP, ATTENTION]),
+    "late_bias": (late_bias, [MLP, ATTENTION]),
+    "late_biases": (late_biases, [MLP, ("mlp", 6)]),
     "gated": (gated, [MLP, ATTENTION]),
     "rotated": (rotated, [MLP, ("attention", ("vo",))]),
     "with_another_output": (with_another_output, [MLP]),
