@@ -72,8 +72,8 @@ def plain_operands(node: gs.Node, bench: Bench) -> Outputs | None:
         inputs[:4] = [*added, gs.Variable.empty()]
     mask = operand(node, 4)
     lengths = mask is not None and len(bench.shape(mask) or ()) == 1
-    keys = inputs[1] if apart is None else node.inputs[0]
-    if lengths and _passes_on(mask, node.inputs[0], bench) and keys.name:
+    keys = operand(node, 1) or node.inputs[0]
+    if lengths and _passes_on(mask, node.inputs[0], bench):
         inputs[4] = whole_rows(mask, keys, bench) or inputs[4]
     if all(new is old for new, old in zip(inputs, node.inputs, strict=False)):
         return None
