@@ -16,10 +16,16 @@ Shape = tuple[int, ...]
 Shapes = Sequence[Shape | None]
 """Of every input in order; None for one that is absent or not known."""
 
+BLOCKED_LAYOUT = "com.microsoft.nchwc"
+"""The domain of convolutions whose channels lie in blocks, as one kind of processor likes them."""
+
 TWINS = {"FusedConv": "Conv", "FusedGemm": "Gemm"}
 """Operators whose result has the shape of a standard operator's with the same inputs."""
 
-DOMAINS = frozenset({None, "", "ai.onnx", "com.microsoft"})
+BLOCKED_TWINS = frozenset({"AveragePool", "Conv", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
+"""The same for operators of blocked layout, whose last channels may be padding."""
+
+DOMAINS = frozenset({None, "", "ai.onnx", "com.microsoft", BLOCKED_LAYOUT})
 
 _MASK_INDEX = np.dtype(np.int32)
 
@@ -44,9 +50,16 @@ def outputs_of(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
     return rule(node, filled)
 
 
+def twin_of(node: gs.Node) -> str | None:
+    """The standard operator whose result has the shape of a fused one's; None for others."""
+    if node.domain == BLOCKED_LAYOUT:
+        return str(node.op) if node.op in BLOCKED_TWINS else None
+    return TWINS.get(node.op)
+
+
 def has_rule(node: gs.Node) -> bool:
     """Whether shapes after a node without a schema follow from those before it."""
-    return node.domain in DOMAINS and (node.op in _RULES or node.op in TWINS)
+    return node.domain in DOMAINS and (node.op in _RULES or twin_of(node) is not None)
 
 
 def matrix_product(left: Shape, right: Shape) -> Shape | None:
@@ -178,6 +191,25 @@ def _rows_without_padding(node: gs.Node, shapes: Shapes) -> list[Made | None] | 
     return [Made((first[0], widths[2]))]
 
 
+def _in_blocks(node: gs.Node, shapes: Shapes) -> list[Made | None]:
+    """``ReorderInput``: channels first; how many are added as padding matters to nobody."""
+    first = shapes[0] or ()
+    if node.attrs.get("channels_last", 0):
+        return [Made((first[0], first[-1], *first[1:-1]))]
+    return [Made(first)]
+
+
+def _in_order(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
+    """``ReorderOutput``: from blocks to the usual layout, without padding."""
+    first = shapes[0]
+    if first is None or len(first) < 3:
+        return None
+    channels = int(node.attrs.get("channels", first[1]))
+    if node.attrs.get("channels_last", 0):
+        return [Made((first[0], *first[2:], channels))]
+    return [Made((first[0], channels, *first[2:]))]
+
+
 def _half(node: gs.Node, shapes: Shapes) -> list[Made | None]:
     first = shapes[0] or ()
     return [Made((*first[:-1], first[-1] // 2))]
@@ -229,6 +261,8 @@ _RULES: Mapping[str, _Rule] = {
     "PackedMultiHeadAttention": _without_padding,
     "PackedAttention": _rows_without_padding,
     "BiasSplitGelu": _half,
+    "ReorderInput": _in_blocks,
+    "ReorderOutput": _in_order,
     "GatherBlockQuantized": _looked_up,
     "MatMulBnb4": _nbits,
     "DequantizeLinear": _dequantised,

@@ -360,6 +360,52 @@ def test_tables_inside_an_operator_are_not():
     assert catalog.refusals == ()
 
 
+# Convolutions in the layout of one kind of processor
+
+
+def in_blocks(kernel):
+    """Patches by a convolution of blocked layout, then an MLP; the weight has two channels more."""
+    net = Net(0)
+    pixels = net.x("batch", 3, 4 * kernel, 4 * kernel)
+    attrs = {"domain": f"{MICROSOFT}.nchwc", "kernel_shape": [kernel] * 2, "strides": [kernel] * 2}
+    if kernel == 1:
+        pixels = net("ReorderInput", pixels, domain=attrs["domain"])
+    weight, bias = net.random(WIDTH + 2, 3, kernel, kernel), net.random(WIDTH + 2)
+    y = net("Conv", pixels, weight, bias, activation="Relu", **attrs)
+    y = net("MaxPool", y, domain=attrs["domain"], kernel_shape=[1, 1])
+    y = net("ReorderOutput", y, domain=attrs["domain"], channels=WIDTH)
+    tokens = net("Transpose", net("Reshape", y, [0, 0, -1]), perm=[0, 2, 1])
+    proto = net.build(mlp(net, tokens, relu))
+    shape = ["batch", 16, WIDTH]
+    (shown,) = proto.graph.output
+    shown.CopyFrom(helper.make_tensor_value_info(shown.name, TensorProto.FLOAT, shape))
+    return proto, y
+
+
+@pytest.mark.parametrize("kernel", [1, 4])
+def test_blocks_behind_a_convolution_of_blocked_layout_are_found(kernel):
+    proto, y = in_blocks(kernel)
+    model = graph.from_proto(proto)
+    facts = evaluate(model.graph, {"x": (2, 3, 4 * kernel, 4 * kernel)})
+    assert facts.shapes[y] == (2, WIDTH, 4, 4)
+    catalog = find_blocks(model)
+    assert [block.width for block in catalog.blocks] == [HIDDEN]
+    said = [item.reason for item in catalog.refusals if item.op == "Conv"]
+    assert len(said) == (kernel == 1)
+    assert all("laid out in blocks for one kind of processor (nchwc)" in text for text in said)
+
+
+def test_a_layer_of_blocked_layout_is_no_linear_layer():
+    """Its weight is not what its shape says; two of them are no MLP."""
+    net = Net(0)
+    y = net.x("batch", 16, 4, 4)
+    for _ in range(2):
+        y = net("Conv", y, net.random(16, 16, 1, 1), domain=f"{MICROSOFT}.nchwc")
+    plain = net("Conv", "x", net.random(16, 16, 1, 1))
+    proto = net.build(net("Conv", net("Add", plain, y), net.random(16, 16, 1, 1)))
+    assert not find_blocks(graph.from_proto(proto)).blocks
+
+
 # Operands packed in one tensor of five axes
 
 

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.records import Refusal
 from corp_onnx.blocks.view import View
+from corp_onnx.fused import BLOCKED_LAYOUT
 
 CACHED = "keys or values are kept in a cache (graph input or output), an interface"
 REMEDY = "prune the model before attention is fused"
@@ -29,7 +30,13 @@ ALWAYS_CACHED = frozenset(
 
 WITHOUT_PADDING = frozenset({"PackedAttention", "PackedMultiHeadAttention"})
 
-INSIDE: Mapping[str, tuple[tuple[str, str], ...]] = {
+INSIDE = "it holds weights inside and is not read: prune the model before it is fused"
+BLOCKS = (
+    "its weights are laid out in blocks for one kind of processor (nchwc): prune the model before "
+    "it is optimised, or optimise it without layouts (level extended)"
+)
+
+MORE: Mapping[str, tuple[tuple[str, str], ...]] = {
     "GroupQueryAttention": (
         ("softcap", "its logits are capped (softcap)"),
         ("local_window_size", "it looks at a window of tokens"),
@@ -58,14 +65,17 @@ def why_fused(view: View, node: gs.Node) -> str:
         return f"{CACHED}; export the model without a cache"
     if node.op in WITHOUT_PADDING:
         return f"a fused operator on tokens packed without their padding; {REMEDY}"
-    for name, reason in INSIDE.get(node.op, ()):
+    for name, reason in MORE.get(node.op, ()):
         if node.attrs.get(name, 0) not in {0, -1}:
             return f"a fused operator: {reason}; {REMEDY}"
     return f"a fused operator that is not read in this form; {REMEDY}"
 
 
 def weights_inside(graph: gs.Graph, params: int, share: float) -> Iterator[Refusal]:
-    """A refusal for every other operator that multiplies with a share of all parameters."""
+    """A refusal for every other operator that multiplies with a share of all parameters.
+
+    Convolutions over more than a point are no linear layers, whoever computes them.
+    """
     for node in graph.nodes:
         if not is_foreign(node) or node.op in TABLE_OPS:
             continue
@@ -74,9 +84,9 @@ def weights_inside(graph: gs.Graph, params: int, share: float) -> Iterator[Refus
             for tensor in node.inputs
             if isinstance(tensor, gs.Constant) and len(tensor.shape) >= 2
         ]
-        if sizes and max(sizes) > share * params:
-            reason = "it holds weights inside and is not read: prune the model before it is fused"
-            yield Refusal(node.name, node.op, reason)
+        wide = node.op.endswith("Conv") and np.prod(node.inputs[1].shape[2:]) > 1
+        if sizes and max(sizes) > share * params and not wide:
+            yield Refusal(node.name, node.op, BLOCKS if node.domain == BLOCKED_LAYOUT else INSIDE)
 
 
 def _keeps_cache(view: View, node: gs.Node) -> bool:

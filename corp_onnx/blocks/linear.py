@@ -21,6 +21,8 @@ def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal
     ``shown`` are the names of what the caller sees, or the body of an If: a product among them
     keeps its bias outside.
     """
+    if node.domain not in {"", "ai.onnx", None} and node.op != "MatMulNBits":
+        return None
     matcher = _MATCHERS.get(node.op)
     return None if matcher is None else matcher(node, opset, shown)
 

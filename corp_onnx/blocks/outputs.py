@@ -46,9 +46,9 @@ def _descend(view: View, context: gs.Tensor) -> tuple[Path, Linear] | str:
     while True:
         readers = [node for node in view.readers(tensor) if node.op not in SIZE_OPS]
         if view.is_output(tensor) or len(readers) != 1:
-            return (
-                f"the mixed values {tensor.name!r} are read {len(readers)} times, or by the caller"
-            )
+            ops = ", ".join(f"{node.op} {node.name}" for node in readers)
+            times = f"{len(readers)} times ({ops})" if readers else "0 times"
+            return f"the mixed values {tensor.name!r} are read {times}, or by the caller"
         (node,) = readers
         linear = linears.get((node.name, tensor.name))
         if linear is not None:
