@@ -265,6 +265,46 @@ def test_mixed_values_whose_elements_are_counted_are_refused():
     assert "the number of elements" in refused["vo"]
 
 
+def hard_swish(net, y):
+    return net("HardSwish", y)
+
+
+def hard_swish_by_hand(net, y):
+    """As converters for old opsets write it."""
+    return net("Mul", y, net("HardSigmoid", y, alpha=1 / 6, beta=0.5))
+
+
+def scaled_by_channel(net, y):
+    return net("Mul", y, net.random(SIZE))
+
+
+def normed_by_batch(net, y):
+    """BatchNormalization between mixed values and projection, channels on axis 1."""
+    turned = net("Transpose", y, perm=[0, 2, 1])
+    vectors = [net.random(SIZE) for _ in range(3)]
+    made = net("BatchNormalization", turned, *vectors, net.rng.uniform(0.5, 2, SIZE))
+    return net("Transpose", made, perm=[0, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hard_swish, "HardSwish (HardSwish_"),
+        (hard_swish_by_hand, "are read 2 times (HardSigmoid HardSigmoid_"),
+        (scaled_by_channel, "scales channels of the mixed values one by one"),
+        (normed_by_batch, "BatchNormalization (BatchNormalization_"),
+    ],
+)
+def test_what_treats_channels_of_mixed_values_apart_refuses_these_only(change, reason):
+    """LeViT has an activation before its output projection: no linear map passes through it."""
+    net = Net(0, opset=18)
+    mixed = net("Transpose", mix(net, *separate(net)), perm=[0, 2, 1, 3])
+    rows = net("Reshape", mixed, [0, 0, SIZE])
+    axes, refused = refused_attention(net, net.linear(change(net, rows), SIZE, WIDTH))
+    assert axes == ("qk",)
+    assert reason in refused["vo"]
+
+
 def test_an_attention_without_output_projection_keeps_its_values():
     net = Net(0)
     axes, refused = refused_attention(net, net("Exp", mix(net, *separate(net))))
