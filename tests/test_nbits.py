@@ -195,6 +195,16 @@ def test_packed_projections_of_an_attention():
 # Refusals
 
 
+def test_a_packed_layer_outside_of_blocks_is_mentioned_once():
+    net = Net(0)
+    y = packed_layer(net, net.x("batch", "tokens", ROWS), ROWS, 64)
+    z = packed_layer(net, relu(net, net("Add", y, net.random(64))), 64, ROWS)
+    catalog = find_blocks(graph.from_proto(net.build(z, y)))
+    said = {item.node: item.reason for item in catalog.refusals}
+    assert len(said) == len(catalog.refusals) == 2
+    assert all("weights inside" not in reason for reason in said.values())
+
+
 def reasons(net, y):
     catalog = find_blocks(graph.from_proto(net.build(y)))
     return catalog, [item.reason for item in catalog.refusals if item.op == "MatMulNBits"]

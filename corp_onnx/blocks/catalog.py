@@ -60,6 +60,7 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
     said = taken | {item.node for item in refusals}
     refusals += _large_leftovers(view, counts, said)
     inside = weights_inside(model.graph, counts.params, SMALL_SHARE)
+    said |= {linear.node for linear in view.linears.values()}
     refusals += [item for item in inside if item.node not in said]
     refusals += _in_bodies(view)
     return Catalog(
