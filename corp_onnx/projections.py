@@ -35,7 +35,7 @@ def project(
     A head's columns become ``W_h A_h`` and its bias ``b_h A_h``; without a mapping they stay what
     they were. A scale that is the same for all channels stays outside the weights, as a constant.
     """
-    linear = route.linear
+    linear = theatre.now(route.linear)
     dtype = dtype_of(theatre.nodes, linear, theatre.opset)
     first = route.gain.flat[0]
     scale = first if first and (route.gain == first).all() else 1.0

@@ -125,6 +125,14 @@ def sizes_read(net):
     return y
 
 
+def behind_another(net):
+    """The packed layer ends an MLP, which gives it a bias that it does not have."""
+    before = net("Tanh", net.linear(net.x(), WIDTH, 6))
+    whole = net.linear(before, 6, WIDTH + HIDDEN, bias=False)
+    rest, hidden = net("Split", whole, [WIDTH, HIDDEN], outputs=2, axis=2)
+    return net("Add", net("Sigmoid", rest), net.linear(relu(net, hidden), HIDDEN, WIDTH))
+
+
 def of_pixels(net):
     """Channels on axis 1: a convolution over points."""
     net.x("batch", WIDTH, "tokens", 3)
@@ -144,6 +152,7 @@ FORMS = {
     "with_another_output": (with_another_output, [MLP]),
     "two_hidden_axes": (two_hidden_axes, [MLP, ("mlp", 6)]),
     "sizes_read": (sizes_read, [MLP, ATTENTION]),
+    "behind_another": (behind_another, [MLP, ("mlp", 6)]),
     "of_pixels": (of_pixels, [MLP]),
 }
 ALL = pytest.mark.parametrize("name", FORMS)
@@ -219,7 +228,8 @@ def test_a_part_that_is_written_wrong_shows(name):
         else block
         for block in catalog.blocks
     )
-    only = [fold for fold in unchanged(model, catalog).folds if fold.block.startswith("mlp")]
+    packed = {b.id for b in catalog.blocks if isinstance(b, Mlp) and b.fragments}
+    only = [fold for fold in unchanged(model, catalog).folds if fold.block in packed]
     solution = replace(unchanged(model, catalog), folds=(only[0],))
     made = operate(model, replace(catalog, blocks=wrong), solution).model
     assert min(errors(name, made, model)) > VISIBLE
@@ -227,6 +237,21 @@ def test_a_part_that_is_written_wrong_shows(name):
 
 def swapped(route):
     return replace(route, channels=np.roll(route.channels, 1, axis=0))
+
+
+def test_a_bias_that_the_packed_layer_was_given_is_kept():
+    """By the MLP that ends in it: what follows is the same whether it is taken apart or not."""
+    model, catalog = found("behind_another")
+    full = unchanged(model, catalog)
+    ends = next(b.id for b in catalog.blocks if b.down.width_out == WIDTH + HIDDEN)
+    folds = tuple(
+        replace(fold, bias=fold.bias + 1) if fold.block == ends else fold for fold in full.folds
+    )
+    both = operate(model, catalog, replace(full, folds=folds)).model
+    one = replace(full, folds=tuple(fold for fold in folds if fold.block == ends))
+    alone = operate(model, catalog, one).model
+    assert max(errors("behind_another", both, alone)) <= BOUND
+    assert min(errors("behind_another", both, model)) > VISIBLE
 
 
 @pytest.mark.parametrize("name", ["side_by_side", "gated", "rotated"])
