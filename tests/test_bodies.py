@@ -318,3 +318,20 @@ def test_values_behind_a_choice_by_sizes_are_not_taken_for_constants():
     (block,) = check_exact(model_of(net, merge_heads(net, mix(net, query, key, value)))).blocks
     assert axes_of(block) == ("vo",)
     assert "If" in block.refused["qk"] or "Mul" in block.refused["qk"]
+
+
+@pytest.mark.parametrize("op", ["BeamSearch", "GreedySearch", "Sampling"])
+def test_a_decoder_inside_a_search_is_named(op):
+    """ONNX Runtime's operators that write text hold the whole model in a body."""
+    inner = Net(1)
+    decoder = inner.build(mlp(inner, inner.x(), relu)).graph
+    net = Net(0)
+    y = net(op, net.input("ids", "batch", "tokens", dtype=np.int32), np.int32(8),
+            domain="com.microsoft", decoder=decoder, eos_token_id=1, pad_token_id=0)  # fmt: skip
+    proto = net.build(y)
+    shown = helper.make_tensor_value_info(y, TensorProto.INT32, ["batch", "written"])
+    proto.graph.output[0].CopyFrom(shown)
+    catalog = find_blocks(graph.from_proto(proto))
+    assert not catalog.blocks
+    assert [item.op for item in catalog.refusals] == ["MatMul"] * 2
+    assert all(f"the body of {op} ({op}_0)" in item.reason for item in catalog.refusals)

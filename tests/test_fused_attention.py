@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from corp_onnx import graph
 from corp_onnx.blocks import Attention, Mlp, axes_of, find_blocks
@@ -556,6 +557,22 @@ def test_mlps_of_a_decoder_with_a_cache_are_cut(packed):
         assert squared_error(*pair) < SQUARED
     wrong = operate(model, catalog, narrowed(turned(model, catalog), 0.5)).model
     assert squared_error(run(wrong, given[0])[0], run(proto, given[0])[0]) > 1e-6
+
+
+def test_mlps_of_a_decoder_whose_weights_have_four_bits_are_cut():
+    """As such decoders are mostly shipped: a cache, rotations inside, MatMulNBits throughout."""
+    quantiser = MatMulNBitsQuantizer(decoder(), block_size=16, is_symmetric=True)
+    quantiser.process()
+    proto = quantiser.model.model
+    model = graph.from_proto(proto)
+    catalog = find_blocks(model)
+    assert [(type(b), b.width) for b in catalog.blocks] == [(Mlp, HIDDEN)] * 2
+    given = [step(proto, 1, 0, 5), step(proto, 2, 6, 1)]
+    made = operate(model, catalog, turned(model, catalog)).model
+    for pair in zip(run(made, *given), run(proto, *given), strict=True):
+        assert squared_error(*pair) < SQUARED
+    ops = [node.op for node in made.graph.nodes]
+    assert (ops.count("MatMulNBits"), ops.count("MatMul")) == (5, 6)
 
 
 def test_a_decoder_with_a_cache_is_solved_and_counted():
