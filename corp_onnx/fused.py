@@ -16,10 +16,16 @@ Shape = tuple[int, ...]
 Shapes = Sequence[Shape | None]
 """Of every input in order; None for one that is absent or not known."""
 
+BLOCKED_LAYOUT = "com.microsoft.nchwc"
+"""The domain of convolutions whose channels lie in blocks, as one kind of processor likes them."""
+
 TWINS = {"FusedConv": "Conv", "FusedGemm": "Gemm"}
 """Operators whose result has the shape of a standard operator's with the same inputs."""
 
-DOMAINS = frozenset({None, "", "ai.onnx", "com.microsoft"})
+BLOCKED_TWINS = frozenset({"AveragePool", "Conv", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
+"""The same for operators of blocked layout, whose last channels may be padding."""
+
+DOMAINS = frozenset({None, "", "ai.onnx", "com.microsoft", BLOCKED_LAYOUT})
 
 _MASK_INDEX = np.dtype(np.int32)
 
@@ -44,9 +50,16 @@ def outputs_of(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
     return rule(node, filled)
 
 
+def twin_of(node: gs.Node) -> str | None:
+    """The standard operator whose result has the shape of a fused one's; None for others."""
+    if node.domain == BLOCKED_LAYOUT:
+        return str(node.op) if node.op in BLOCKED_TWINS else None
+    return TWINS.get(node.op)
+
+
 def has_rule(node: gs.Node) -> bool:
     """Whether shapes after a node without a schema follow from those before it."""
-    return node.domain in DOMAINS and (node.op in _RULES or node.op in TWINS)
+    return node.domain in DOMAINS and (node.op in _RULES or twin_of(node) is not None)
 
 
 def matrix_product(left: Shape, right: Shape) -> Shape | None:
@@ -130,10 +143,10 @@ def _multi_head(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
     if len(value) == 4:
         return [Made((*query[:2], heads * value[3])), Made(key or value), Made(value)]
     made = [Made((*query[:2], value[2]))]
-    past = node.inputs[6:7]
-    if key is None or (past and past[0].name):
+    past = shapes[6]
+    if key is None or (past is None and any(tensor.name for tensor in node.inputs[6:8])):
         return [*made]
-    rows = (value[0], heads, value[1])
+    rows = (value[0], heads, value[1] + (past[2] if past else 0))
     return [*made, Made((*rows, key[2] // heads)), Made((*rows, value[2] // heads))]
 
 
@@ -143,9 +156,83 @@ def _grouped(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
     if query is None or not kv_heads:
         return None
     packed = key is None and not (len(node.inputs) > 1 and node.inputs[1].name)
-    if packed:
-        return [Made((*query[:2], query[2] * heads // (heads + 2 * kv_heads)))]
-    return [Made(query)]
+    width = query[2] * heads // (heads + 2 * kv_heads) if packed else query[2]
+    past = shapes[3]
+    if past is None and any(tensor.name for tensor in node.inputs[3:5]):
+        return [Made((*query[:2], width))]
+    tokens = query[1] + (past[2] if past else 0)
+    present = Made((query[0], kv_heads, tokens, width // heads))
+    return [Made((*query[:2], width)), present, present]
+
+
+def _decoder(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
+    """Attention of one step of decoding: values may be packed in the query."""
+    query, value = shapes[0], shapes[2]
+    if query is None or len(query) != 3:
+        return None
+    return [Made((*query[:2], value[2] if value is not None and len(value) == 3 else query[2]))]
+
+
+def _without_padding(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
+    """``PackedMultiHeadAttention``: rows of tokens, with values apart or packed."""
+    query, value = shapes[0], shapes[2]
+    if query is None:
+        return None
+    width = query[1] * query[3] if len(query) == 4 else query[1]
+    return [Made((query[0], value[1] if value is not None else width))]
+
+
+def _rows_without_padding(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
+    """``PackedAttention``, with its projections inside."""
+    first, weight = shapes[:2]
+    if first is None or weight is None:
+        return None
+    widths = node.attrs.get("qkv_hidden_sizes") or [weight[-1] // 3] * 3
+    return [Made((first[0], widths[2]))]
+
+
+def _in_blocks(node: gs.Node, shapes: Shapes) -> list[Made | None]:
+    """``ReorderInput``: channels first; how many are added as padding matters to nobody."""
+    first = shapes[0] or ()
+    if node.attrs.get("channels_last", 0):
+        return [Made((first[0], first[-1], *first[1:-1]))]
+    return [Made(first)]
+
+
+def _in_order(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
+    """``ReorderOutput``: from blocks to the usual layout, without padding."""
+    first = shapes[0]
+    if first is None or len(first) < 3:
+        return None
+    channels = int(node.attrs.get("channels", first[1]))
+    if node.attrs.get("channels_last", 0):
+        return [Made((first[0], *first[2:], channels))]
+    return [Made((first[0], channels, *first[2:]))]
+
+
+def _half(node: gs.Node, shapes: Shapes) -> list[Made | None]:
+    first = shapes[0] or ()
+    return [Made((*first[:-1], first[-1] // 2))]
+
+
+def _looked_up(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
+    """``GatherBlockQuantized``: rows of a table that is stored rounded."""
+    table, ids = shapes[:2]
+    if table is None or ids is None:
+        return None
+    axis = node.attrs.get("gather_axis", 0) % len(table)
+    bits, stored = node.attrs.get("bits", 4), node.inputs[0].dtype
+    packed = 8 // bits if stored is not None and stored == np.uint8 else 1
+    made = [*table[:axis], *ids, *table[axis + 1 :]]
+    made[-1] *= packed
+    kind = node.inputs[2].dtype
+    return [Made(tuple(made), None if kind is None else np.dtype(kind))]
+
+
+def _dequantised(node: gs.Node, shapes: Shapes) -> list[Made | None]:
+    """Numbers of the type of their scales."""
+    kind = node.inputs[1].dtype
+    return [Made(shapes[0] or (), None if kind is None else np.dtype(kind))]
 
 
 def _nbits(node: gs.Node, shapes: Shapes) -> list[Made | None]:
@@ -156,7 +243,9 @@ _Rule = Callable[[gs.Node, Shapes], list[Made | None] | None]
 
 _RULES: Mapping[str, _Rule] = {
     **dict.fromkeys(
-        ("BiasGelu", "FastGelu", "QuickGelu", "Gelu", "RotaryEmbedding", "BiasAdd", "BiasSoftmax"),
+        """BiasAdd BiasGelu BiasSoftmax FastGelu Gelu GroupNorm LongformerAttention MoE
+        PagedAttention QMoE QuickGelu RotaryEmbedding SkipGroupNorm SparseAttention
+        Trilu""".split(),
         _like_first,
     ),
     "LayerNormalization": _norm,
@@ -168,5 +257,14 @@ _RULES: Mapping[str, _Rule] = {
     "Attention": _packed_attention,
     "MultiHeadAttention": _multi_head,
     "GroupQueryAttention": _grouped,
+    "DecoderMaskedMultiHeadAttention": _decoder,
+    "PackedMultiHeadAttention": _without_padding,
+    "PackedAttention": _rows_without_padding,
+    "BiasSplitGelu": _half,
+    "ReorderInput": _in_blocks,
+    "ReorderOutput": _in_order,
+    "GatherBlockQuantized": _looked_up,
+    "MatMulBnb4": _nbits,
+    "DequantizeLinear": _dequantised,
     "MatMulNBits": _nbits,
 }

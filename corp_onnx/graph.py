@@ -13,13 +13,13 @@ import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
-from onnx.inliner import inline_local_functions
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from corp_onnx.canonical import canonicalise
 from corp_onnx.canonical.constants import constants_from_nodes, cut_weights, name_every_node
 from corp_onnx.canonical.quantised import notes_of, pack_narrow_constants, quantised_ops
 from corp_onnx.errors import GraphError, OutputError, QuantisedModel
+from corp_onnx.inlining import inlined
 
 # It writes to standard output, and warns of types that it then reads all the same.
 G_LOGGER.severity = G_LOGGER.ERROR
@@ -91,7 +91,7 @@ def from_proto(proto: onnx.ModelProto, fingerprint: Fingerprint | None = None) -
     """Bring a model that is already in memory into canonical form.
 
     Raises:
-        GraphError: If it keeps weights as sparse tensors.
+        GraphError: If it keeps weights as sparse tensors, or functions that do not fit its opset.
     """
     if proto.graph.sparse_initializer:
         names = ", ".join(tensor.values.name for tensor in proto.graph.sparse_initializer[:3])
@@ -102,8 +102,7 @@ def from_proto(proto: onnx.ModelProto, fingerprint: Fingerprint | None = None) -
     if fingerprint is None:
         digest = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
         fingerprint = Fingerprint(digest, opset_of(proto), _producer(proto))
-    if proto.functions:
-        proto = inline_local_functions(proto)
+    proto = inlined(proto)
     header = onnx.ModelProto()
     for field, value in proto.ListFields():
         if field.name not in {"graph", "functions"}:

@@ -62,6 +62,10 @@ def _parameters(graph: gs.Graph) -> dict[str, int]:
         for slot, tensor in enumerate(node.inputs)
         if isinstance(tensor, gs.Constant)
         and (slot == 0 if node.op == "DequantizeLinear" else _is_float(tensor))
+    } | {
+        node.inputs[1].name: int(node.attrs["N"] * node.attrs["K"])
+        for node in graph.nodes
+        if node.op == "MatMulNBits"
     }
 
 
@@ -143,19 +147,19 @@ def _multi_head(node: gs.Node, facts: Facts) -> int:
     query, key, value = (_shape(facts, tensor) for tensor in node.inputs[:3])
     if len(query) != 3 or len(key) != len(value) or len(key) not in {3, 4}:
         raise _UnknownSize
-    if any(tensor.name for tensor in node.inputs[6:8]):
-        raise _UnknownSize
+    past = [tensor for tensor in node.inputs[6:7] if tensor.name]
+    before = _shape(facts, past[0])[2] if past else 0
     heads = node.attrs["num_heads"] if len(key) == 4 else 1
-    pairs = query[0] * query[1] * key[-2]
+    pairs = query[0] * query[1] * (key[-2] + before)
     return int(pairs * (query[2] + heads * value[-1]))
 
 
 def _grouped(node: gs.Node, facts: Facts) -> int:
-    """Both products of query heads that share keys, over the tokens at hand."""
+    """Both products of query heads that share keys, over the tokens at hand and those before."""
     batch, tokens, width = _shape(facts, node.outputs[0])
-    if any(tensor.name for tensor in node.inputs[3:5]):
-        raise _UnknownSize
-    return int(batch * tokens * tokens * 2 * width)
+    past = [tensor for tensor in node.inputs[3:4] if tensor.name]
+    before = _shape(facts, past[0])[2] if past else 0
+    return int(batch * tokens * (tokens + before) * 2 * width)
 
 
 _COUNTERS = {

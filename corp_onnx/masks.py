@@ -16,8 +16,8 @@ def seen_rows(mask: Mask | None, tokens: np.ndarray, tensors: Batch) -> np.ndarr
     if mask is None:
         return slice(None)
     values = tensors[mask.tensor]
-    seen = visible(mask, values)
     rows = int(np.prod(tokens.shape[:-1]))
+    seen = visible(mask, values, rows)
     if values.ndim == 3 and seen.size == mask.heads * rows:
         seen = np.any(seen.reshape(-1, mask.heads, seen.shape[1]), axis=1)
     if seen.shape[0] == 1 and rows % seen.size == 0:
@@ -27,8 +27,13 @@ def seen_rows(mask: Mask | None, tokens: np.ndarray, tensors: Batch) -> np.ndarr
     return (seen.T if mask.tokens_first else seen).reshape(-1)
 
 
-def visible(mask: Mask, values: np.ndarray) -> np.ndarray:
-    """Per sample and key whether any query may attend to it, from a mask ``[b, …, t]``."""
+def visible(mask: Mask, values: np.ndarray, rows: int = 0) -> np.ndarray:
+    """Per sample and key whether any query may attend to it, from a mask ``[b, …, t]``.
+
+    Counts ``[b]`` are of the first tokens of every sample, of which there are ``rows`` in all.
+    """
+    if mask.kind == "counts":
+        return np.arange(rows // values.size) < values.reshape(-1, 1)
     keeps = values > MASKED_BELOW if mask.kind == "added" else values.astype(bool)
     if mask.kind == "drops":
         keeps = ~keeps

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 from corp_onnx.blocks.linear import bias_of, dtype_of, weight_of
 from corp_onnx.blocks.records import Layout, Linear, Route
 from corp_onnx.blocks.view import constant_value
 from corp_onnx.theatre import Theatre
+
+
+def kept_rows(route: Route, kept: Int64[np.ndarray, " k"]) -> Route:
+    """A route of single channels, less those that are not kept."""
+    return replace(
+        route,
+        channels=route.channels[kept],
+        gain=route.gain[kept],
+        offset=route.offset[kept],
+        layout=replace(route.layout, rows=(len(kept),)),
+    )
 
 
 def project(
@@ -23,7 +35,7 @@ def project(
     A head's columns become ``W_h A_h`` and its bias ``b_h A_h``; without a mapping they stay what
     they were. A scale that is the same for all channels stays outside the weights, as a constant.
     """
-    linear = route.linear
+    linear = theatre.now(route.linear)
     dtype = dtype_of(theatre.nodes, linear, theatre.opset)
     first = route.gain.flat[0]
     scale = first if first and (route.gain == first).all() else 1.0

@@ -8,6 +8,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
+ROUNDING_OPS = frozenset({"DequantizeLinear", "QuantizeLinear"})
+"""Operators that ONNX Runtime also has in a domain of its own, for types that came late to ONNX."""
+
+BLOCKED_OPSET = 21
+"""The opset since which the standard ones know all of these, and blocks."""
+
 
 def run(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tuple[np.ndarray, ...]:
     """The results of a node on arrays by input name."""
@@ -16,6 +22,8 @@ def run(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tuple[np
         return (np.expand_dims(inputs[node.inputs[0].name], tuple(node.attrs["axes"])),)
     names = [tensor.name for tensor in node.inputs]
     proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
+    if node.op in ROUNDING_OPS and proto.domain == "com.microsoft":
+        proto.domain, opset = "", max(opset, BLOCKED_OPSET)
     evaluator = ReferenceEvaluator(proto, opsets={"": opset})
     feeds = {name: inputs[name] for name in names if name}
     return tuple(np.asarray(value) for value in evaluator.run(None, feeds))

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from corp_onnx.fused import TWINS, has_rule, outputs_of
+from corp_onnx.facts import Facts as Facts  # a name of this module too
+from corp_onnx.facts import shape_of, type_of, type_of_constant
+from corp_onnx.fused import has_rule, outputs_of, twin_of
 from corp_onnx.reference import run as run  # a name of this module too: `shapes.run`
 from corp_onnx.sizes import DEFAULT_SEQUENCES, Sizes, input_sizes
 
@@ -35,37 +35,11 @@ COMPUTED_OPS = frozenset(
 )
 """Operators that shape arithmetic, positions, scales and masks are made of."""
 
+ROUNDS = frozenset({"Loop", "Scan"})
+"""Operators whose body runs as often as the data say."""
+
 LARGEST_SHAPE_OPERAND = 256
 """Elements of the largest constant that shape inference is given the values of."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Facts:
-    """Shapes and types of tensors, and small values that do not depend on the data, by name."""
-
-    sizes: Sizes
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    values: dict[str, np.ndarray] = field(default_factory=dict)
-    types: dict[str, onnx.TypeProto] = field(default_factory=dict)
-    named: Mapping[str, int] = field(default_factory=dict)
-    """Sizes of the dimensions of inputs that are not fixed, by their names."""
-
-    def value(self, tensor: gs.Tensor) -> np.ndarray | None:
-        """The value of a tensor, or None if it depends on the data or is large."""
-        if isinstance(tensor, gs.Constant):
-            return np.asarray(tensor.values)
-        return self.values.get(tensor.name)
-
-    def dtype(self, tensor: gs.Tensor) -> np.dtype | None:
-        """The element type of a tensor, or None if it could not be inferred."""
-        kind = self.types.get(tensor.name) or _type_of_constant(tensor)
-        return kind and onnx.helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)
-
-    def shape(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
-        """The shape of a tensor, or None if it could not be inferred."""
-        if isinstance(tensor, gs.Constant):
-            return tuple(tensor.shape)
-        return self.shapes.get(tensor.name)
 
 
 def usual_facts(graph: gs.Graph, given: Sizes | None = None) -> Facts:
@@ -97,8 +71,8 @@ def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:
     """Shapes and data-independent values of every tensor at the given input sizes.
 
     A tensor whose shape depends on the data is absent from the result, and so is what follows from
-    it. After an operator that is known neither to ONNX nor to `fused`, the shape that the file
-    declares is taken, if its dimensions are those of inputs.
+    it. After a Loop, a Scan, and an operator that is known neither to ONNX nor to `fused`, the
+    shape that the file declares is taken, if its dimensions are those of inputs.
     """
     named = {
         str(name): size
@@ -108,15 +82,44 @@ def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:
     }
     facts = Facts(sizes, dict(sizes), named=named)
     for tensor in graph.inputs:
-        facts.types[tensor.name] = _type_of(tensor.dtype, sizes[tensor.name])
-    opsets = _opsets(graph)
-    for node in graph.nodes:
+        facts.types[tensor.name] = type_of(tensor.dtype, sizes[tensor.name])
+    _record_all(graph.nodes, facts, _opsets(graph))
+    return facts
+
+
+def _record_all(nodes: Sequence[gs.Node], facts: Facts, opsets: Mapping[str, int]) -> None:
+    """What is known after every node, in the order of the graph."""
+    for node in nodes:
         known = _known_inputs(node, facts) if node.op in COMPUTED_OPS else None
         if known is not None:
             _record_values(node, _fitting(node, known, opsets[""]), facts)
+        elif node.op == "If":
+            _record_choice(node, facts, opsets)
+        elif node.op in ROUNDS:
+            _record_declared(node, facts)
         else:
             _record_shapes(node, facts, opsets)
-    return facts
+
+
+def _record_choice(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> None:
+    """Shapes after an If: those of the body that is chosen, or that both bodies agree on.
+
+    Values are not taken over: at other sizes the other body may be chosen.
+    """
+    condition = facts.value(node.inputs[0])
+    bodies = [node.attrs["then_branch"], node.attrs["else_branch"]]
+    if condition is not None and condition.size == 1:
+        bodies = [bodies[0] if condition.reshape(()) else bodies[1]]
+    ends = []
+    for body in bodies:
+        inner = facts.copy()
+        _record_all(body.nodes, inner, opsets)
+        ends.append([(inner.shape(t), inner.kind(t)) for t in body.outputs])
+    for tensor, *made in zip(node.outputs, *ends, strict=True):
+        shapes = {shape for shape, _ in made}
+        (shape, kind), *_ = made
+        if len(shapes) == 1 and shape is not None and kind is not None:
+            facts.shapes[tensor.name], facts.types[tensor.name] = shape, kind
 
 
 def declared_only(graph: gs.Graph) -> set[str]:
@@ -128,8 +131,11 @@ def declared_only(graph: gs.Graph) -> set[str]:
     return {
         tensor.name
         for node in graph.nodes
-        if _schema(node.op, opsets.get(node.domain or "", 1), node.domain or "") is None
-        and not has_rule(node)
+        if node.op in ROUNDS
+        or (
+            _schema(node.op, opsets.get(node.domain or "", 1), node.domain or "") is None
+            and not has_rule(node)
+        )
         for tensor in node.outputs
     }
 
@@ -174,7 +180,7 @@ def _fitting(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tup
 def _record_values(node: gs.Node, results: tuple[np.ndarray, ...], facts: Facts) -> None:
     for tensor, value in zip(node.outputs, results, strict=False):
         facts.shapes[tensor.name] = value.shape
-        facts.types[tensor.name] = _type_of(value.dtype, value.shape)
+        facts.types[tensor.name] = type_of(value.dtype, value.shape)
         if value.size <= LARGEST_KNOWN_VALUE:
             facts.values[tensor.name] = value
 
@@ -186,7 +192,7 @@ def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> No
         _record_fused(node, facts)
         return
     named = [tensor for tensor in node.inputs if tensor.name in proto.input and tensor.name]
-    inputs = {t.name: facts.types.get(t.name) or _type_of_constant(t) for t in named}
+    inputs = {t.name: facts.types.get(t.name) or type_of_constant(t) for t in named}
     if None in inputs.values():
         return
     data = {
@@ -199,7 +205,7 @@ def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> No
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         log.debug("shape inference failed at %s: %s", node.name, error)
         return
-    known = {name: _shape_of(kind) for name, kind in inferred.items() if name}
+    known = {name: shape_of(kind) for name, kind in inferred.items() if name}
     if not _runs(node, facts, known.get(node.outputs[0].name)):
         return
     facts.types.update(inferred)
@@ -209,8 +215,9 @@ def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> No
 def _standard(node: gs.Node) -> onnx.NodeProto:
     """A node as protobuf; one with an activation fused to its end as what it is without."""
     proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
-    if node.op in TWINS:
-        proto.op_type, proto.domain = TWINS[node.op], ""
+    twin = twin_of(node)
+    if twin is not None:
+        proto.op_type, proto.domain = twin, ""
         plain = [entry for entry in proto.attribute if not entry.name.startswith("activation")]
         del proto.attribute[:], proto.input[3:]
         proto.attribute.extend(plain)
@@ -228,7 +235,7 @@ def _record_fused(node: gs.Node, facts: Facts) -> None:
     for tensor, entry in zip(node.outputs, made, strict=False):
         if tensor.name and entry is not None:
             facts.shapes[tensor.name] = entry.shape
-            facts.types[tensor.name] = _type_of(entry.dtype or first, entry.shape)
+            facts.types[tensor.name] = type_of(entry.dtype or first, entry.shape)
 
 
 def _record_declared(node: gs.Node, facts: Facts) -> None:
@@ -242,7 +249,7 @@ def _record_declared(node: gs.Node, facts: Facts) -> None:
         doubtful = facts.named and dims == list(tensor.shape)
         if not doubtful and all(isinstance(size, int) and size > 0 for size in dims):
             facts.shapes[tensor.name] = tuple(dims)
-            facts.types[tensor.name] = _type_of(tensor.dtype, tuple(dims))
+            facts.types[tensor.name] = type_of(tensor.dtype, tuple(dims))
 
 
 def _runs(node: gs.Node, facts: Facts, after: tuple[int, ...] | None) -> bool:
@@ -256,19 +263,6 @@ def _runs(node: gs.Node, facts: Facts, after: tuple[int, ...] | None) -> bool:
     return True
 
 
-def _shape_of(kind: onnx.TypeProto) -> tuple[int, ...] | None:
-    dims = kind.tensor_type.shape.dim
-    if not kind.tensor_type.HasField("shape") or any(not d.HasField("dim_value") for d in dims):
-        return None
-    return tuple(dim.dim_value for dim in dims)
-
-
-def _type_of_constant(tensor: gs.Tensor) -> onnx.TypeProto | None:
-    if not isinstance(tensor, gs.Constant):
-        return None
-    return _type_of(tensor.dtype, tuple(tensor.shape))
-
-
 def _is_small(tensor: gs.Tensor) -> bool:
     """Whether a tensor is a constant that may be a shape, an axis or a bound."""
     return isinstance(tensor, gs.Constant) and math.prod(tensor.shape) <= LARGEST_SHAPE_OPERAND
@@ -279,13 +273,3 @@ def _schema(op: str, opset: int, domain: str) -> onnx.defs.OpSchema | None:
     if not onnx.defs.has(op, opset, domain):
         return None
     return onnx.defs.get_schema(op, opset, domain)
-
-
-def _type_of(
-    dtype: Any,  # noqa: ANN401 (an ONNX code or a NumPy type)
-    shape: tuple[int, ...],
-) -> onnx.TypeProto:
-    code = (
-        dtype if isinstance(dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    )
-    return onnx.helper.make_tensor_type_proto(code, shape)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.linear import bias_of, weight_of
-from corp_onnx.blocks.records import Attention, Catalog, Mlp
+from corp_onnx.blocks.records import Attention, Catalog, Mlp, Route
 from corp_onnx.blocks.view import constant_value
 from corp_onnx.emit import Emitter
 from corp_onnx.errors import SurgeryError
 from corp_onnx.graph import Model
 from corp_onnx.macs import Counts, count
-from corp_onnx.projections import project
+from corp_onnx.projections import kept_rows, project
 from corp_onnx.shapes import declared_only, evaluate
 from corp_onnx.solve.folds import Fold, MlpFold, OutputFold, QueryKeyFold, Solution, ValueOutputFold
 from corp_onnx.theatre import Theatre
 
 OPERATORS = frozenset({"Attention", "MultiHeadAttention"})
 """What scales its logits by the head width, unless told otherwise."""
+
+Cut = Mapping[str, np.ndarray]
+"""Channels by the node of their layer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +66,7 @@ def carried_out(model: Model, catalog: Catalog, folds: Iterable[Fold]) -> gs.Gra
     for fold in folds:
         of_block.setdefault(fold.block, []).append(fold)
     gone: set[str] = set()
+    cut = _cut_channels(catalog, of_block)
     biased: dict[str, str] = {}
     for block in catalog.blocks:
         if block.id not in of_block:
@@ -70,9 +74,9 @@ def carried_out(model: Model, catalog: Catalog, folds: Iterable[Fold]) -> gs.Gra
         emit = Emitter(graph, block.id, taken)
         theatre = Theatre.of(graph, model.fingerprint.opset, emit, biased)
         if isinstance(block, Mlp):
-            _cut_mlp(theatre, block, of_block[block.id])
+            gone |= _cut_mlp(theatre, block, of_block[block.id], cut)
         else:
-            gone |= _cut_attention(theatre, block, of_block[block.id])
+            gone |= _cut_attention(theatre, block, of_block[block.id], cut)
     if any(block.twins for block in catalog.blocks):
         _share_equal_weights(graph, set(model.graph.tensors()))
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
@@ -81,11 +85,38 @@ def carried_out(model: Model, catalog: Catalog, folds: Iterable[Fold]) -> gs.Gra
     return graph
 
 
-def _cut_mlp(theatre: Theatre, block: Mlp, folds: list[Fold]) -> None:
-    """Narrow the hidden axis to the kept channels and renew the down projection."""
+def _cut_channels(catalog: Catalog, folds: Mapping[str, list[Fold]]) -> Cut:
+    """The channels of every layer that some block cuts."""
+    cut: dict[str, list[np.ndarray]] = {}
+    for block in catalog.blocks:
+        if isinstance(block, Mlp):
+            for source in block.sources if block.id in folds else ():
+                cut.setdefault(source.linear.node, []).append(source.channels)
+            continue
+        roles = _maps(folds.get(block.id, []))
+        for role, route in _routes(block).items():
+            if role in roles:
+                cut.setdefault(route.linear.node, []).append(route.channels.reshape(-1))
+    return {node: np.concatenate(channels) for node, channels in cut.items()}
+
+
+def _is_cut(fragment: Route, cut: Cut) -> bool:
+    """Whether a fragment is written by a block that cuts it, this one or another."""
+    return bool(np.isin(fragment.channels, cut.get(fragment.linear.node, ())).any())
+
+
+def _cut_mlp(theatre: Theatre, block: Mlp, folds: list[Fold], cut: Cut) -> set[str]:
+    """Narrow the hidden axis to the kept channels and renew the down projection.
+
+    Returns:
+        The nodes of layers that were taken apart.
+    """
     (fold,) = folds
     assert isinstance(fold, MlpFold), f"{block.id} is an MLP"
+    apart = _take_apart(theatre, block, fold, cut)
     for linear in dict.fromkeys(source.linear for source in block.sources):
+        if linear.node in apart:
+            continue
         sources = [source for source in block.sources if source.linear == linear]
         columns = np.concatenate([source.channels[fold.kept] for source in sources])
         layer = theatre.now(linear)
@@ -105,24 +136,34 @@ def _cut_mlp(theatre: Theatre, block: Mlp, folds: list[Fold]) -> None:
     for target in block.targets:
         theatre.set_target(target, len(fold.kept))
     theatre.set_linear(block.down, fold.weight, fold.bias)
+    return apart
 
 
-def _cut_attention(theatre: Theatre, block: Attention, folds: list[Fold]) -> set[str]:
+def _take_apart(theatre: Theatre, block: Mlp, fold: MlpFold, cut: Cut) -> set[str]:
+    """Give hidden channels that are packed with others a layer of their own, and these another."""
+    hidden = {source.tensor for source in block.sources}
+    for fragment in block.fragments:
+        if fragment.operand in hidden:
+            kept = kept_rows(fragment, fold.kept)
+            theatre.take_place(fragment.operand, project(theatre, kept, "hidden"))
+        elif not _is_cut(fragment, cut):
+            theatre.take_place(fragment.operand, project(theatre, fragment, "part"))
+    return {fragment.linear.node for fragment in block.fragments}
+
+
+def _cut_attention(theatre: Theatre, block: Attention, folds: list[Fold], cut: Cut) -> set[str]:
     """Write new projections for every axis that is cut, and for what is packed with one.
 
     Returns:
         The nodes of the projections that this replaces.
     """
-    routes = {"query": block.query, "key": block.key, "value": block.value}
-    gone, cut = set(), set()
+    routes, gone = _routes(block), set()
     for role, mapping in _maps(folds).items():
         route = routes[role]
-        assert route is not None, f"{block.id} offers its {role}"
         gone.add(route.linear.node)
-        cut.add(route.operand)
         theatre.take_place(route.operand, project(theatre, route, role, mapping))
     for fragment in block.fragments:
-        if fragment.linear.node in gone and fragment.operand not in cut:
+        if fragment.linear.node in gone and not _is_cut(fragment, cut):
             theatre.take_place(fragment.operand, project(theatre, fragment, "part"))
     theatre.keep_sizes(block.readers)
     _state_scale(theatre, block)
@@ -133,6 +174,12 @@ def _cut_attention(theatre: Theatre, block: Attention, folds: list[Fold]) -> set
             assert block.output is not None, f"the output of {block.id} was fitted"
             theatre.set_linear(block.output.linear, fold.weight, fold.bias)
     return gone
+
+
+def _routes(block: Attention) -> dict[str, Route]:
+    """The routes of an attention by role."""
+    routes = {"query": block.query, "key": block.key, "value": block.value}
+    return {role: route for role, route in routes.items() if route is not None}
 
 
 def _maps(folds: list[Fold]) -> dict[str, np.ndarray]:

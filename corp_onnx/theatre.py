@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64
 
-from corp_onnx.blocks.linear import dtype_of
+from corp_onnx.blocks.linear import bias_inside, dtype_of
 from corp_onnx.blocks.records import Linear, SizeReader, Target
 from corp_onnx.blocks.view import constant_value
 from corp_onnx.emit import Emitter, replace_readers
@@ -38,7 +38,7 @@ class Theatre:
 
     def has_bias(self, linear: Linear) -> bool:
         """Whether a linear layer adds a vector."""
-        return linear.bias_node is not None or len(self.nodes[linear.node].inputs) > 2
+        return linear.bias_node is not None or bias_inside(self.nodes[linear.node]) is not None
 
     def set_linear(
         self,
@@ -50,6 +50,11 @@ class Theatre:
         node = self.nodes[linear.node]
         dtype = dtype_of(self.nodes, linear, self.opset)
         stored = weight.astype(dtype)
+        if node.op == "MatMulNBits":
+            assert bias is not None or not self.has_bias(linear), "a bias inside is given anew"
+            node.op, node.domain, node.attrs = "MatMul", None, {}
+            while len(node.inputs) > 2:
+                node.inputs.pop()
         if node.op == "Conv":
             old = constant_value(node.inputs[1], self.opset)
             assert old is not None, f"{linear.node} has no constant weight"
@@ -110,6 +115,8 @@ class Theatre:
         """Let Shape nodes go on saying what they said of the dense tensors."""
         for reader in readers:
             node = self.nodes[reader.node]
+            if not node.outputs:  # another block of the same layer has seen to it
+                continue
             pieces: list[gs.Tensor | Sequence[int]] = []
             for size in reader.sizes:
                 if isinstance(size, int):

@@ -298,16 +298,6 @@ def query_in_bias(net):
     return merged(net, mixed, value=HEAD)
 
 
-def packed_with_mlp(net):
-    """Attention and MLP side by side, all of whose first layers are one."""
-    sizes = [HEADS * HEAD] * 3 + [14]
-    parts = net("Split", net.linear(net.x(), WIDTH, sum(sizes)), sizes, outputs=4, axis=2)
-    made = [split(net, part, HEADS) for part in parts[:3]]
-    attended = merged(net, products(net, *made), value=HEAD)
-    hidden = net("Relu", parts[3])
-    return net("Add", attended, net.linear(hidden, 14, WIDTH))
-
-
 def keys_shown(net):
     """Keys are an output as well, as of a model that fills a cache."""
     query, key, value = packed(net)
@@ -438,7 +428,6 @@ MORE: Mapping[str, Callable[[int], Tiny]] = {
     "packed_rotated_but_first": built(packed_with(rotated_but_first), value=HEAD, axes=VO),
     "packed_part_rotated": built(packed_with(part_rotated), value=HEAD, axes=VO),
     "query_in_bias": built(query_in_bias, value=HEAD, axes=VO),
-    "packed_with_mlp": built(packed_with_mlp, value=HEAD),
     "keys_shown": built(keys_shown, value=HEAD, axes=VO),
     "talking": built(lambda net: plain(net, between=talking, after=talking), axes=VO),
     "talking_after": built(lambda net: plain(net, after=talking)),

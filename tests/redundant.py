@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of, width_of
-from corp_onnx.blocks.linear import bias_of, dtype_of, weight_of
+from corp_onnx.blocks.linear import bias_inside, bias_of, dtype_of, weight_of
 from corp_onnx.blocks.records import Linear, Route, leader_of
 from corp_onnx.blocks.view import constant_value
 from corp_onnx.graph import Model
@@ -169,7 +169,7 @@ class _Workshop:
         self._write(route.linear, weight, bias)
 
     def _has_bias(self, linear: Linear) -> bool:
-        return linear.bias_node is not None or len(self.nodes[linear.node].inputs) > 2
+        return linear.bias_node is not None or bias_inside(self.nodes[linear.node]) is not None
 
     def _read(self, linear: Linear) -> tuple[np.ndarray, np.ndarray]:
         read = (of(self.nodes, linear, self.opset) for of in (weight_of, bias_of))
@@ -183,6 +183,11 @@ class _Workshop:
             weight = weight.T.reshape(*weight.T.shape, *node.inputs[1].shape[2:])
         elif node.op == "Gemm":
             node.attrs.update(alpha=1.0, beta=1.0, transB=0)
+        elif node.op == "MatMulNBits":
+            assert len(node.inputs) <= 4, "the zoo has none with a bias inside"
+            node.op, node.domain, node.attrs = "MatMul", None, {}
+            while len(node.inputs) > 2:
+                node.inputs.pop()
         node.inputs[1] = _constant(weight.astype(dtype))
         if not self._has_bias(linear):
             assert np.allclose(bias, 0)

@@ -394,7 +394,8 @@ def bias_behind(net):
 def packed_inside(net):
     whole = net.linear(net.x(), WIDTH, 3 * HEADS * HEAD)
     y = net("Reshape", whole, [0, 0, HEADS, 3, HEAD])
-    y = net("MultiHeadAttention", y, domain=MICROSOFT, num_heads=HEADS)
+    bias = net.random(3 * HEADS * HEAD)
+    y = net("MultiHeadAttention", y, "", "", bias, domain=MICROSOFT, num_heads=HEADS)
     return net.linear(y, HEADS * HEAD, WIDTH)
 
 

@@ -196,6 +196,7 @@ def test_a_bias_inside_an_attention_is_brought_before_it(value, mask):
     (node,) = (node for node in model.graph.nodes if node.op == "MultiHeadAttention")
     assert [tensor.inputs[0].op for tensor in node.inputs[:3]] == ["Add"] * 3
     assert len(node.inputs) < 4 or not node.inputs[3].name
+    assert widths_of(model) == [("attention", HEAD, ("qk", "vo"))]
 
 
 def test_a_bias_of_zeros_is_not_added():

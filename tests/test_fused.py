@@ -134,7 +134,7 @@ def test_attention_with_packed_operands_is_not_counted():
     net = Net(0)
     rows = net("Reshape", net.linear(net.x(), WIDTH, 3 * INNER), [0, 0, HEADS, 3, HEAD])
     y = net("MultiHeadAttention", rows, domain=MICROSOFT, num_heads=HEADS)
-    made = graph.from_proto(net.build(y)).graph
+    made = gs.import_onnx(net.build(y))
     facts = evaluate(made, {"x": (BATCH, TOKENS, WIDTH)})
     assert facts.shapes[y] == (BATCH, TOKENS, INNER)
     assert count(made, facts).uncounted == ("MultiHeadAttention_3",)

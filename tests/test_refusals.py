@@ -265,6 +265,46 @@ def test_mixed_values_whose_elements_are_counted_are_refused():
     assert "the number of elements" in refused["vo"]
 
 
+def hard_swish(net, y):
+    return net("HardSwish", y)
+
+
+def hard_swish_by_hand(net, y):
+    """As converters for old opsets write it."""
+    return net("Mul", y, net("HardSigmoid", y, alpha=1 / 6, beta=0.5))
+
+
+def scaled_by_channel(net, y):
+    return net("Mul", y, net.random(SIZE))
+
+
+def normed_by_batch(net, y):
+    """BatchNormalization between mixed values and projection, channels on axis 1."""
+    turned = net("Transpose", y, perm=[0, 2, 1])
+    vectors = [net.random(SIZE) for _ in range(3)]
+    made = net("BatchNormalization", turned, *vectors, net.rng.uniform(0.5, 2, SIZE))
+    return net("Transpose", made, perm=[0, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hard_swish, "HardSwish (HardSwish_"),
+        (hard_swish_by_hand, "are read 2 times (HardSigmoid HardSigmoid_"),
+        (scaled_by_channel, "scales channels of the mixed values one by one"),
+        (normed_by_batch, "BatchNormalization (BatchNormalization_"),
+    ],
+)
+def test_what_treats_channels_of_mixed_values_apart_refuses_these_only(change, reason):
+    """LeViT has an activation before its output projection: no linear map passes through it."""
+    net = Net(0, opset=18)
+    mixed = net("Transpose", mix(net, *separate(net)), perm=[0, 2, 1, 3])
+    rows = net("Reshape", mixed, [0, 0, SIZE])
+    axes, refused = refused_attention(net, net.linear(change(net, rows), SIZE, WIDTH))
+    assert axes == ("qk",)
+    assert reason in refused["vo"]
+
+
 def test_an_attention_without_output_projection_keeps_its_values():
     net = Net(0)
     axes, refused = refused_attention(net, net("Exp", mix(net, *separate(net))))
@@ -357,36 +397,6 @@ def test_probabilities_that_enter_two_products_are_refused():
     y = merge_heads(net, net("MatMul", weights, value))
     reasons = reasons_of(net, y, net("MatMul", weights, other))
     assert says("enter more than one product", reasons["Softmax"])
-
-
-# Fused attention
-
-
-@pytest.mark.parametrize("op", ["PackedMultiHeadAttention", "GroupQueryAttention"])
-def test_fused_operators_are_refused(op):
-    net = Net(0)
-    made = projections(net)
-    y = net(op, *made, domain="com.microsoft", num_heads=HEADS)
-    assert says("export the model without fusing", with_unknown_output(net, y)[op])
-
-
-def test_the_fused_attention_of_onnx_runtime_is_refused_with_a_cache():
-    net = Net(0)
-    past = net.input("past", 2, "batch", HEADS, "others", HEAD)
-    y = net(
-        "Attention", net.x(), net.weight(WIDTH, 3 * SIZE), net.random(3 * SIZE), "", past,
-        domain="com.microsoft", num_heads=HEADS, unidirectional=1,
-    )  # fmt: skip
-    assert says("export the model without fusing", with_unknown_output(net, y)["Attention"])
-
-
-def with_unknown_output(net, y):
-    """Reasons of a model whose output has a type that no schema gives."""
-    model = net.build(net("Identity", "x"))
-    model.graph.output.append(helper.make_tensor_value_info(y, TensorProto.FLOAT, None))
-    catalog = find_blocks(graph.from_proto(model))
-    assert catalog.blocks == ()
-    return by_operator(catalog)
 
 
 def test_an_operator_with_a_cache_is_refused():
@@ -503,9 +513,8 @@ def test_blocks_inside_a_branch_are_left_as_they_are():
     catalog = catalog_of(net, net("Add", outcome, mlp(net, "x", relu)))
     assert [block.id for block in catalog.blocks] == ["mlp.0"]
     assert len(catalog.refusals) == 4
-    assert {r.reason for r in catalog.refusals} == {
-        "it lies inside the body of an If, Loop or Scan, which is left as it is"
-    }
+    holder = {"it lies inside the body of If (If_2), which is left as it is"}
+    assert {refusal.reason for refusal in catalog.refusals} == holder
 
 
 def renamed(body):

@@ -72,7 +72,9 @@ def test_a_model_runs_at_batches_it_was_not_traced_with(name):
 
 @pytest.mark.parametrize("function", sorted({*map(function_of, NAMES)}))
 def test_all_exports_of_a_module_compute_the_same(function):
-    first, *others = [name for name in NAMES if function_of(name) == function]
+    """But for those whose weights were rounded."""
+    exact = [name for name in NAMES if not name.endswith("+nbits")]
+    first, *others = [name for name in exact if function_of(name) == function]
     inputs = feeds(first, 3)
     # What comes out at masked positions is nobody's business.
     seen = inputs.get("attention_mask", np.ones((3, 1)))[:, :, None].astype(bool)

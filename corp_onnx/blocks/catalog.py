@@ -9,6 +9,7 @@ from dataclasses import replace
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.attention import attention_of, unshared
+from corp_onnx.blocks.foreign import is_foreign, weights_inside, why_fused
 from corp_onnx.blocks.linear import match_linear
 from corp_onnx.blocks.logits import Anchor, match_softmax
 from corp_onnx.blocks.mlp import match_mlp, why_not_hidden
@@ -23,7 +24,7 @@ from corp_onnx.blocks.records import (
     Refusal,
     linears_of,
 )
-from corp_onnx.blocks.view import View, constant_value
+from corp_onnx.blocks.view import View, constant_value, holders_of
 from corp_onnx.graph import Model, nodes_of_subgraphs
 from corp_onnx.macs import Counts, count
 from corp_onnx.shapes import Facts, evaluate, tensor_count, usual_facts
@@ -37,17 +38,6 @@ Last comes a batch of one, which is all that some exporters leave possible.
 
 SMALL_SHARE = 0.01
 """Linear layers below this share of all MACs go unmentioned."""
-
-FUSED_ATTENTION_OPS = frozenset(
-    {
-        "Attention",
-        "GroupQueryAttention",
-        "PackedAttention",
-        "PackedMultiHeadAttention",
-        "DecoderMaskedMultiHeadAttention",
-    }
-)
-"""Operators of ONNX Runtime that are not cut: their projections, caches or rotations are inside."""
 
 
 def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
@@ -69,14 +59,17 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
     refusals += [item for item in (*hidden, *unmatched) if item.node not in taken]
     said = taken | {item.node for item in refusals}
     refusals += _large_leftovers(view, counts, said)
-    refusals += _in_subgraphs(model.graph)
+    inside = weights_inside(model.graph, counts.params, SMALL_SHARE)
+    said |= {linear.node for linear in view.linears.values()}
+    refusals += [item for item in inside if item.node not in said]
+    refusals += _in_bodies(view)
     return Catalog(
         blocks,
         tuple(refusals),
         counts.sizes,
         counts.total,
         counts.params,
-        {block.id: _macs_of(block, counts) for block in blocks},
+        {block.id: macs for block, macs in _macs_of(blocks, counts)},
     )
 
 
@@ -104,7 +97,9 @@ def view_of(model: Model, sizes: Sizes | None = None) -> tuple[View, tuple[Refus
     """The graph with its linear layers, and products with constants that are none."""
     graph, opset = model.graph, model.fingerprint.opset
     order = {id(node): index for index, node in enumerate(graph.nodes)}
+    holders = holders_of(graph)
     shown = {tensor.name for tensor in graph.outputs}
+    shown |= {tensor.name for inner in nodes_of_subgraphs(graph) for tensor in inner.inputs}
     linears, refusals = {}, []
     for node in graph.nodes:
         linear = match_linear(node, opset, shown)
@@ -112,7 +107,7 @@ def view_of(model: Model, sizes: Sizes | None = None) -> tuple[View, tuple[Refus
             linears[linear.output] = linear
         elif isinstance(linear, Refusal):
             refusals.append(linear)
-    return View(graph, opset, _probe(graph, sizes), order, linears), tuple(refusals)
+    return View(graph, opset, _probe(graph, sizes), order, linears, holders), tuple(refusals)
 
 
 def _probe(graph: gs.Graph, sizes: Sizes | None) -> tuple[Facts, ...]:
@@ -161,9 +156,8 @@ def _parts(view: View, node: gs.Node) -> Parts | Refusal | None:
     """What an attention multiplies, if ``node`` is one or its Softmax."""
     if node.op == "MultiHeadAttention":
         return match_multi_head(view, node)
-    if node.op in FUSED_ATTENTION_OPS and node.domain:
-        reason = "a fused operator; export the model without fusing attention"
-        return Refusal(node.name, node.op, reason)
+    if "Attention" in node.op and is_foreign(node):
+        return Refusal(node.name, node.op, why_fused(view, node))
     if node.op == "Attention":
         return match_operator(view, node)
     anchor = match_softmax(view, node)
@@ -235,16 +229,35 @@ def _large_leftovers(view: View, counts: Counts, said: set[str]) -> list[Refusal
     ]
 
 
-def _in_subgraphs(graph: gs.Graph) -> Iterator[Refusal]:
-    for node in nodes_of_subgraphs(graph):
-        if node.op in {"Softmax", "Attention", "MatMul", "Gemm"}:
-            reason = "it lies inside the body of an If, Loop or Scan, which is left as it is"
+def _in_bodies(view: View) -> Iterator[Refusal]:
+    for node in nodes_of_subgraphs(view.graph):
+        if "Attention" in node.op or node.op in {"Softmax", "MatMul", "Gemm", "MatMulNBits"}:
+            holder = view.holders[id(node)]
+            reason = (
+                f"it lies inside the body of {holder.op} ({holder.name}), which is left as it is"
+            )
             yield Refusal(node.name, node.op, reason)
 
 
-def _macs_of(block: Block, counts: Counts) -> int:
-    """MACs of a block's linear layers and products."""
-    nodes = {linear.node for linear in linears_of(block)}
-    if isinstance(block, Attention):
-        nodes.update(block.products)
-    return sum(counts.by_node.get(node, 0) for node in nodes)
+def _macs_of(blocks: Sequence[Block], counts: Counts) -> Iterator[tuple[Block, int]]:
+    """MACs of every block's linear layers and products.
+
+    Of a layer that an MLP shares, it has the part that makes hidden channels, and others the rest.
+    """
+    hidden: dict[tuple[str, str], int] = {}
+    for block in blocks:
+        for source in block.sources if isinstance(block, Mlp) and block.fragments else ():
+            key = (source.linear.node, block.id)
+            macs = counts.by_node.get(source.linear.node, 0)
+            hidden[key] = hidden.get(key, 0) + macs * block.width // source.linear.width_out
+    shared = {node for node, _ in hidden}
+    for block in blocks:
+        nodes = {linear.node for linear in linears_of(block)}
+        if isinstance(block, Attention):
+            nodes.update(block.products)
+        macs = sum(counts.by_node.get(node, 0) for node in nodes)
+        for node in nodes & shared:
+            others = sum(part for (at, of), part in hidden.items() if at == node and of != block.id)
+            mine = hidden.get((node, block.id))
+            macs -= others if mine is None else counts.by_node.get(node, 0) - mine
+        yield block, macs

@@ -60,7 +60,7 @@ def other_reader(
         if view.is_output(tensor):
             return f"{tensor.name!r} is an output of the model"
         own = {id(node) for node in products} if tensor is target else inside
-        for node in tensor.outputs:
+        for node in view.readers(tensor):
             if id(node) not in own and node.op not in SIZE_OPS:
                 return f"{tensor.name!r} is also read by {node.op} ({node.name})"
     if target.name in ends:
@@ -105,7 +105,7 @@ class _Descent:
         self.paths[tensor.name] = path
         if tensor.name in self.operands:
             return [self.operands[tensor.name]]
-        readers = [node for node in tensor.outputs if node.op not in SIZE_OPS]
+        readers = [node for node in self.view.readers(tensor) if node.op not in SIZE_OPS]
         carried = all(
             any(tensor is value for value in carried_inputs(self.view, node)) for node in readers
         )

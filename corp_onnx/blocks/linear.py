@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Mapping, Set
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64
 
+from corp_onnx import nbits
 from corp_onnx.blocks.records import Linear, Refusal
 from corp_onnx.blocks.view import constant_value
 
 
 def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal | None:
-    """Read a MatMul, Gemm or 1x1 Conv as a linear layer; None if it is no product with a weight.
+    """Read a product with a weight as a linear layer; None if a node is something else.
 
-    ``shown`` are the names of the graph's outputs: a product that the caller sees keeps its bias
-    outside.
+    That is a MatMul, a Gemm, a convolution over single points, or a MatMulNBits.
+
+    ``shown`` are the names of what the caller sees, or the body of an If: a product among them
+    keeps its bias outside.
     """
-    if node.op == "Conv":
-        return _match_pointwise(node, opset)
-    if node.op not in {"MatMul", "Gemm"}:
+    if node.domain not in {"", "ai.onnx", None} and node.op != "MatMulNBits":
         return None
+    matcher = _MATCHERS.get(node.op)
+    return None if matcher is None else matcher(node, opset, shown)
+
+
+def _match_product(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal | None:
+    """A MatMul or Gemm with a constant matrix on the right."""
     if constant_value(node.inputs[0], opset) is not None:
         return Refusal(node.name, node.op, "the constant matrix multiplies from the left")
     weight = constant_value(node.inputs[1], opset)
@@ -55,6 +62,8 @@ def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal
 def weight_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> Float64[np.ndarray, "i o"]:
     """The matrix ``W [in, out]`` of ``y = x W + b``, with a Gemm's alpha and transB applied."""
     node = nodes[linear.node]
+    if node.op == "MatMulNBits":
+        return nbits.weight_of(node)
     weight = constant_value(node.inputs[1], opset)
     assert weight is not None, f"{linear.node} has no constant weight"
     if node.op == "Conv":
@@ -71,8 +80,8 @@ def bias_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> Float64[np
     bias: np.ndarray | None = None
     if linear.bias_node is not None:
         bias = _vector(nodes[linear.bias_node], linear.width_out, opset)
-    elif node.op in {"Gemm", "Conv"} and len(node.inputs) > 2 and node.inputs[2].name:
-        value = constant_value(node.inputs[2], opset)
+    elif (inside := bias_inside(node)) is not None:
+        value = constant_value(inside, opset)
         assert value is not None, f"{linear.node} has a bias that is not constant"
         bias = np.broadcast_to(value.reshape(-1), linear.width_out) * node.attrs.get("beta", 1.0)
     if bias is None:
@@ -82,12 +91,39 @@ def bias_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> Float64[np
 
 def dtype_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> np.dtype:
     """The type in which the layer multiplies."""
-    weight = constant_value(nodes[linear.node].inputs[1], opset)
+    node = nodes[linear.node]
+    weight = constant_value(node.inputs[2 if node.op == "MatMulNBits" else 1], opset)
     assert weight is not None, f"{linear.node} has no constant weight"
     return weight.dtype
 
 
-def _match_pointwise(node: gs.Node, opset: int) -> Linear | None:
+def bias_inside(node: gs.Node) -> gs.Tensor | None:
+    """The vector that a layer adds itself, if it does."""
+    slot = nbits.BIAS if node.op == "MatMulNBits" else 2
+    return node.inputs[slot] if len(node.inputs) > slot and node.inputs[slot].name else None
+
+
+def _match_packed(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal:
+    """A product with a weight of a few bits an entry."""
+    reason, bias = nbits.why_unread(node), bias_inside(node)
+    if bias is not None and constant_value(bias, opset) is None:
+        reason = f"it adds {bias.name!r}, which is no constant vector"
+    if reason:
+        return Refusal(node.name, node.op, reason)
+    width_in, width_out = int(node.attrs["K"]), int(node.attrs["N"])
+    within = bias is not None or node.outputs[0].name in shown
+    add = None if within else _bias_node(node, width_out, opset)
+    return Linear(
+        node.name,
+        add.name if add else None,
+        node.inputs[0].name,
+        (add or node).outputs[0].name,
+        width_in,
+        width_out,
+    )
+
+
+def _match_pointwise(node: gs.Node, opset: int, shown: Set[str]) -> Linear | None:
     """A convolution whose kernel is a single point, over all channels: a product per position."""
     weight = constant_value(node.inputs[1], opset)
     if weight is None or weight[0, 0].size != 1 or node.attrs.get("group", 1) != 1:
@@ -126,3 +162,11 @@ def _vector(add: gs.Node, width: int, opset: int) -> np.ndarray | None:
         if value is not None and value.shape[-1:] == (width,) and value.size == width:
             return value.reshape(-1)
     return None
+
+
+_MATCHERS: Mapping[str, Callable[[gs.Node, int, Set[str]], Linear | Refusal | None]] = {
+    "Conv": _match_pointwise,
+    "Gemm": _match_product,
+    "MatMul": _match_product,
+    "MatMulNBits": _match_packed,
+}

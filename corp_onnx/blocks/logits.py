@@ -106,8 +106,10 @@ def _mixings(view: View, tensor: gs.Tensor, seen: set[str]) -> Iterator[Mixing]:
     if tensor.name in seen:
         return
     seen.add(tensor.name)
-    for node in tensor.outputs:
-        slot = next(index for index, value in enumerate(node.inputs) if value is tensor)
+    for node in view.readers(tensor):
+        slot = next((index for index, value in enumerate(node.inputs) if value is tensor), None)
+        if slot is None:
+            continue
         others = [value for value in node.inputs if value is not tensor]
         if node.op == "MatMul" and all(view.known(value) is None for value in others):
             yield Mixing(node, 1 - slot)

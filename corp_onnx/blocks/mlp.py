@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from jaxtyping import Int64
 
 from corp_onnx import shapes
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Blocked, element_numbers
+from corp_onnx.blocks.packed import Branch, Packing, packing_of
 from corp_onnx.blocks.records import (
     Linear,
     Mlp,
@@ -31,18 +31,6 @@ from corp_onnx.shapes import Facts
 
 SILENT_OPS = PASSING_OPS - {"Cast"}
 """Operators on the way of data movement that change neither values nor type."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Branch:
-    """A tensor that holds all hidden channels, and the way there from a linear layer's output."""
-
-    source: gs.Tensor
-    tensor: gs.Tensor
-    channels: Int64[np.ndarray, "..."]
-    """Channel of the layer at every hidden channel."""
-    nodes: tuple[gs.Node, ...]
-    """Data movement on the way, which goes when the layer is written anew."""
 
 
 def match_mlp(view: View, down: Linear, hidden: gs.Tensor, block_id: str) -> Mlp | Refusal | None:
@@ -66,12 +54,16 @@ def _read(
     if len(explored) < len(regions):
         return next(reason for reason in regions if isinstance(reason, str))
     region = explored[0]
-    branches = _other_reader(view, region, down, hidden) or _lasting(view, explored, down)
-    if isinstance(branches, str):
-        return branches
+    branches = _lasting(view, explored, down)
+    packing = _packing(view, region, branches)
+    gone = packing.tensors if isinstance(packing, Packing) else frozenset()
+    reason = _other_reader(view, region, down, hidden, gone)
+    if reason or isinstance(branches, str):
+        return packing if reason and isinstance(packing, str) else reason or str(branches)
+    assert isinstance(packing, Packing), "somebody reads what cannot be taken apart"
     lost = {id(node) for branch in branches for node in branch.nodes}
     kept = [node for node in region.nodes if id(node) not in lost]
-    vectors, readers = _vectors(view, region, kept), _size_readers(view, region, lost)
+    vectors, readers = _vectors(view, region, kept), _size_readers(view, region, lost, gone)
     if isinstance(vectors, str) or isinstance(readers, str):
         return vectors if isinstance(vectors, str) else str(readers)
     sources = [
@@ -86,9 +78,17 @@ def _read(
         _targets(region, kept),
         down,
         down.width_in,
-        readers,
+        (*readers, *packing.readers),
+        fragments=packing.fragments,
         depthwise=tuple(node.name for node in kept if node.op == "Conv"),
     )
+
+
+def _packing(view: View, region: Region, branches: Sequence[Branch] | str) -> Packing | str:
+    """What the layers above compute beside hidden channels, or why they cannot be taken apart."""
+    if isinstance(branches, str):
+        return Packing()
+    return packing_of(view, branches, {id(node) for node in region.nodes})
 
 
 def _lasting(view: View, regions: Sequence[Region], down: Linear) -> list[Branch] | str:
@@ -113,18 +113,21 @@ def why_not_hidden(view: View, linear: Linear, tensor: gs.Tensor) -> str:
     above = (
         f"follows from {tensor.name!r}, which no layer computes"
         if node is None
-        else f"comes through {node.op} ({node.name}), which mixes channels"
+        else f"comes through {node.op} ({node.name}), which "
+        + ("joins several tensors" if node.op == "Concat" else "mixes channels")
     )
     return f"its input {above}, and its {linear.width_out} outputs end in no other linear layer"
 
 
-def _other_reader(view: View, region: Region, down: Linear, hidden: gs.Tensor) -> str | None:
-    """Who else reads the hidden channels."""
+def _other_reader(
+    view: View, region: Region, down: Linear, hidden: gs.Tensor, gone: Set[str]
+) -> str | None:
+    """Who else reads the hidden channels, but for tensors that are ``gone`` with their layer."""
     inside = {id(node) for node in region.nodes}
-    for tensor in region.tensors():
+    for tensor in (tensor for tensor in region.tensors() if tensor.name not in gone):
         if view.is_output(tensor):
             return f"its hidden tensor {tensor.name!r} is an output of the model"
-        for node in tensor.outputs:
+        for node in view.readers(tensor):
             goes_down = tensor is hidden and node.name == down.node
             if id(node) not in inside and not goes_down and node.op != "Shape":
                 return f"its hidden tensor {tensor.name!r} is also read by {node.op} ({node.name})"
@@ -169,7 +172,7 @@ def _descend(view: View, region: Region, facts: Facts, way: Branch) -> Iterator[
     ):
         yield way
         return
-    for node in way.tensor.outputs:
+    for node in view.readers(way.tensor):
         if not any(node is other for other in region.nodes):
             continue
         if node.op not in MOVING_OPS | SILENT_OPS:
@@ -221,15 +224,17 @@ def _targets(region: Region, kept: list[gs.Node]) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def _size_readers(view: View, region: Region, lost: set[int]) -> tuple[SizeReader, ...] | str:
+def _size_readers(
+    view: View, region: Region, lost: set[int], gone: Set[str]
+) -> tuple[SizeReader, ...] | str:
     """Shape nodes on hidden tensors: all axes but that of the channels stay as they are.
 
     Those that only say where data is to move within the region go along with it.
     """
     moving = {id(node) for node in region.nodes if node.op in MOVING_OPS}
     readers = []
-    for tensor in region.tensors():
-        for node in tensor.outputs:
+    for tensor in (tensor for tensor in region.tensors() if tensor.name not in gone):
+        for node in view.readers(tensor):
             if node.op != "Shape" or serves_only(node, moving):
                 continue
             along = line(region.labels[tensor.name]) if tensor.name in region.labels else None

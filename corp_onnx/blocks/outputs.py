@@ -44,16 +44,16 @@ def _descend(view: View, context: gs.Tensor) -> tuple[Path, Linear] | str:
     tensor = context
     linears = {(item.node, item.input): item for item in view.linears.values()}
     while True:
-        readers = [node for node in tensor.outputs if node.op not in SIZE_OPS]
+        readers = [node for node in view.readers(tensor) if node.op not in SIZE_OPS]
         if view.is_output(tensor) or len(readers) != 1:
-            return (
-                f"the mixed values {tensor.name!r} are read {len(readers)} times, or by the caller"
-            )
+            ops = ", ".join(f"{node.op} {node.name}" for node in readers)
+            times = f"{len(readers)} times ({ops})" if readers else "0 times"
+            return f"the mixed values {tensor.name!r} are read {times}, or by the caller"
         (node,) = readers
         linear = linears.get((node.name, tensor.name))
         if linear is not None:
             return Path(context, tensor, tuple(nodes)), linear
-        moves = node.op in MOVING_OPS | PASSING_OPS - {"Concat"} and len(node.outputs) == 1
+        moves = node.op in (MOVING_OPS | PASSING_OPS) - {"Concat"} and len(node.outputs) == 1
         if not moves and not (node.op in SCALING_OPS and _is_carried(view, node, tensor)):
             return f"{node.op} ({node.name}) stands between the mixed values and a linear layer"
         nodes.append(node)
@@ -92,7 +92,7 @@ def _read_off(
     places, value_heads = found
     if len(np.unique(places, axis=0)) < len(places):
         return "the output projection reads a channel of the mixed values twice"
-    readers = readers_below(path, moved, position)
+    readers = readers_below(view, path, moved, position)
     if isinstance(readers, str):
         return readers
     return Output(linear, places, value_heads, _targets(path, moved, position, linear), readers)

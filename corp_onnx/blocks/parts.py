@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from corp_onnx.blocks.foreign import CACHED
 from corp_onnx.blocks.logits import Anchor, match_logits, match_mixing
 from corp_onnx.blocks.operands import Operand
 from corp_onnx.blocks.records import Mask, Refusal, Scalar
 from corp_onnx.blocks.view import OPEN_SIZE, View, follows_data
 
-CACHED = "keys or values are kept in a cache (graph input or output), an interface"
+LOGITS_READ = "its logits are an output, read by somebody else"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,15 +64,17 @@ def match_attention(view: View, anchor: Anchor) -> Parts | Refusal:
 
 def match_operator(view: View, node: gs.Node) -> Parts | Refusal:
     """Read the standard Attention operator of opset 23 and 24."""
-    query, key, value, mask, *cache = _filled(node, 7)
+    query, key, value, mask, *cache, counts = _filled(node, 7)
     if any(tensor.name for tensor in cache) or _is_read(view, node.outputs[1:3]):
         return Refusal(node.name, node.op, CACHED)
-    if _is_read(view, node.outputs[3:4]):
-        return Refusal(node.name, node.op, "its logits are an output, read by somebody else")
     padding = None
-    if mask.name and follows_data(mask):
+    if mask.name and follows_data(mask) and len(view.shape(mask) or ()) == 4:
         padding = Mask(mask.name, "keeps" if view.probes[0].dtype(mask) == np.bool_ else "added")
-    bent = "its logits are capped (softcap)" if node.attrs.get("softcap", 0.0) else None
+    if counts.name and follows_data(counts):
+        padding = Mask(counts.name, "counts")
+    bent = LOGITS_READ if _is_read(view, node.outputs[3:4]) else None
+    if node.attrs.get("softcap", 0.0):
+        bent = "its logits are capped (softcap)"
     heads = node.attrs.get("q_num_heads", 0), node.attrs.get("kv_num_heads", 0)
     return _operator(view, node, (query, key, value), heads, padding, bent)
 
@@ -81,8 +84,7 @@ def match_multi_head(view: View, node: gs.Node) -> Parts | Refusal:
     query, key, value, bias, seen, added, *cache = _filled(node, 10)
     if any(tensor.name for tensor in cache) or _is_read(view, node.outputs[1:3]):
         return Refusal(node.name, node.op, CACHED)
-    if _is_read(view, node.outputs[3:4]):
-        return Refusal(node.name, node.op, "its logits are an output, read by somebody else")
+    bent = LOGITS_READ if _is_read(view, node.outputs[3:4]) else None
     if not key.name or not value.name:
         return Refusal(node.name, node.op, "queries, keys and values are packed in one 5-D input")
     if bias.name:
@@ -94,7 +96,7 @@ def match_multi_head(view: View, node: gs.Node) -> Parts | Refusal:
             return Refusal(node.name, node.op, f"its mask {seen.name!r} counts tokens (1-D)")
         padding = Mask(seen.name, "keeps")
     heads = node.attrs["num_heads"]
-    return _operator(view, node, (query, key, value), (heads, heads), padding, None)
+    return _operator(view, node, (query, key, value), (heads, heads), padding, bent)
 
 
 def _operator(

@@ -33,7 +33,7 @@ def size_readers(
     old = served | {id(n) for path in paths for n in path.nodes if n.name not in kept}
     unchanged = {end.route.operand for end in ends if not end.route.layout.width}
     for path in paths:
-        for node in path.target.outputs if path.target.name not in unchanged else ():
+        for node in view.readers(path.target) if path.target.name not in unchanged else ():
             if node.op not in SIZE_OPS or serves_only(node, old):
                 continue
             reader = _size_reader(view, path, ends, node)
@@ -44,7 +44,7 @@ def size_readers(
 
 
 def readers_below(
-    path: Path, moved: Mapping[str, np.ndarray], position: np.ndarray
+    view: View, path: Path, moved: Mapping[str, np.ndarray], position: np.ndarray
 ) -> tuple[SizeReader, ...] | str:
     """Shape nodes that read mixed values on their way, or who wants their size.
 
@@ -55,7 +55,7 @@ def readers_below(
     readers = []
     for tensor in tensors_of(path):
         places = position[moved[tensor.name]]
-        for node in tensor.outputs:
+        for node in view.readers(tensor):
             if node.op not in SIZE_OPS or serves_only(node, inside):
                 continue
             if node.op == "Size":

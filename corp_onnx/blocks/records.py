@@ -73,8 +73,9 @@ class Mask:
     """A tensor that says which tokens nobody may attend to: padding counts in no statistic."""
 
     tensor: str
-    kind: Literal["added", "keeps", "drops"]
-    """Added to the logits; true where a token is seen; true where it is masked."""
+    kind: Literal["added", "keeps", "drops", "counts"]
+    """Added to the logits; true where a token is seen; true where it is masked; or how many of the
+    first tokens of every sample are seen."""
     heads: int = 1
     """How many heads share a sample where the first axis of a 3-D mask counts both."""
     tokens_first: bool = False
@@ -100,28 +101,6 @@ class Scalar:
     slot: int
     value: float
     dtype: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Mlp:
-    """A hidden axis between linear layers with nothing but per-channel operators in between."""
-
-    id: str
-    sources: tuple[Source, ...]
-    hidden: str
-    """The tensor that enters the down projection, channels last."""
-    vectors: tuple[Vector, ...]
-    targets: tuple[Target, ...]
-    """What Reshape nodes inside say of the width."""
-    down: Linear
-    width: int
-    readers: tuple[SizeReader, ...] = ()
-    depthwise: tuple[str, ...] = ()
-    """Convolutions inside of every channel by itself, whose ``group`` is the width."""
-    twins: tuple[str, ...] = ()
-    """All blocks of the same weights, in the order of the graph; none if there is no other."""
-    padding: Mask | None = None
-    refused: Mapping[Axis, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +147,33 @@ class Route:
     """The operand's axis that holds a head's channels; all of them, if it splits heads itself."""
     dtype: str
     """The operand's type, which a Cast on the way may have changed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mlp:
+    """A hidden axis between linear layers with nothing but per-channel operators in between."""
+
+    id: str
+    sources: tuple[Source, ...]
+    hidden: str
+    """The tensor that enters the down projection, channels last."""
+    vectors: tuple[Vector, ...]
+    targets: tuple[Target, ...]
+    """What Reshape nodes inside say of the width."""
+    down: Linear
+    width: int
+    readers: tuple[SizeReader, ...] = ()
+    fragments: tuple[Route, ...] = ()
+    """Where the movement ends of layers that compute more than hidden channels, these among them.
+
+    Such a layer is taken apart: hidden channels get one of their own, and so does all else.
+    """
+    depthwise: tuple[str, ...] = ()
+    """Convolutions inside of every channel by itself, whose ``group`` is the width."""
+    twins: tuple[str, ...] = ()
+    """All blocks of the same weights, in the order of the graph; none if there is no other."""
+    padding: Mask | None = None
+    refused: Mapping[Axis, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,6 +34,9 @@ POSITIONAL_OPS = frozenset(
 )
 """Operators that mix positions and keep the channels of axis 1 apart; so do depthwise Conv."""
 
+KNOWN_DOMAINS = frozenset({None, "", "ai.onnx", "com.microsoft"})
+"""Whose operators mean what their names say."""
+
 NOBODY = -1
 """The label of an element that reaches no hidden channel."""
 
@@ -128,7 +131,9 @@ class _Climb:
     def through(self, node: gs.Node) -> None:
         """Carry labels from a node's outputs to its inputs, unless it mixes channels."""
         self.nodes.append(node)
-        if node.op in PASSING_OPS:
+        if node.domain not in KNOWN_DOMAINS:
+            self.blocked = Blocked(node, node.outputs[0].name)
+        elif node.op in PASSING_OPS:
             self.reach(node.inputs[0], self.labels[node.outputs[0].name], node)
         elif node.op in MOVING_OPS and self._moves_one(node):
             self._move(node)

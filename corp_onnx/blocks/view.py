@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx import shapes
 from corp_onnx.blocks.records import Linear
+from corp_onnx.reference import ROUNDING_OPS
 from corp_onnx.shapes import COMPUTED_OPS, Facts
 
 FOLDED_OPS = frozenset(
@@ -23,6 +24,7 @@ FOLDED_OPS = frozenset(
         "Split",
         "Slice",
         "DequantizeLinear",
+        "QuantizeLinear",
     }
 )
 """Operators on a constant that leave it a constant: a weight behind them is read through."""
@@ -45,6 +47,8 @@ class View:
     """Position of every node, by its ``id``."""
     linears: dict[str, Linear]
     """Linear layers by the name of their output."""
+    holders: dict[int, gs.Node]
+    """For every node inside a body, by its ``id``: the node of the graph that has the body."""
 
     def known(self, tensor: gs.Tensor) -> np.ndarray | None:
         """The value of a tensor that is the same for all data and sizes, else None."""
@@ -58,6 +62,11 @@ class View:
         """The shape of a tensor at the first set of sizes."""
         return self.probes[0].shape(tensor)
 
+    def readers(self, tensor: gs.Tensor) -> list[gs.Node]:
+        """Nodes of the graph that read a tensor; for one inside a body, that which has the body."""
+        found = (self.holders.get(id(node), node) for node in tensor.outputs)
+        return list({id(node): node for node in found}.values())
+
     def is_output(self, tensor: gs.Tensor) -> bool:
         """Whether a tensor is an output of the graph."""
         return any(tensor is output for output in self.graph.outputs)
@@ -65,6 +74,16 @@ class View:
     def in_order(self, nodes: Iterable[gs.Node]) -> list[gs.Node]:
         """Nodes without repetition, in the order of the graph."""
         return sorted({id(node): node for node in nodes}.values(), key=lambda n: self.order[id(n)])
+
+
+def holders_of(graph: gs.Graph) -> dict[int, gs.Node]:
+    """For every node inside the body of an If, Loop or Scan, at any depth: who has the body."""
+    return {
+        id(inner): node
+        for node in graph.nodes
+        for body in node.subgraphs(recursive=True)
+        for inner in body.nodes
+    }
 
 
 def follows_data(tensor: gs.Tensor) -> bool:
@@ -93,7 +112,9 @@ def constant_value(tensor: gs.Tensor, opset: int) -> np.ndarray | None:
     if isinstance(tensor, gs.Constant):
         return np.asarray(tensor.values)
     node = producer(tensor)
-    if node is None or node.op not in FOLDED_OPS or node.domain not in {"", "ai.onnx", None}:
+    if node is None or node.op not in FOLDED_OPS:
+        return None
+    if node.domain not in {"", "ai.onnx", None} and node.op not in ROUNDING_OPS:
         return None
     values = {}
     for source in node.inputs:

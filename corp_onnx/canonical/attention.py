@@ -7,9 +7,9 @@ the model stays as fast as it was fused.
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
+from corp_onnx.canonical.lengths import whole_rows
 from corp_onnx.canonical.rewriting import MICROSOFT, Bench, Outputs, is_read, operand
 
 PAST, PAST_LENGTH = 4, 6
@@ -33,7 +33,7 @@ def unpack_attention(node: gs.Node, bench: Bench) -> Outputs | None:
         return None
     if node.attrs.get("do_rotary", 0) or not _passes_on(mask, node.inputs[0], bench):
         return None
-    mask = _whole_rows(mask, node.inputs[0], bench)
+    mask = whole_rows(mask, node.inputs[0], bench)
     widths = [int(size) for size in node.attrs.get("qkv_hidden_sizes") or ()]
     widths = widths or [weight.shape[1] // 3] * 3
     projected = bench.emit.node("MatMul", [node.inputs[0], weight], dtype=weight.dtype)
@@ -62,15 +62,19 @@ def unpack_attention(node: gs.Node, bench: Bench) -> Outputs | None:
 
 
 def plain_operands(node: gs.Node, bench: Bench) -> Outputs | None:
-    """``MultiHeadAttention`` with its bias added before it, and lengths as a mask of whole rows."""
+    """``MultiHeadAttention`` with three operands, its bias added before it, and a mask of rows."""
     inputs = [*node.inputs, *[gs.Variable.empty()] * (5 - len(node.inputs))]
+    apart = _apart(node, bench)
+    if apart is not None:
+        inputs[:3] = apart
     added = _with_bias(node, bench)
     if added is not None:
         inputs[:4] = [*added, gs.Variable.empty()]
     mask = operand(node, 4)
     lengths = mask is not None and len(bench.shape(mask) or ()) == 1
-    if lengths and _passes_on(mask, node.inputs[0], bench) and operand(node, 1) is not None:
-        inputs[4] = _whole_rows(mask, node.inputs[1], bench) or inputs[4]
+    keys = operand(node, 1) or node.inputs[0]
+    if lengths and _passes_on(mask, node.inputs[0], bench):
+        inputs[4] = whole_rows(mask, keys, bench) or inputs[4]
     if all(new is old for new, old in zip(inputs, node.inputs, strict=False)):
         return None
     return bench.emit.nodes(
@@ -81,6 +85,25 @@ def plain_operands(node: gs.Node, bench: Bench) -> Outputs | None:
         attrs=node.attrs,
         domain=node.domain,
     )
+
+
+def _apart(node: gs.Node, bench: Bench) -> list[gs.Tensor] | None:
+    """Query, key and value of ``[b, t, h, 3, e]``, or with keys and values of ``[b, t, h, 2, e]``.
+
+    None if they are apart, or if a bias is added to what is packed.
+    """
+    query, key = operand(node, 0), operand(node, 1)
+    packed = query if key is None else key
+    shape = None if packed is None else bench.shape(packed)
+    bare = operand(node, 2) is None and operand(node, 3) is None
+    if packed is None or shape is None or len(shape) != 5 or not bare:
+        return None
+    kept = [] if key is None else [node.inputs[0]]
+    emit, count = bench.emit, 3 - len(kept)
+    rows = emit.integers("rows", [0, 0, shape[2] * shape[4]])
+    parts = emit.split(packed, [1] * count, 3, bench.opset)
+    dtype = bench.dtype(packed)
+    return [*kept, *(emit.node("Reshape", [part, rows], dtype=dtype) for part in parts)]
 
 
 def _with_bias(node: gs.Node, bench: Bench) -> list[gs.Tensor] | None:
@@ -99,24 +122,6 @@ def _with_bias(node: gs.Node, bench: Bench) -> list[gs.Tensor] | None:
             vector = bench.emit.constant("bias", part)
             operands[slot] = bench.emit.node("Add", [operands[slot], vector], dtype=bias.dtype)
     return operands
-
-
-def _whole_rows(mask: gs.Tensor | None, keys: gs.Tensor, bench: Bench) -> gs.Tensor | None:
-    """Lengths ``[b]`` as ones and zeros ``[b, t]``; any other mask as it is."""
-    if mask is None or len(bench.shape(mask) or ()) != 1 or len(bench.shape(keys) or ()) != 3:
-        return mask
-    if mask.name not in bench.rows:
-        emit = bench.emit
-        zero, one = (emit.constant("count", np.array(number)) for number in (0, 1))
-        sizes = emit.node("Shape", [keys], dtype=np.int64)
-        tokens = emit.node("Gather", [sizes, one], dtype=np.int64)
-        places = emit.node("Range", [zero, tokens, one], dtype=np.int64)
-        wide = emit.node("Cast", [mask], dtype=np.int64, attrs={"to": onnx.TensorProto.INT64})
-        column = emit.node("Reshape", [wide, emit.integers("column", [-1, 1])], dtype=np.int64)
-        seen = emit.node("Less", [places, column], dtype=np.bool_)
-        to = {"to": onnx.TensorProto.INT32}
-        bench.rows[mask.name] = emit.node("Cast", [seen], dtype=np.int32, attrs=to)
-    return bench.rows[mask.name]
 
 
 def _passes_on(mask: gs.Tensor | None, x: gs.Tensor, bench: Bench) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.canonical.rewriting import Bench, Outputs, operand
+from corp_onnx.canonical.rewriting import MICROSOFT, Bench, Outputs, operand
 
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "Relu": (),
@@ -57,6 +57,28 @@ def split_conv(node: gs.Node, bench: Bench) -> Outputs | None:
     if operand(node, 3) is not None:
         return None
     return _split_activation(node, bench, "Conv", list(node.attrs.get("activation_params") or ()))
+
+
+def split_matmul_activation(node: gs.Node, bench: Bench) -> Outputs | None:
+    """``FusedMatMulActivation``: a FusedMatMul in its plain form, and its activation."""
+    activation = str(node.attrs.get("activation"))
+    names = ACTIVATIONS.get(activation)
+    given = [node.attrs.get(f"activation_{name}") for name in names or ()]
+    if names is None or None in given:
+        return None
+    product = split_matmul(node, bench)
+    if product is None:
+        return None
+    attrs = dict(zip(names, given, strict=True))
+    return [bench.emit.node(activation, list(product), dtype=product[0].dtype, attrs=attrs)]
+
+
+def split_fast_gelu(node: gs.Node, bench: Bench) -> Outputs | None:
+    """``GemmFastGelu``: a MatMul, and FastGelu with the bias."""
+    dtype = bench.dtype(node.inputs[0])
+    product = bench.emit.node("MatMul", list(node.inputs[:2]), dtype=dtype)
+    bias = [tensor for tensor in node.inputs[2:] if tensor.name]
+    return [bench.emit.node("FastGelu", [product, *bias], dtype=dtype, domain=MICROSOFT)]
 
 
 def _split_activation(node: gs.Node, bench: Bench, op: str, given: list[float]) -> Outputs | None:

@@ -9,6 +9,9 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from corp_onnx.inlining import inlined
+from corp_onnx.nbits import BITS
+
 log = logging.getLogger(__name__)
 
 QUANTISED_OPS = frozenset(
@@ -20,8 +23,9 @@ QUANTISED_OPS = frozenset(
         "QLinearConv",
         "MatMulInteger",
         "ConvInteger",
-        "MatMulNBits",
         "QAttention",
+        "QEmbedLayerNormalization",
+        "DynamicQuantizeLSTM",
         "DynamicQuantizeMatMul",
         "MatMulIntegerToFloat",
         "QGemm",
@@ -32,31 +36,47 @@ NARROW_TYPES = frozenset({"int4", "uint4", "int2", "uint2", "float4_e2m1fn"})
 """Types of less than a byte an element."""
 
 
+QUANTISED_FAMILIES = ("QLinear", "QOrdered")
+"""How names of more such operators begin."""
+
+
 def quantised_ops(proto: onnx.ModelProto) -> list[str]:
     """Operators by which a model rounds more than the weights that it stores."""
-    constants = {tensor.name for tensor in proto.graph.initializer} | {""}
-    constants |= {node.output[0] for node in proto.graph.node if node.op_type == "Constant"}
-    found = {
-        node.op_type
-        for node in proto.graph.node
-        if node.op_type != "DequantizeLinear" or not constants.issuperset(node.input)
-    }
-    return sorted(found & QUANTISED_OPS)
+    return sorted(_rounding(inlined(proto).graph, {""}))
+
+
+def _rounding(graph: onnx.GraphProto, constants: set[str]) -> set[str]:
+    """Operators that round something else than constants, bodies included."""
+    constants = constants | {tensor.name for tensor in graph.initializer}
+    found: set[str] = set()
+    for node in graph.node:
+        bodies = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        for body in bodies:
+            found |= _rounding(body, constants)
+        if constants.issuperset(node.input) and not bodies:
+            constants.update(node.output)
+        elif node.op_type in QUANTISED_OPS or node.op_type.startswith(QUANTISED_FAMILIES):
+            found.add(node.op_type)
+    return found
 
 
 def notes_of(graph: gs.Graph) -> tuple[str, ...]:
     """Weights that are stored quantised are read, but not written so again: said, and logged."""
-    types = sorted(
-        {
-            _type_name(node.inputs[0])
-            for node in graph.nodes
-            if node.op == "DequantizeLinear" and isinstance(node.inputs[0], gs.Constant)
-        }
-    )
-    if not types:
+    found = {
+        (_type_name(node.inputs[0]), node.op)
+        for node in graph.nodes
+        if node.op == "DequantizeLinear" and isinstance(node.inputs[0], gs.Constant)
+    }
+    found |= {
+        (f"int{node.attrs.get('bits', BITS)}", node.op)
+        for node in graph.nodes
+        if node.op == "MatMulNBits"
+    }
+    if not found:
         return ()
+    types, ops = (", ".join(sorted({pair[place] for pair in found})) for place in (0, 1))
     note = (
-        f"weights are stored as {', '.join(types)} (DequantizeLinear); those of layers that are "
+        f"weights are stored as {types} ({ops}); those of layers that are "
         "cut are written as plain floating-point numbers, all others stay as they are"
     )
     log.warning("%s", note)

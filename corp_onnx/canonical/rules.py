@@ -9,8 +9,15 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.canonical.attention import plain_operands, unpack_attention
 from corp_onnx.canonical.einsum import einsum_as_matmul
+from corp_onnx.canonical.grouped import ungroup_attention
 from corp_onnx.canonical.norms import fold_batch_norm
-from corp_onnx.canonical.products import split_conv, split_gemm, split_matmul
+from corp_onnx.canonical.products import (
+    split_conv,
+    split_fast_gelu,
+    split_gemm,
+    split_matmul,
+    split_matmul_activation,
+)
 from corp_onnx.canonical.rewriting import MICROSOFT, Bench, Rule, instead
 from corp_onnx.emit import Emitter
 from corp_onnx.shapes import Facts, evaluate, usual_sequence
@@ -27,6 +34,10 @@ RULES: Mapping[tuple[str, str], Rule] = {
     (MICROSOFT, "FusedConv"): split_conv,
     (MICROSOFT, "FusedGemm"): split_gemm,
     (MICROSOFT, "FusedMatMul"): split_matmul,
+    (MICROSOFT, "FusedMatMulActivation"): split_matmul_activation,
+    (MICROSOFT, "GemmFastGelu"): split_fast_gelu,
+    (MICROSOFT, "GroupQueryAttention"): ungroup_attention,
+    (MICROSOFT, "TransposeMatMul"): split_matmul,
     (MICROSOFT, "MultiHeadAttention"): plain_operands,
 }
 """By domain and operator; every rule computes the same, or leaves the node alone."""

@@ -102,6 +102,7 @@ ATTENTIONS: Mapping[str, Callable[[nn.Module], Entry]] = {
     "WindowAttentionGlobal": _local_or_global,
     "XCA": _refusing("channel attention", "channel attention"),
     "MultiheadAttention": _torch,
+    "ParallelScalingBlock": _timm,
     "ShiftedWindowAttention": _plain,
     "AlbertAttention": _plain,
     "BertSelfAttention": _plain,

@@ -125,6 +125,16 @@ def _optimised(model: onnx.ModelProto, module: str) -> onnx.ModelProto:
         return onnx.load(options.optimized_model_filepath)
 
 
+def _four_bits(model: onnx.ModelProto, _: str) -> onnx.ModelProto:
+    """Weights in blocks of numbers of four bits, inside ONNX Runtime's MatMulNBits."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantiser = MatMulNBitsQuantizer(model, block_size=32, is_symmetric=False)
+    quantiser.process()
+    made: onnx.ModelProto = quantiser.model.model
+    return made
+
+
 def _slim(model: onnx.ModelProto, _: str) -> onnx.ModelProto:
     """What onnxslim makes of it; it is not among this project's dependencies."""
     import onnxslim
@@ -138,5 +148,6 @@ STEPS: Mapping[str, Step] = {
     "fused": _fused(separate=False),
     "mha": _fused(separate=True),
     "ort": _optimised,
+    "nbits": _four_bits,
     "slim": _slim,
 }

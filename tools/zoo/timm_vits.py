@@ -46,6 +46,16 @@ def timm_vit_qk_norm() -> Sample:
     return _vit("vit_tiny_patch16_224", qk_norm=True)
 
 
+def timm_parallel() -> Sample:
+    """Attention and MLP side by side, with one layer for all projections and hidden channels."""
+    return _vit("vit_pwee_patch16_reg1_gap_256")
+
+
+def timm_parallel_normed() -> Sample:
+    """The same with norms of queries and keys."""
+    return _vit("vit_base_patch16_xp_224")
+
+
 def timm_dinov2_registers() -> Sample:
     """Registers among the tokens."""
     return _vit("vit_small_patch14_reg4_dinov2")

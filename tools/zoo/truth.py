@@ -22,6 +22,7 @@ DOWN: Mapping[str, str] = {
     "LevitMlp": "ln2.linear",
     "Mlp": "fc2",
     "MlpWithDepthwiseConv": "fc2",
+    "ParallelScalingBlock": "mlp_out_proj",
     "SEModule": "fc2",
     "SqueezeExcite": "fc2",
     "SwiGLU": "fc2",
