@@ -181,7 +181,7 @@ def test_ratio_0_gives_back_the_dense_function(name):
     if not axes:
         pytest.skip("no axis that is solved for")
     plan = uniform(catalog, dict.fromkeys(axes, 0.0), align=1)
-    solution = solve(model, catalog, plan, statistics_of(name)[0], Recipe())
+    solution = solve(model, catalog, plan, statistics_of(name)[0], Recipe("corp"))
     inputs, expected = varied(name)
     check(run(operate(model, catalog, solution).model, *inputs), expected)
 
@@ -224,7 +224,7 @@ def halved(name):
     plan, solved = Plan(()), Solution("nothing", ())
     if axes:
         plan = uniform(catalog, {axis: SHARES[axis] for axis in axes}, align=1)
-        solved = solve(model, catalog, plan, statistics_of(name)[0], Recipe())
+        solved = solve(model, catalog, plan, statistics_of(name)[0], Recipe("corp"))
     folds = [f for f in turned(model, catalog).folds if isinstance(f, ValueOutputFold)]
     values = narrowed(Solution("first half", tuple(folds)), 0.5)
     cuts = [

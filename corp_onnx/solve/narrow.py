@@ -115,27 +115,31 @@ def narrow_values(
 ) -> ValueOutputFold:
     r"""Truncate the values of every head, then fit the output projection over all heads.
 
-    With ``P = diag(P_1 … P_h)`` of `truncate_value_output`, the fit starts from::
+    With ``P = diag(P_1 … P_h)`` of `truncate_value_output`, and ``N`` the rows ``R_h W_h`` that
+    repair every head alone, the fit starts from::
 
-        W₀ = (Pᵀ Σ P + λI)⁻¹ Pᵀ Σ W        λ = ridge · tr(Pᵀ Σ P) / (h r)
+        W₀ = N + (Pᵀ Σ P + λI)⁻¹ (Pᵀ Σ W - Pᵀ Σ P N)        λ = ridge · tr(Pᵀ Σ P) / (h r)
 
     in which other heads help to say what one head lost.
     """
     places, of_head, weight = heads.places, heads.value_heads, branch.scaled
     found = truncated_values(merged(parts), branch, heads, width)
-    (maps,) = found.maps
+    maps, back = found.maps
     narrow = np.zeros((len(weight), len(places) * width))
+    alone = np.zeros((len(places) * width, weight.shape[1]))
     for head, channels in enumerate(places):
-        narrow[channels, head * width : (head + 1) * width] = maps[of_head[head]]
+        columns = slice(head * width, (head + 1) * width)
+        narrow[channels, columns] = maps[of_head[head]]
+        alone[columns] = back[of_head[head]] @ weight[channels]
     conditions = [found.condition]
 
     def narrowing(joint: Joint) -> tuple[Joint, Float64[np.ndarray, "k o"]]:
         mapped = joint.mapped(narrow)
         absolute = ridge * float(np.trace(mapped.within)) / len(mapped.mean)
-        wanted = narrow.T @ joint.within @ weight
-        start, condition = _taken_over(mapped.within, wanted, absolute)
+        missed = narrow.T @ joint.within @ weight - mapped.within @ alone
+        change, condition = _taken_over(mapped.within, missed, absolute)
         conditions.append(condition)
-        return mapped, start
+        return mapped, alone + change
 
     fitted = refit(parts, narrowing)
     evidence = Evidence(float(found.curve[width]), max(conditions), fitted.seen, fitted.unseen)

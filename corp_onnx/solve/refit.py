@@ -18,6 +18,9 @@ STRENGTHS: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 STEPS: tuple[float, ...] = (0.5, 1.0)
 """How much of the correction is taken."""
 
+NOTHING_LOST = 1e-9
+"""Share of the target's variance that float32 alone may leave: then there is nothing to fit."""
+
 Narrowing = Callable[[Joint], tuple[Joint, Float64[np.ndarray, "k o"]]]
 """From what all features say to what the kept ones say, and the folded weight to start from."""
 
@@ -73,14 +76,15 @@ def refit(parts: Sequence[Joint], narrowing: Narrowing) -> Refit:
     >>> fitted.weight.round(1), fitted.bias.round(1)
     (array([[3.]]), array([1.]))
     """
-    if len(parts) == 1:
-        return _fitted(*narrowing(parts[0]), NO_REFIT, None)
+    whole, start = narrowing(merged(parts))
+    if len(parts) == 1 or whole.error(start, whole.bias(start)) <= NOTHING_LOST * whole.total:
+        return _fitted(whole, start, NO_REFIT, None)
     trials = [_trials(narrowing(part)[0], *narrowing(_others(parts, part))) for part in parts]
     totals = {choice: sum(trial[choice] for trial in trials) for choice in trials[0]}
     best = min(totals, key=totals.__getitem__)
     spread = sum(part.total for part in parts)
     unseen = totals[best] / spread if spread else 0.0
-    return _fitted(*narrowing(merged(parts)), best, unseen)
+    return _fitted(whole, start, best, unseen)
 
 
 def _others(parts: Sequence[Joint], held: Joint) -> Joint:
