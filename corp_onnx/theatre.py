@@ -109,6 +109,8 @@ class Theatre:
     def keep_sizes(self, readers: Sequence[SizeReader]) -> None:
         """Let Shape nodes go on saying what they said of the dense tensors."""
         for reader in readers:
+            if reader.node not in self.nodes:
+                continue  # in this part of the model nobody asks
             node = self.nodes[reader.node]
             pieces: list[gs.Tensor | Sequence[int]] = []
             for size in reader.sizes:

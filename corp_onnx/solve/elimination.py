@@ -79,10 +79,10 @@ def eliminate(
     Raises:
         IllConditioned: If ``Σ + λI`` has no Cholesky factorisation.
 
-    >>> sigma = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 4.0]])  # 0 and 1 are equal
+    >>> sigma = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 2.0]])  # 0 and 1 are equal
     >>> found = eliminate(sigma, np.ones((3, 1)), ridge=1e-9)
-    >>> sorted(found.order.tolist()), found.costs.round(3)
-    ([0, 2], array([0., 4.]))
+    >>> int(found.order[1]), found.costs.round(3)
+    (2, array([0., 2.]))
     """
     width = len(covariance)
     absolute = ridge * float(np.trace(covariance)) / width
