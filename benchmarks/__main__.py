@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks import (
-    calibration,
-    crops,
-    demo,
-    exactness,
-    language,
-    latency,
-    machine,
-    macs,
-    quality,
-    rotary,
-)
-from benchmarks.outcome import Benchmark, Outcome, Place, Row
-from corp_onnx.errors import CorpError
-
-DONE, FAILED, UNUSABLE = 0, 1, 2
+from benchmarks import calibration, crops, demo, exactness, language, latency, macs, quality, rotary
+from benchmarks.outcome import Benchmark, Place
+from benchmarks.report import DONE, RESULTS, Heading, report, status_of
 
 TORCH = ("torch", "timm", "transformers", "onnxscript")
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -63,9 +40,6 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 
 ALL = "all"
 
-SCREEN = Console(width=None if sys.stdout.isatty() else 160)
-log = logging.getLogger("benchmarks")
-
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmarks that are named; 0 if all their checks hold."""
@@ -79,20 +53,18 @@ def main(argv: Sequence[str]) -> int:
         for name, benchmark in BENCHMARKS.items():
             print(f"{name:12} {benchmark.about}")
         return DONE
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
     place = Place(asked.assets, asked.exports, asked.quick)
-    try:
-        return max([_run(name, place, asked.out, argv) for name in names])
-    except CorpError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return UNUSABLE
+    return status_of(lambda: max([_run(name, place, asked.out, argv) for name in names]))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks",
+        description=__doc__,
+        epilog="`python -m benchmarks.imagenet` has options of its own",
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join((*BENCHMARKS, ALL)))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="for results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="for results")
     parser.add_argument("--assets", type=Path, default=Path(".assets"), help="models and data")
     parser.add_argument(
         "--exports",
@@ -107,74 +79,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(name: str, place: Place, out: Path, argv: Sequence[str]) -> int:
-    """Measure one thing, print it, write it down."""
+    """Measure one thing, print it, write it down unless it was only a glance."""
     benchmark = BENCHMARKS[name]
-    circumstances = _circumstances(name, benchmark, argv)
-    start = perf_counter()
-    outcome = benchmark.measure(place)
-    document = circumstances | {
-        "seconds": perf_counter() - start,
-        "settings": dict(outcome.settings),
-        "checks": [asdict(check) for check in outcome.checks],
-        "passed": outcome.passed,
-        "tables": dict(outcome.tables),
-    }
-    _show(outcome)
-    if not place.quick:
-        path = out / f"{document['date']}-{name}-{machine.slug(machine.cpu())}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        SCREEN.print(f"written to {path}")
-    return DONE if outcome.passed else FAILED
-
-
-def _circumstances(name: str, benchmark: Benchmark, argv: Sequence[str]) -> dict[str, Any]:
-    """What, where, when and with which versions."""
-    return {
-        "benchmark": name,
-        "about": benchmark.about,
-        "command": shlex.join(["python", "-m", "benchmarks", *map(_portable, argv)]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": machine.device(),
-        "os": machine.system(),
-        "versions": machine.versions(benchmark.packages),
-        **machine.commit(),
-    }
-
-
-def _portable(argument: str) -> str:
-    """An argument without the folders of this machine.
-
-    >>> _portable("--assets=/data/assets"), _portable("/data/assets")
-    ('--assets=assets', 'assets')
-    """
-    option, equals, value = argument.rpartition("=")
-    return f"{option}{equals}{Path(value).name if Path(value).is_absolute() else value}"
-
-
-def _show(outcome: Outcome) -> None:
-    for title, rows in outcome.tables.items():
-        SCREEN.print(f"\n{title}", style="bold", highlight=False)
-        SCREEN.print(_table(rows))
-    SCREEN.print()
-    for check in outcome.checks:
-        verdict = "passed" if check.passed else "FAILED"
-        SCREEN.print(f"{verdict}  {check.name}: {check.found}", markup=False, highlight=False)
-
-
-def _table(rows: list[Row]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, value in rows[0].items():
-        table.add_column(column, justify="left" if isinstance(value, str) else "right")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    return table
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else str(value)
+    heading = Heading(name, benchmark.about, benchmark.packages, ("benchmarks", *argv))
+    return report(heading, lambda: benchmark.measure(place), None if place.quick else out)
 
 
 if __name__ == "__main__":

@@ -6,28 +6,24 @@ input, 3 nothing prunable was found, 130 interrupted.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from corp_onnx import commands, options, present
-from corp_onnx.blocks import Axis
+from corp_onnx import commands, options, screen
+from corp_onnx.checking import Gates
 from corp_onnx.commands import Answer, Source
 from corp_onnx.demo import Demo
 from corp_onnx.errors import CorpError, NothingPrunable, PlanError
-from corp_onnx.pipeline import Gates
+from corp_onnx.pipeline import Settings
 from corp_onnx.plan import DEFAULT_ALIGN
 from corp_onnx.session import Runtime
-from corp_onnx.solve import DEFAULT_RIDGE, Method, Recipe
+from corp_onnx.solve import DEFAULT_RIDGE, Recipe
 
-DONE, UNVERIFIED, UNUSABLE, NOTHING, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, UNVERIFIED, UNUSABLE, NOTHING = 0, 1, 2, 3
 
 app = typer.Typer(
     name="corp-onnx",
@@ -133,19 +129,15 @@ def prune(
     model: options.ModelFile,
     output: options.OutputFile,
     data: options.MaybeData = None,
-    stats: Annotated[
-        Path | None, typer.Option("--stats", help="Statistics of an earlier calibration.")
-    ] = None,
-    method: Annotated[Method, typer.Option("--method")] = "best",
+    stats: options.StatisticsFile = None,
+    method: options.MethodName = "best",
     mlp: options.MlpShare = None,
     qk: options.QueryKeyShare = None,
     vo: options.ValueShare = None,
-    align: Annotated[
-        int, typer.Option("--align", help="Widths become multiples of this.")
-    ] = DEFAULT_ALIGN,
-    ridge: Annotated[
-        float, typer.Option("--ridge", help="Regularisation, relative to the layer's variance.")
-    ] = DEFAULT_RIDGE,
+    macs: options.MacsKept = None,
+    params: options.ParamsKept = None,
+    align: options.Align = DEFAULT_ALIGN,
+    ridge: options.Ridge = DEFAULT_RIDGE,
     ranking: options.Ranking = None,
     max_error: options.MaxError = None,
     min_agreement: options.MinAgreement = None,
@@ -163,21 +155,55 @@ def prune(
     """Cut a model, repair it, verify it, write it. Without shares: --mlp 0.5 --qk 0.5."""
     if (data is None) == (stats is None):
         raise PlanError("give either --data (inputs to calibrate on) or --stats (a file of them)")
-    given: dict[Axis, float | None] = {"mlp": mlp, "qk": qk, "vo": vo}
-    command = commands.Prune(
-        model,
-        output,
-        None if data is None else Source(data, samples, seed, allow_random),
-        crops,
-        stats,
-        {axis: share for axis, share in given.items() if share is not None},
+    settings = Settings(
         align,
         Recipe(method, ranking, ridge),
         Gates(max_error, min_agreement),
         options.sizes_of(shapes),
         options.runtime_of(providers, threads, custom_op_library),
+        seed,
+        crops,
     )
-    _run(command, as_json, log_level)
+    source = None if data is None else Source(data, samples, seed, allow_random)
+    wanted = options.widths_of({"mlp": mlp, "qk": qk, "vo": vo}, {"macs": macs, "params": params})
+    _run(commands.Prune(model, output, source, stats, wanted, settings), as_json, log_level)
+
+
+@app.command()
+def sweep(
+    model: options.ModelFile,
+    data: options.Data,
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    macs: options.MacsList = None,
+    params: options.ParamsList = None,
+    method: options.MethodName = "best",
+    align: options.Align = DEFAULT_ALIGN,
+    ridge: options.Ridge = DEFAULT_RIDGE,
+    max_error: options.MaxError = None,
+    min_agreement: options.MinAgreement = None,
+    samples: options.Samples = None,
+    seed: options.Seed = 0,
+    crops: options.Crops = options.DEFAULT_CROPS,
+    allow_random: options.AllowRandom = False,
+    shapes: options.Shapes = None,
+    providers: options.Providers = options.DEFAULT_PROVIDERS,
+    threads: options.Threads = 0,
+    custom_op_library: options.CustomOps = None,
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
+) -> None:
+    """Error, MACs and latency over several budgets; picks the smallest that keeps your limits."""
+    settings = Settings(
+        align,
+        Recipe(method, None, ridge),
+        Gates(max_error, min_agreement),
+        options.sizes_of(shapes),
+        options.runtime_of(providers, threads, custom_op_library),
+        seed,
+        crops,
+    )
+    source, budgets = Source(data, samples, seed, allow_random), options.budgets_of(macs, params)
+    _run(commands.Sweep(model, folder, source, budgets, settings), as_json, log_level)
 
 
 @app.command()
@@ -246,48 +272,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return int(end.code or DONE)
     except NothingPrunable as error:
-        return _complain(error, NOTHING)
+        return screen.complain(error, NOTHING)
     except CorpError as error:
-        return _complain(error, UNUSABLE)
+        return screen.complain(error, UNUSABLE)
     return DONE
 
 
 def _run(command: Callable[[commands.Progress], Answer], as_json: bool, log_level: str) -> None:
-    """Carry a command out: progress and logs on standard error, the answer on standard output."""
-    screen = Console(stderr=True)
-    _log_to(screen, log_level)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed} samples"),
-        TimeElapsedColumn(),
-        console=screen,
-        transient=True,
-        disable=not screen.is_terminal,
-    )
-    try:
-        with bar:
-            task = bar.add_task("calibrating", total=None, visible=False)
-            answer = command(lambda done: bar.update(task, advance=done, visible=True))
-    except KeyboardInterrupt:
-        raise typer.Exit(_complain("interrupted; no output written", INTERRUPTED)) from None
-    if as_json:
-        print(present.as_json(answer.document))
-    else:
-        Console(width=None if sys.stdout.isatty() else 120).print(answer.table)
-    raise typer.Exit(answer.status)
-
-
-def _log_to(screen: Console, level: str) -> None:
-    if level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
-        raise PlanError(f"--log-level {level!r} is none of debug, info, warning and error")
-    handler = RichHandler(console=screen, show_path=False, show_time=False)
-    logging.basicConfig(level=level.upper(), format="%(message)s", handlers=[handler], force=True)
-
-
-def _complain(error: object, status: int) -> int:
-    print(f"corp-onnx: {error}", file=sys.stderr)
-    return status
+    raise typer.Exit(screen.show(command, as_json=as_json, log_level=log_level))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from corp_onnx.blocks import Axis
+from corp_onnx.budget import Budget, Unit
 from corp_onnx.errors import PlanError
+from corp_onnx.plan import DEFAULT_SHARES
 from corp_onnx.session import CPU, Runtime
 from corp_onnx.sizes import Sizes
 from corp_onnx.solve.ranking import RANKINGS
-from corp_onnx.solve.solver import ELIMINATION
+from corp_onnx.solve.solver import ELIMINATION, Method
 
 Exporter = Literal["torchscript", "dynamo"]
 ModelFile = Annotated[Path, typer.Argument(help="An ONNX file.", metavar="MODEL")]
@@ -57,6 +61,26 @@ QueryKeyShare = Annotated[
 ValueShare = Annotated[
     float | None, typer.Option("--vo", help="Share of value-output width to remove.")
 ]
+MacsKept = Annotated[
+    float | None, typer.Option("--macs", help="Share of all MACs to keep; widths by block.")
+]
+ParamsKept = Annotated[
+    float | None, typer.Option("--params", help="Share of all parameters to keep.")
+]
+MacsList = Annotated[
+    str | None, typer.Option("--macs", help="Shares of all MACs to keep, such as 0.8,0.6,0.4.")
+]
+ParamsList = Annotated[
+    str | None, typer.Option("--params", help="Shares of all parameters to keep, likewise.")
+]
+StatisticsFile = Annotated[
+    Path | None, typer.Option("--stats", help="Statistics of an earlier calibration.")
+]
+MethodName = Annotated[Method, typer.Option("--method")]
+Align = Annotated[int, typer.Option("--align", help="Widths become multiples of this.")]
+Ridge = Annotated[
+    float, typer.Option("--ridge", help="Regularisation, relative to the layer's variance.")
+]
 Ranking = Annotated[
     str | None,
     typer.Option(
@@ -64,6 +88,45 @@ Ranking = Annotated[
         help=f"What stays: {ELIMINATION} (best's default), {', '.join(RANKINGS)} (else energy).",
     ),
 ]
+
+
+Widths = Mapping[Axis, float] | Budget
+"""Shares to remove of every axis, or what may stay of the whole."""
+
+DEFAULT_BUDGETS = "0.8,0.6,0.5,0.4"
+
+
+def widths_of(shares: Mapping[Axis, float | None], kept: Mapping[Unit, float | None]) -> Widths:
+    """How wide a model shall be, from the flags that were given.
+
+    Raises:
+        PlanError: If they contradict each other.
+    """
+    removed = {axis: share for axis, share in shares.items() if share is not None}
+    budgets = [Budget(unit, share) for unit, share in kept.items() if share is not None]
+    if len(budgets) > 1 or (budgets and removed):
+        raise PlanError(
+            "give either shares to remove (--mlp, --qk, --vo), or one share to keep of the whole "
+            "(--macs or --params), from which all widths follow"
+        )
+    return budgets[0] if budgets else removed or DEFAULT_SHARES
+
+
+def budgets_of(macs: str | None, params: str | None) -> tuple[Budget, ...]:
+    """Several budgets, from ``0.8,0.6``; the largest first.
+
+    Raises:
+        PlanError: If both kinds are given, or something else than shares.
+    """
+    if macs is not None and params is not None:
+        raise PlanError("give either --macs or --params, not both")
+    unit: Unit = "macs" if params is None else "params"
+    text = params or macs or DEFAULT_BUDGETS
+    try:
+        shares = {float(part) for part in text.split(",")}
+    except ValueError as error:
+        raise PlanError(f"--{unit} {text!r} is no list of shares such as 0.8,0.6,0.4") from error
+    return tuple(Budget(unit, share) for share in sorted(shares, reverse=True))
 
 
 def runtime_of(providers: str, threads: int, custom_op_library: Path | None) -> Runtime:

@@ -3,51 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from corp_onnx.blocks import Axis, Catalog, find_blocks
-from corp_onnx.blocks.catalog import named_as
+from corp_onnx.budget import Budget, within
 from corp_onnx.calibrate import calibrate
+from corp_onnx.checking import Gates, verify
 from corp_onnx.data import Dataset
-from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model, load, require_writable, save
 from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, Plan, uniform
-from corp_onnx.promise import Measured, measured_errors, stream_errors
-from corp_onnx.session import Runtime, open_session
+from corp_onnx.probes import Probe, offered, probe
+from corp_onnx.session import Runtime
 from corp_onnx.sizes import Sizes
 from corp_onnx.solve import Recipe
 from corp_onnx.solved import Solved, from_statistics, in_sequence
 from corp_onnx.statistics import Statistics
 from corp_onnx.surgery import Surgery, operate
-from corp_onnx.verify import (
-    Check,
-    Verification,
-    check_gates,
-    check_promises,
-    check_repair,
-    check_structure,
-    compare_each,
-)
+from corp_onnx.verify import Verification
 
+Knowledge = Callable[[Model], Dataset] | Path
+"""Opens calibration data for a model, or is the file of earlier statistics."""
 
-@dataclass(frozen=True, slots=True)
-class Gates:
-    """Limits that the user sets on held-out samples."""
-
-    max_error: float | None = None
-    min_agreement: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_error is not None and not self.max_error >= 0:
-            raise PlanError(f"--max-error {self.max_error:g} is no limit; it must be 0 or more")
-        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            raise PlanError(
-                f"--min-agreement {self.min_agreement:g} is no share of samples; it must be "
-                "between 0 and 1"
-            )
+PROBED_BATCHES = 2
+"""Of calibration samples, for seeing what a cut of one axis does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,29 +57,11 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def prune(
-    path: Path,
-    output: Path,
-    knowledge: Callable[[Model], Dataset] | Path,
-    *,
-    shares_removed: Mapping[Axis, float] = DEFAULT_SHARES,
-    align: int = DEFAULT_ALIGN,
-    recipe: Recipe | None = None,
-    gates: Gates | None = None,
-    sizes: Sizes | None = None,
-    runtime: Runtime | None = None,
-    seed: int = 0,
-    crops: int = 1,
-    on_batch: Callable[[int], None] = lambda samples: None,
-    on_block: Callable[[str], None] = lambda block: None,
-) -> Pruned:
-    """Cut a model and write the result to ``output``.
+@dataclass(frozen=True, slots=True, eq=False)
+class Settings:
+    """How models are cut, whatever their widths.
 
-    Args:
-        path: The dense ONNX file.
-        output: Where the smaller one goes; it appears whole or not at all.
-        knowledge: Opens calibration data for the model, or the file of earlier statistics.
-        shares_removed: By axis, the share of its width to remove.
+    Attributes:
         align: Widths become multiples of this.
         recipe: Method, ranking and ridge.
         gates: The user's own limits.
@@ -108,120 +71,170 @@ def prune(
         crops: Inputs to calibrate on that are made of every picture.
         on_batch: Called after every calibration batch with its number of samples.
         on_block: Called with every block that is done, where they are fitted in sequence.
+    """
+
+    align: int = DEFAULT_ALIGN
+    recipe: Recipe = field(default_factory=Recipe)
+    gates: Gates = field(default_factory=Gates)
+    sizes: Sizes | None = None
+    runtime: Runtime | None = None
+    seed: int = 0
+    crops: int = 1
+    on_batch: Callable[[int], None] = lambda samples: None
+    on_block: Callable[[str], None] = lambda block: None
+
+
+def prune(
+    path: Path,
+    output: Path,
+    knowledge: Knowledge,
+    *,
+    shares_removed: Mapping[Axis, float] = DEFAULT_SHARES,
+    budget: Budget | None = None,
+    settings: Settings | None = None,
+) -> Pruned:
+    """Cut a model and write the result to ``output``.
+
+    Args:
+        path: The dense ONNX file.
+        output: Where the smaller one goes; it appears whole or not at all.
+        knowledge: Opens calibration data for the model, or the file of earlier statistics.
+        shares_removed: By axis, the share of its width to remove, the same in every block.
+        budget: What may stay of the whole, instead of shares: widths are then chosen by block.
+        settings: How models are cut.
 
     Raises:
         CorpError: Whatever is wrong with the model, the data or the request.
     """
     require_writable(output)
-    clock, recipe = Clock(), recipe or Recipe()
-    with clock.stage("load"):
-        model = load(path)
-    with clock.stage("blocks"):
-        catalog = find_blocks(model, sizes)
-        plan = uniform(catalog, shares_removed, align=align)
-    if isinstance(knowledge, Path):
-        with clock.stage("calibrate"):
-            statistics = Statistics.load(knowledge)
-        with clock.stage("solve"):
-            solved = from_statistics(model, catalog, plan, statistics, recipe)
-    elif recipe.method == "best" and recipe.refit:
-        with clock.stage("fit"):
-            solved = in_sequence(
-                *(model, catalog, plan, knowledge(model), recipe),
-                runtime=runtime,
-                seed=seed,
-                crops=crops,
-                on_block=on_block,
-            )
+    work = Work.begun(path, settings or Settings())
+    if budget is None:
+        plan = uniform(work.catalog, shares_removed, align=work.settings.align)
+        work = work.informed(knowledge)
     else:
-        with clock.stage("calibrate"):
-            statistics = calibrate(
-                model,
-                catalog,
-                knowledge(model),
-                runtime=runtime,
-                seed=seed,
-                crops=crops,
-                on_batch=on_batch,
-            )
-        with clock.stage("solve"):
-            solved = from_statistics(model, catalog, plan, statistics, recipe)
-    with clock.stage("surgery"):
-        surgery = operate(model, catalog, solved.solution)
-    with clock.stage("verify"):
-        verification = verify(
-            *(model, catalog, plan, solved, surgery),
-            gates=gates or Gates(),
-            sizes=sizes,
-            runtime=runtime,
-        )
-    with clock.stage("save"):
-        save(surgery.model, output)
-    return Pruned(catalog, plan, solved, surgery, verification, clock.seconds)
+        work = work.informed(knowledge).calibrated()
+        plan = work.within(budget, work.probed())
+    result = work.cut(plan)
+    with work.clock.stage("save"):
+        save(result.surgery.model, output)
+    return result
 
 
-def verify(
-    model: Model,
-    catalog: Catalog,
-    plan: Plan,
-    solved: Solved,
-    surgery: Surgery,
+def sweep(
+    path: Path,
+    outputs: Mapping[Path, Budget],
+    knowledge: Callable[[Model], Dataset],
     *,
-    gates: Gates,
-    sizes: Sizes | None = None,
-    runtime: Runtime | None = None,
-) -> Verification:
-    """Hold the smaller model against the plan, the promises, no repair, and the user's limits."""
-    found = named_as(find_blocks(surgery.model, sizes), catalog)
-    checks: list[Check] = [check_structure(plan, surgery.model, model, found)]
-    candidates = [surgery.model]
-    if solved.solution.method != "none":
-        candidates.append(operate(model, catalog, solved.bare).model)
-    comparison, *unrepaired = compare_each(
-        open_session(model, runtime),
-        [open_session(candidate, runtime) for candidate in candidates],
-        solved.held_out,
-    )
-    if checks[0].passed:
-        measured = kept_promises(model, catalog, surgery.model, found, solved, runtime)
-        checks.append(check_promises(solved.solution, measured))
-    checks += [check_repair(comparison, bare) for bare in unrepaired]
-    checks += check_gates(comparison, max_error=gates.max_error, min_agreement=gates.min_agreement)
-    return Verification(tuple(checks), comparison)
+    settings: Settings | None = None,
+) -> Mapping[Path, Pruned]:
+    """Cut a model to several budgets, from one calibration, and write all results.
+
+    Raises:
+        CorpError: As `prune`.
+    """
+    for output in outputs:
+        require_writable(output)
+    work = Work.begun(path, settings or Settings()).informed(knowledge).calibrated()
+    probes = work.probed()
+    results = {}
+    for output, plan in [(path, work.within(budget, probes)) for path, budget in outputs.items()]:
+        results[output] = work.cut(plan)
+        save(results[output].surgery.model, output)
+    return results
 
 
-def kept_promises(
-    model: Model,
-    catalog: Catalog,
-    pruned: Model,
-    found: Catalog,
-    solved: Solved,
-    runtime: Runtime | None,
-) -> Measured:
-    """What every fold of a solution really does, on samples that it was solved from."""
-    solution, seen = solved.solution, solved.seen
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """A model with its blocks, and what is known of its inputs, ready to be cut."""
 
-    def measure(
-        smaller: Model, blocks: Catalog, axes: tuple[Axis, ...], *, behind_pruned: bool = False
-    ) -> Measured:
-        return measured_errors(
-            model,
-            catalog,
-            smaller,
-            blocks,
-            seen,
-            runtime,
-            axes=axes,
-            behind_pruned=behind_pruned,
-            without_row_constants=solution.method == "best",
-        )
+    model: Model
+    catalog: Catalog
+    settings: Settings
+    clock: Clock
+    data: Dataset | None = None
+    statistics: Statistics | None = None
 
-    if solution.in_sequence:
-        logits = measure(pruned, found, ("qk",), behind_pruned=True)
-        return logits | stream_errors(model, catalog, pruned, solution, seen, runtime)
-    measured = measure(pruned, found, ("mlp", "qk"))
-    values = tuple(fold for fold in solution.folds if fold.axis == "vo")
-    if not values:
-        return measured
-    alone = operate(model, catalog, replace(solution, folds=values)).model
-    return measured | measure(alone, named_as(find_blocks(alone), catalog), ("vo",))
+    @staticmethod
+    def begun(path: Path, settings: Settings) -> Work:
+        """A model, loaded, with its blocks."""
+        clock = Clock()
+        with clock.stage("load"):
+            model = load(path)
+        with clock.stage("blocks"):
+            catalog = find_blocks(model, settings.sizes)
+        if not offered(catalog):
+            uniform(catalog, DEFAULT_SHARES)  # says why nothing can be cut
+        return Work(model, catalog, settings, clock)
+
+    def informed(self, knowledge: Knowledge) -> Work:
+        """With data, or with earlier statistics."""
+        if isinstance(knowledge, Path):
+            return replace(self, statistics=Statistics.load(knowledge))
+        return replace(self, data=knowledge(self.model))
+
+    def calibrated(self) -> Work:
+        """With statistics of the dense model."""
+        if self.statistics is not None:
+            return self
+        assert self.data is not None, "there are data or statistics"
+        given = self.settings
+        with self.clock.stage("calibrate"):
+            statistics = calibrate(
+                self.model,
+                self.catalog,
+                self.data,
+                runtime=given.runtime,
+                seed=given.seed,
+                crops=given.crops,
+                on_batch=given.on_batch,
+            )
+        return replace(self, statistics=statistics)
+
+    def probed(self) -> tuple[Probe, ...]:
+        """What every axis is worth."""
+        assert self.statistics is not None, "calibrated before"
+        with self.clock.stage("probe"):
+            return probe(
+                self.model,
+                self.catalog,
+                self.statistics,
+                self.statistics.seen[:PROBED_BATCHES],
+                Recipe(ridge=self.settings.recipe.ridge),
+                align=self.settings.align,
+                runtime=self.settings.runtime,
+            )
+
+    def within(self, budget: Budget, probes: Sequence[Probe]) -> Plan:
+        """Widths that keep a budget."""
+        return within(self.catalog, probes, budget, align=self.settings.align)
+
+    def cut(self, plan: Plan) -> Pruned:
+        """Solve a plan, carry it out, and verify the result."""
+        solved = self._solved(plan)
+        with self.clock.stage("surgery"):
+            surgery = operate(self.model, self.catalog, solved.solution)
+        with self.clock.stage("verify"):
+            verification = verify(
+                *(self.model, self.catalog, plan, solved, surgery),
+                gates=self.settings.gates,
+                sizes=self.settings.sizes,
+                runtime=self.settings.runtime,
+            )
+        return Pruned(self.catalog, plan, solved, surgery, verification, self.clock.seconds)
+
+    def _solved(self, plan: Plan) -> Solved:
+        """Block by block where the method does so and there are data to run, else in one shot."""
+        given = self.settings
+        if self.data is not None and given.recipe.goes_in_sequence:
+            with self.clock.stage("fit"):
+                return in_sequence(
+                    *(self.model, self.catalog, plan, self.data, given.recipe),
+                    runtime=given.runtime,
+                    seed=given.seed,
+                    crops=given.crops,
+                    on_block=given.on_block,
+                )
+        statistics = self.calibrated().statistics
+        assert statistics is not None, "calibrated"
+        with self.clock.stage("solve"):
+            return from_statistics(self.model, self.catalog, plan, statistics, given.recipe)

@@ -85,8 +85,13 @@ def uniform(
 def _narrowed(width: int, share: float, align: int) -> int:
     if share == 0:
         return width
-    multiples = max(1 if align > 1 else LEAST, round((1 - share) * width / align))
-    return min(width, multiples * align)
+    wanted = round((1 - share) * width / align) * align
+    return min(width, max(least_width(width, align), wanted))
+
+
+def least_width(width: int, align: int) -> int:
+    """The least that can stay of an axis: one multiple of ``align``, and two channels."""
+    return min(width, max(align, LEAST))
 
 
 def _nothing(catalog: Catalog, shares: Mapping[Axis, float]) -> str:

@@ -44,7 +44,7 @@ def catalog_json(catalog: Catalog, notes: Sequence[str] = ()) -> Json:
 
 def catalog_table(catalog: Catalog, notes: Sequence[str] = ()) -> RenderableType:
     """What ``inspect`` prints."""
-    table = _table(
+    table = table_of(
         "block", "MACs", "width", "heads", "head width", "value width", "prunable", "refused"
     )
     for block in catalog.blocks:
@@ -58,7 +58,7 @@ def catalog_table(catalog: Catalog, notes: Sequence[str] = ()) -> RenderableType
         )
     parts: list[RenderableType] = [table]
     if catalog.refusals:
-        refused = _table("not in a block", "operator", "reason")
+        refused = table_of("not in a block", "operator", "reason")
         for refusal in catalog.refusals:
             refused.add_row(refusal.node, refusal.op, refusal.reason)
         parts.append(refused)
@@ -130,7 +130,7 @@ def pruned_json(result: Pruned, output: str) -> Json:
 
 def pruned_table(result: Pruned, output: str) -> RenderableType:
     """What ``prune`` prints."""
-    table = _table("block", "axis", "from", "to", "unexplained", "predicted error", "condition")
+    table = table_of("block", "axis", "from", "to", "unexplained", "predicted error", "condition")
     for cut in result.plan.cuts:
         evidence = result.solved.solution.of(cut.block, cut.axis).evidence
         table.add_row(
@@ -175,7 +175,7 @@ def comparison_json(comparison: Comparison) -> Json:
 
 def comparison_table(document: Mapping[str, Any]) -> RenderableType:
     """What ``verify`` prints."""
-    table = _table("", "value")
+    table = table_of("", "value")
     table.add_row("samples", str(document["samples"]))
     table.add_row("relative error, all outputs compared", f"{document['relative_error']:.4g}")
     for name, error in document["relative_errors"].items():
@@ -193,7 +193,7 @@ def comparison_table(document: Mapping[str, Any]) -> RenderableType:
 
 def checks_table(checks: Iterable[Check]) -> Table:
     """Checks with what was found."""
-    table = _table("check", "", "found")
+    table = table_of("check", "", "found")
     for check in checks:
         table.add_row(check.name, "passed" if check.passed else "FAILED", check.found)
     return table
@@ -215,7 +215,7 @@ def race_json(race: Race, models: Sequence[str], **common: object) -> Json:
 
 def race_table(document: Mapping[str, Any]) -> RenderableType:
     """What ``bench`` prints."""
-    table = _table("model", "median", "p95", "speed-up", "95 % interval")
+    table = table_of("model", "median", "p95", "speed-up", "95 % interval")
     ratios = {entry["model"]: entry for entry in document["speedups"]}
     for run in document["runs"]:
         entry = ratios.get(run["model"])
@@ -256,7 +256,7 @@ def _change(what: str, before: int, after: int, scale: float, unit: str) -> str:
     return f"{what} {before / scale:.3f} → {after / scale:.3f} {unit} ({share:.0%})".strip()
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")

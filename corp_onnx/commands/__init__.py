@@ -6,6 +6,7 @@ from corp_onnx.commands.export import Export
 from corp_onnx.commands.inspect import Inspect
 from corp_onnx.commands.prune import Prune
 from corp_onnx.commands.records import Answer, Progress, Source
+from corp_onnx.commands.sweep import Sweep
 from corp_onnx.commands.verify import Verify
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "Progress",
     "Prune",
     "Source",
+    "Sweep",
     "Verify",
 ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import RenderableType
 
@@ -13,7 +12,12 @@ from corp_onnx.data import Dataset, open_data
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import Session
 
-Progress = Callable[[int], None]
+
+class Progress(Protocol):
+    """Told how much more is done, in samples or in blocks."""
+
+    def __call__(self, done: int, unit: str = "samples", /) -> None:
+        """So many more of a unit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from corp_onnx import graph, present
+from corp_onnx.checking import Gates
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.graph import Model
 from corp_onnx.labels import read_labels
 from corp_onnx.macs import Counts, count
-from corp_onnx.pipeline import Gates
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.shapes import usual_facts
 from corp_onnx.verify import check_gates, comparable, compare

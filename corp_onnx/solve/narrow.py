@@ -14,7 +14,13 @@ from corp_onnx.solve.affine import share, solve_definite
 from corp_onnx.solve.elimination import eliminate
 from corp_onnx.solve.folds import Evidence, MlpFold, OutputFold, QueryKeyFold, ValueOutputFold
 from corp_onnx.solve.joint import Joint, merged
-from corp_onnx.solve.lowrank import NEGLIGIBLE, shared, truncate_query_key, truncate_value_output
+from corp_onnx.solve.lowrank import (
+    NEGLIGIBLE,
+    Truncated,
+    shared,
+    truncate_query_key,
+    truncate_value_output,
+)
 from corp_onnx.solve.refit import Refit, refit
 
 LEAST_GAIN = 1e-6
@@ -122,15 +128,8 @@ def narrow_values(
 
     in which other heads help to say what one head lost. Where nothing is lost nothing changes.
     """
-    whole = merged(parts)
     places, of_head, weight = heads.places, heads.value_heads, branch.scaled
-    covariances = np.stack([whole.within[np.ix_(head, head)] for head in places])
-    rows = [
-        np.concatenate([weight[head] for head in places[of_head == group]], axis=1)
-        for group in range(heads.groups)
-    ]
-    pooled = shared(covariances, of_head, heads.groups)
-    found = truncate_value_output(pooled, _side_by_side(rows), width)
+    found = truncated_values(merged(parts), branch, heads, width)
     (maps,) = found.maps
     narrow = np.zeros((len(weight), len(places) * width))
     for head, channels in enumerate(places):
@@ -169,13 +168,31 @@ def narrow_query_key(
     width: int,
 ) -> QueryKeyFold:
     """Truncate the logits of every head; query heads that read one key head share one map."""
-    groups = len(centred_key.mean)
-    grams = np.zeros((groups, *query.covariance.shape[1:]))
-    np.add.at(grams, key_heads, query.gram)
-    found = truncate_query_key(grams, centred_key.gram, width)
+    found = truncated_query_key(query, centred_key, key_heads, width)
     of_query, of_key = found.maps
     left = float(found.curve[width])
     return QueryKeyFold(block, of_query[key_heads], of_key, Evidence(left, found.condition, left))
+
+
+def truncated_query_key(
+    query: Moments, centred_key: Moments, key_heads: Int[np.ndarray, " h"], width: int
+) -> Truncated:
+    """Query heads that read one key head together, then `truncate_query_key`."""
+    grams = np.zeros((len(centred_key.mean), *query.covariance.shape[1:]))
+    np.add.at(grams, key_heads, query.gram)
+    return truncate_query_key(grams, centred_key.gram, width)
+
+
+def truncated_values(joint: Joint, branch: Branch, heads: Heads, width: int) -> Truncated:
+    """Heads that share one value head together, then `truncate_value_output`."""
+    places, of_head = heads.places, heads.value_heads
+    covariances = np.stack([joint.within[np.ix_(head, head)] for head in places])
+    rows = [
+        np.concatenate([branch.scaled[head] for head in places[of_head == group]], axis=1)
+        for group in range(heads.groups)
+    ]
+    pooled = shared(covariances, of_head, heads.groups)
+    return truncate_value_output(pooled, _side_by_side(rows), width)
 
 
 def _by_itself(

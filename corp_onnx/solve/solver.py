@@ -12,18 +12,27 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64, Int
 
-from corp_onnx.blocks import Attention, Mlp
+from corp_onnx.blocks import Attention, Axis, Mlp
 from corp_onnx.blocks.linear import bias_of, weight_of
 from corp_onnx.blocks.records import Linear, Route
 from corp_onnx.errors import DataError, PlanError
 from corp_onnx.graph import Model
 from corp_onnx.moments import Moments
 from corp_onnx.plan import Cut
-from corp_onnx.solve.affine import Repair, recover_mlp
+from corp_onnx.solve.affine import Repair, covariance_of, recover_mlp
 from corp_onnx.solve.bilinear import pooled, recover_query_key
+from corp_onnx.solve.elimination import eliminate
 from corp_onnx.solve.folds import Evidence, Fold, MlpFold, QueryKeyFold, ValueOutputFold
 from corp_onnx.solve.joint import Joint
-from corp_onnx.solve.narrow import Branch, Heads, narrow_mlp, narrow_query_key, narrow_values
+from corp_onnx.solve.narrow import (
+    Branch,
+    Heads,
+    narrow_mlp,
+    narrow_query_key,
+    narrow_values,
+    truncated_query_key,
+    truncated_values,
+)
 from corp_onnx.solve.ranking import channel_energy, column_norms, highest, row_norms, score
 from corp_onnx.statistics import Statistics
 
@@ -79,6 +88,11 @@ class Recipe:
         return "energy" if self.ranking in {None, ELIMINATION} else str(self.ranking)
 
     @property
+    def goes_in_sequence(self) -> bool:
+        """Whether blocks are fitted one behind the other, which takes data to run."""
+        return self.method == "best" and self.refit
+
+    @property
     def eliminates(self) -> bool:
         """Whether MLP channels are eliminated one by one."""
         return self.method == "best" and self.ranking in {None, ELIMINATION}
@@ -104,6 +118,26 @@ class Solver:
         if isinstance(block, Mlp):
             return self._mlp(block, cut)
         return self._query_key(block, cut) if cut.axis == "qk" else self._value_output(block, cut)
+
+    def curve(self, block: Attention | Mlp, axis: Axis) -> Float64[np.ndarray, " w1"]:
+        """Relative error of one axis after keeping 0, 1, … all of its width, by `best`.
+
+        Of an MLP's or an attention's output, or of the logits; alone, with dense inputs.
+        """
+        if isinstance(block, Mlp):
+            covariance = covariance_of(self._site(block, "hidden"))
+            weight = self._weight(block.down)
+            curve = eliminate(covariance, weight, ridge=self.recipe.ridge).curve()[::-1]
+            return np.concatenate([[1.0], curve])
+        if axis == "qk":
+            query, key = self._site(block, "query"), self._site(block, "centred_key")
+            return truncated_query_key(query, key, block.key_heads, 1).curve
+        assert block.output is not None, f"{block.id} offers its values"
+        linear = block.output.linear
+        weight, bias = self._weight(linear), self._bias(linear)
+        own = Joint.own(self._site(block, "context"), weight, bias)
+        branch = Branch(block.id, weight, np.ones(len(bias)))
+        return truncated_values(own, branch, Heads.of(block.output), 1).curve
 
     def channels(self, block: Mlp, width: int, moments: Moments) -> Int[np.ndarray, " k"] | None:
         """The MLP channels that stay; None leaves that to the elimination."""

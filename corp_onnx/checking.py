@@ -1,0 +1,109 @@
+"""Hold a smaller model against everything that was promised of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from corp_onnx.blocks import Axis, Catalog, find_blocks
+from corp_onnx.blocks.catalog import named_as
+from corp_onnx.errors import PlanError
+from corp_onnx.graph import Model
+from corp_onnx.plan import Plan
+from corp_onnx.promise import Measured, measured_errors, stream_errors
+from corp_onnx.session import Runtime, open_session
+from corp_onnx.sizes import Sizes
+from corp_onnx.solved import Solved
+from corp_onnx.surgery import Surgery, operate
+from corp_onnx.verify import (
+    Check,
+    Verification,
+    check_gates,
+    check_promises,
+    check_repair,
+    check_structure,
+    compare_each,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """Limits that the user sets on held-out samples."""
+
+    max_error: float | None = None
+    min_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_error is not None and not self.max_error >= 0:
+            raise PlanError(f"--max-error {self.max_error:g} is no limit; it must be 0 or more")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise PlanError(
+                f"--min-agreement {self.min_agreement:g} is no share of samples; it must be "
+                "between 0 and 1"
+            )
+
+
+def verify(
+    model: Model,
+    catalog: Catalog,
+    plan: Plan,
+    solved: Solved,
+    surgery: Surgery,
+    *,
+    gates: Gates,
+    sizes: Sizes | None = None,
+    runtime: Runtime | None = None,
+) -> Verification:
+    """Hold the smaller model against the plan, the promises, no repair, and the user's limits."""
+    found = named_as(find_blocks(surgery.model, sizes), catalog)
+    checks: list[Check] = [check_structure(plan, surgery.model, model, found)]
+    candidates = [surgery.model]
+    if solved.solution.method != "none":
+        candidates.append(operate(model, catalog, solved.bare).model)
+    comparison, *unrepaired = compare_each(
+        open_session(model, runtime),
+        [open_session(candidate, runtime) for candidate in candidates],
+        solved.held_out,
+    )
+    if checks[0].passed:
+        measured = kept_promises(model, catalog, surgery.model, found, solved, runtime)
+        checks.append(check_promises(solved.solution, measured))
+    checks += [check_repair(comparison, bare) for bare in unrepaired]
+    checks += check_gates(comparison, max_error=gates.max_error, min_agreement=gates.min_agreement)
+    return Verification(tuple(checks), comparison)
+
+
+def kept_promises(
+    model: Model,
+    catalog: Catalog,
+    pruned: Model,
+    found: Catalog,
+    solved: Solved,
+    runtime: Runtime | None,
+) -> Measured:
+    """What every fold of a solution really does, on samples that it was solved from."""
+    solution, seen = solved.solution, solved.seen
+
+    def measure(
+        smaller: Model, blocks: Catalog, axes: tuple[Axis, ...], *, behind_pruned: bool = False
+    ) -> Measured:
+        return measured_errors(
+            model,
+            catalog,
+            smaller,
+            blocks,
+            seen,
+            runtime,
+            axes=axes,
+            behind_pruned=behind_pruned,
+            without_row_constants=solution.method == "best",
+        )
+
+    if solution.in_sequence:
+        logits = measure(pruned, found, ("qk",), behind_pruned=True)
+        return logits | stream_errors(model, catalog, pruned, solution, seen, runtime)
+    measured = measure(pruned, found, ("mlp", "qk"))
+    values = tuple(fold for fold in solution.folds if fold.axis == "vo")
+    if not values:
+        return measured
+    alone = operate(model, catalog, replace(solution, folds=values)).model
+    return measured | measure(alone, named_as(find_blocks(alone), catalog), ("vo",))

@@ -1,0 +1,73 @@
+"""`sweep`: how far to go, from one calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from corp_onnx import points, present
+from corp_onnx.budget import Budget
+from corp_onnx.commands.prune import keep_preprocessing, opener, telling
+from corp_onnx.commands.records import Answer, Progress, Source
+from corp_onnx.errors import OutputError
+from corp_onnx.graph import load, whole
+from corp_onnx.latency import Race, race, timing_inputs
+from corp_onnx.pipeline import Settings, sweep
+from corp_onnx.plot import curve
+from corp_onnx.session import open_session
+from corp_onnx.shapes import usual_sequence
+from corp_onnx.sizes import input_sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Error, MACs and latency over several budgets."""
+
+    model: Path
+    folder: Path
+    source: Source
+    budgets: tuple[Budget, ...]
+    settings: Settings
+
+    def __call__(self, progress: Progress) -> Answer:
+        """Calibrate once; cut, verify and time every budget; write models, table and plot."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot make the folder {self.folder}: {error.strerror or error}"
+            ) from error
+        outputs = {self._output(budget): budget for budget in self.budgets}
+        found = sweep(
+            self.model,
+            outputs,
+            opener(self.source, self.model, self.settings.runtime),
+            settings=telling(self.settings, progress),
+        )
+        for output in outputs:
+            keep_preprocessing(self.model, output)
+        document = points.sweep_json(self.model, outputs, found, self._raced(list(outputs)))
+        with whole(self.folder / "sweep.json") as draft:
+            draft.write_text(present.as_json(document) + "\n", encoding="utf-8")
+        curve(document["points"], self.folder / "sweep.png")
+        passed = document["chosen"] is not None
+        return Answer(document, points.sweep_table(document, self.folder), 0 if passed else 1)
+
+    def _output(self, budget: Budget) -> Path:
+        percent = f"{100 * budget.kept:g}".replace(".", "_")
+        return self.folder / f"{self.model.stem}_{budget.unit}{percent}.onnx"
+
+    def _raced(self, paths: list[Path]) -> Race:
+        """The dense model and all others, timed turn by turn on one sample."""
+        return race([self._engine(path) for path in (self.model, *paths)])
+
+    def _engine(self, path: Path) -> Callable[[], object]:
+        graph = load(path).graph
+        runtime = self.settings.runtime
+        session = open_session(path, None if runtime is None else replace(runtime, spinning=False))
+        sizes = input_sizes(
+            graph, sequence=usual_sequence(graph), given=self.settings.sizes or None
+        )
+        feeds = timing_inputs(session.inputs, sizes)
+        return lambda: session.run(feeds)
