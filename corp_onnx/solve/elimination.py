@@ -90,10 +90,12 @@ def eliminate(
         np.diagonal(covariance) <= NEVER_VARIES * np.trace(covariance) / width
     )[: width - keep]
     left = np.setdiff1d(np.arange(width), constant)
-    surgeon = _Surgeon(
-        _inverse(covariance[np.ix_(left, left)], absolute), np.array(weight[left], np.float64)
-    )
-    places, costs = surgeon.remove(len(left) - keep)
+    places: list[int] = []
+    costs: list[float] = []
+    if len(left) > keep:
+        inverse = _inverse(covariance[np.ix_(left, left)], absolute)
+        surgeon = _Surgeon(inverse, np.array(weight[left], np.float64))
+        places, costs = surgeon.remove(len(left) - keep)
     exact = weight.astype(np.float64)
     return Elimination(
         np.concatenate([constant, left[places]]),
