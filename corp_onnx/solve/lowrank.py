@@ -18,18 +18,18 @@ class Truncated:
     """Maps of every head from its dense to its kept width, and what every width would lose.
 
     Attributes:
-        maps: ``A`` and ``B``, both ``[g, e, r]``; or ``P [g, e, r]`` with the way back ``[g, r, e]``.
+        maps: One ``[g, e, r]`` array per operand: ``A`` and ``B``, or ``P`` alone.
         curve: Squared error after keeping 0, 1, … ``e`` directions of every head, as a share of
             all there was.
         condition: Largest ratio of the eigenvalues that were inverted.
     """
 
-    maps: tuple[Float64[np.ndarray, "g _ _"], Float64[np.ndarray, "g _ _"]]
+    maps: tuple[Float64[np.ndarray, "g e r"], ...]
     curve: Float64[np.ndarray, " e1"]
     condition: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "maps", (read_only(self.maps[0]), read_only(self.maps[1])))
+        object.__setattr__(self, "maps", tuple(read_only(one) for one in self.maps))
         object.__setattr__(self, "curve", read_only(self.curve))
 
 
@@ -88,8 +88,8 @@ def truncate_value_output(
 
         Σ^½ W = U diag(s) Vᵀ        P = Σ^-½ U_r
 
-    and ``o P R W``, with the way back ``R = Pᵀ Σ``, is the best rank-``r`` stand-in for ``o W``; the
-    dropped ``s²`` are its squared error.
+    and ``o P (Pᵀ Σ P)⁻¹ Pᵀ Σ W`` is the best rank-``r`` stand-in for ``o W``; the dropped ``s²``
+    are its squared error.
 
     Args:
         covariances: ``Σ`` of the mixed values ``o`` of every value head; where several heads share
@@ -102,20 +102,18 @@ def truncate_value_output(
     >>> np.abs(found.maps[0][0]).round(6).tolist(), found.curve.round(4).tolist()
     ([[0.5], [0.0]], [1.0, 0.2, 0.0])
     """
-    halves = []
+    maps = []
     losses = np.zeros(covariances.shape[-1] + 1)
     condition = 1.0
     for covariance, weight in zip(covariances, weights, strict=True):
         root, inverse, spread = _roots(covariance)
         u, sigma, _ = np.linalg.svd(root @ weight)
-        narrow = inverse @ u[:, :width]
-        halves.append((narrow, narrow.T @ covariance))
+        maps.append(inverse @ u[:, :width])
         losses += _left_after(np.pad(sigma, (0, len(u) - len(sigma))))
         condition = max(condition, spread)
-    there, back = (np.stack(maps) for maps in zip(*halves, strict=True))
     if width == covariances.shape[-1]:
-        there, back = _nothing_dropped(covariances), _nothing_dropped(covariances)
-    return Truncated((there, back), _share(losses), condition)
+        return Truncated((_nothing_dropped(covariances),), _share(losses), condition)
+    return Truncated((np.stack(maps),), _share(losses), condition)
 
 
 def shared(
