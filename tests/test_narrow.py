@@ -122,7 +122,7 @@ def test_the_error_of_values_is_what_their_fold_leaves(heads, gain):
 def test_other_heads_say_what_one_head_lost():
     f = features()
     f[:, HEADS.places[1]] = f[:, HEADS.places[0]] + 0.01 * features(1)[:, :4]
-    joints, t = parts_of(f, parts=1)
+    joints, _ = parts_of(f, parts=1)
     fold = narrow_values(joints, branch(), HEADS, 2, ridge=1e-9)
     assert fold.evidence.error < 0.5 * fold.evidence.unexplained
 
