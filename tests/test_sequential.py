@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 
-from corp_onnx import sequential
+from corp_onnx import example, sequential
 from corp_onnx.blocks import find_blocks
 from corp_onnx.blocks.catalog import named_as
 from corp_onnx.calibrate import gather
-from corp_onnx.graph import from_proto
+from corp_onnx.data import open_data
+from corp_onnx.graph import from_proto, load
 from corp_onnx.plan import Plan, uniform
 from corp_onnx.promise import measured_errors, stream_errors
 from corp_onnx.sequential import fit_in_sequence
+from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import OutputFold
 from corp_onnx.surgery import operate
@@ -165,8 +168,6 @@ def test_the_dense_stream_is_the_target(monkeypatch):
             if names is not None and list(names) == [segment.streams[0].tensor]:
                 part = line._part(segment)
                 fed = line.pruned.read(batch, segment.inputs)
-                from corp_onnx.session import open_session
-
                 return open_session(part.model).run(fed, list(names))
             return read(batch, names)
 
@@ -251,3 +252,38 @@ def test_every_block_is_told_and_no_fold_is_lost():
         assert {(fold.block, fold.axis) for fold in solution.folds} == cuts
     assert fitted.solution.in_sequence
     assert error_of("parallel", fitted.solution) < error_of("parallel", fitted.bare)
+
+
+@pytest.mark.parametrize("name", ["pre_norm", "post_norm"])
+def test_a_spoiled_fold_breaks_its_promise(name):
+    solution = fit(name).solution
+    batches = [batch for part in parts_of(name) for batch in part]
+    for place, fold in enumerate(solution.folds):
+        if fold.axis == "qk":
+            continue
+        wrong = replace(fold, weight=np.array(fold.weight)[::-1])
+        folds = (*solution.folds[:place], wrong, *solution.folds[place + 1 :])
+        check = check_promises(solution, measured(name, replace(solution, folds=folds), batches))
+        assert not check.passed
+        assert fold.block in check.found
+
+
+@pytest.mark.slow
+def test_best_is_better_than_the_paper_on_pictures_that_neither_has_seen():
+    model = load(example.MODEL)
+    catalog = find_blocks(model)
+    plan = uniform(catalog, {"mlp": 0.5, "qk": 0.5}, align=1)
+    inputs = open_session(model).inputs
+    data = open_data(str(example.CALIBRATION), inputs).take(np.arange(0, 1024, 4))
+    parts = [list(half.batches(16)) for half in data.split(0.5, 0)]
+    best = fit_in_sequence(model, catalog, plan, parts, Recipe()).solution
+    statistics = gather(model, catalog, [batch for part in parts for batch in part])
+    paper = solve(model, catalog, plan, statistics, Recipe("corp"))
+    test = open_data(str(example.TEST), inputs).take(np.arange(200))
+    (given,) = ({name: array for name, array in batch.items()} for batch in test.batches(200))
+    (dense,) = run(model, given)
+    errors = [
+        squared_error(run(operate(model, catalog, solution).model, given)[0], dense)
+        for solution in (best, paper)
+    ]
+    assert errors[0] < 0.8 * errors[1]
