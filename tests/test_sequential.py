@@ -15,6 +15,7 @@ from corp_onnx.calibrate import gather
 from corp_onnx.data import open_data
 from corp_onnx.graph import from_proto, load
 from corp_onnx.plan import Plan, uniform
+from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.promise import measured_errors, stream_errors
 from corp_onnx.sequential import fit_in_sequence
 from corp_onnx.session import open_session
@@ -274,13 +275,16 @@ def test_best_is_better_than_the_paper_on_pictures_that_neither_has_seen():
     catalog = find_blocks(model)
     plan = uniform(catalog, {"mlp": 0.5, "qk": 0.5}, align=1)
     inputs = open_session(model).inputs
-    data = open_data(str(example.CALIBRATION), inputs).take(np.arange(0, 1024, 4))
+    seen = Preprocessing.beside(example.MODEL)
+    data = open_data(str(example.CALIBRATION), inputs, preprocessing=seen).take(
+        np.arange(0, 1024, 4)
+    )
     parts = [list(half.batches(16)) for half in data.split(0.5, 0)]
     best = fit_in_sequence(model, catalog, plan, parts, Recipe()).solution
     statistics = gather(model, catalog, [batch for part in parts for batch in part])
     paper = solve(model, catalog, plan, statistics, Recipe("corp"))
-    test = open_data(str(example.TEST), inputs).take(np.arange(200))
-    (given,) = ({name: array for name, array in batch.items()} for batch in test.batches(200))
+    test = open_data(str(example.TEST), inputs, preprocessing=seen).take(np.arange(200))
+    (given,) = test.batches(200)
     (dense,) = run(model, given)
     errors = [
         squared_error(run(operate(model, catalog, solution).model, given)[0], dense)
