@@ -71,22 +71,23 @@ def measured_errors(
     kinds = {block.id: _kind(block, axes) for block, _ in pairs}
     entries = list(dict.fromkeys(name for block, _ in pairs for name in _entries(block, axes)))
     wanted = [[name for pair in pairs for name in _reads(pair[side], axes)] for side in (0, 1)]
-    if behind_pruned:
-        whole = open_session(exposed(pruned, [*entries, *wanted[1]]), runtime)
-        parts = open_session(extract(dense, entries, wanted[0]), runtime)
-    else:
-        whole = open_session(exposed(dense, [*entries, *wanted[0]]), runtime)
-        parts = open_session(extract(pruned, entries, wanted[1]), runtime)
+    sides = list(zip((dense, pruned), wanted, strict=True))
+    (one, ends), (other, far_ends) = reversed(sides) if behind_pruned else sides
+    whole = open_session(exposed(one, [*entries, *ends]), runtime)
+    parts = None
     meters = {
         leader_of(block): _meter(block, kinds[block.id], without_row_constants)
         for block, _ in pairs
     }
     for batch in batches:
         first = whole.run(batch)
+        if parts is None:
+            types = {name: first[name].dtype for name in entries}
+            parts = open_session(extract(other, entries, far_ends, types), runtime)
         second = parts.run({**batch, **first})
         before, after = (second, first) if behind_pruned else (first, second)
-        for block, other in pairs:
-            meters[leader_of(block)].add(block, other, before, after)
+        for block, narrow in pairs:
+            meters[leader_of(block)].add(block, narrow, before, after)
     return {(block.id, kinds[block.id]): meters[leader_of(block)].error() for block, _ in pairs}
 
 
@@ -103,7 +104,8 @@ def stream_errors(
     With ``X`` the dense stream, ``x + y`` the pruned one and ``y`` the block's branch in it, this
     is ``Σ‖X - x - y‖²`` over the variation of ``X - x``: what fitting in sequence predicts. Blocks
     that share their weights are not fitted in sequence and left out, and so are MLPs whose last
-    layer is the first of another that is cut.
+    layer is the first of another that is cut. Of blocks that join one stream only the last is
+    measured: when it was fitted, the others were as they are.
     """
     facts = evaluate(dense.graph, catalog.sizes)
     blocks = {block.id: block for block in catalog.blocks if not block.twins}
@@ -117,9 +119,10 @@ def stream_errors(
     }
     if not fitted:
         return {}
-    streams = [stream_behind(dense, facts, blocks[name]) for name in fitted]
+    behind = [stream_behind(dense, facts, blocks[name]) for name in fitted]
+    streams = list({stream.tensor: stream for stream in behind}.values())
     ends = [name for stream in streams for name in stream.ends]
-    masks = [mask.tensor for name in fitted if (mask := blocks[name].padding)]
+    masks = [mask.tensor for stream in streams if (mask := blocks[stream.block].padding)]
     whole = open_session(exposed(dense, [*ends, *masks]), runtime)
     small = open_session(exposed(pruned, ends), runtime)
     meters = {stream.block: _OutputMeter() for stream in streams}
@@ -134,7 +137,7 @@ def stream_errors(
             found = stream.vectors(after[stream.tensor])
             branch = stream.gain * stream.vectors(after[stream.linear.output])
             meters[stream.block].compare((wanted - found + branch)[rows], branch[rows])
-    return {(name, axis): meters[name].error() for name, axis in fitted.items()}
+    return {(name, fitted[name]): meter.error() for name, meter in meters.items()}
 
 
 def _measurable(

@@ -101,6 +101,7 @@ class _Draft:
     def segment(self, others: Sequence[_Draft]) -> Segment:
         """The segment, given all that come after it."""
         later = {name for other in others for name in other.inputs}
+        later -= {name for other in others for name in other.made}
         outputs = tuple(sorted(self.made & later))
         return Segment(
             tuple(self.streams),

@@ -99,7 +99,7 @@ def test_the_order_of_channels_does_not_matter(seed):
 @settings(deadline=None, max_examples=15)
 @given(SEEDS)
 def test_of_two_identical_channels_exactly_one_goes_and_costs_nothing(seed):
-    covariance, weight = layer(seed, width=6)
+    covariance, _ = layer(seed, width=6)
     twice = np.r_[np.arange(6), np.arange(6)]
     more = np.random.default_rng(seed).standard_normal((12, 5))
     found = eliminate(covariance[np.ix_(twice, twice)], more, ridge=1e-9, keep=6)

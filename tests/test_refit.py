@@ -108,7 +108,6 @@ def test_noise_is_not_fitted(seed):
 
 
 def test_no_refit_is_a_choice_and_without_a_second_part_the_only_one():
-    _, noisy = drawn(3, count=8, noise=5.0, weight=START)
     choices = {fitted(drawn(seed, count=8, noise=5.0, weight=START)[1]).choice for seed in range(8)}
     assert NO_REFIT in choices
     alone = fitted(drawn()[1][:1])

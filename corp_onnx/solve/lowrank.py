@@ -9,8 +9,11 @@ from jaxtyping import Float64, Int
 
 from corp_onnx.moments import read_only
 
-NEGLIGIBLE = 1e-10
-"""Share of the largest eigenvalue below which a direction of a second moment counts as absent."""
+NEGLIGIBLE = 1e-7
+"""Share of the largest eigenvalue below which a direction of a second moment counts as absent.
+
+Moments are float32 products: what is smaller is rounding, and of another sign in another part.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

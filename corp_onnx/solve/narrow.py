@@ -216,7 +216,7 @@ def _taken_over(
     """``(C + λI)⁻¹ X`` over the features that vary at all, and the condition number."""
     varying = np.diagonal(within) > 0.0
     answer, condition = np.zeros_like(wanted), 1.0
-    if varying.any():
+    if varying.any() and wanted.any():
         system = within[np.ix_(varying, varying)]
         system[np.diag_indices_from(system)] += ridge
         answer[varying], condition = solve_definite(system, wanted[varying])

@@ -1,0 +1,118 @@
+"""Tiny transformers whose blocks join the residual stream in different ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from tests.builders import (
+    HEAD,
+    HEADS,
+    WIDTH,
+    Net,
+    conv,
+    depthwise,
+    layer_norm,
+    merge_heads,
+    mix,
+    mlp,
+    projections,
+    relu,
+    split_heads,
+)
+
+
+def attend(net: Net, x: str) -> str:
+    """Attention without a residual."""
+    return merge_heads(net, mix(net, *(split_heads(net, y) for y in projections(net, x))))
+
+
+def feed(net: Net, x: str) -> str:
+    return mlp(net, x, relu)
+
+
+def pre_norm(net: Net, x: str) -> str:
+    x = net("Add", x, attend(net, layer_norm(net, x)))
+    return net("Add", x, feed(net, layer_norm(net, x)))
+
+
+def layer_scale(net: Net, x: str) -> str:
+    """Scaled per channel, on either side of the sum, and by a number as well."""
+    branch = net("Mul", attend(net, layer_norm(net, x)), net.random(WIDTH))
+    x = net("Add", branch, x)
+    branch = net("Div", net("Mul", net.random(WIDTH), feed(net, layer_norm(net, x))), 2.0)
+    return net("Add", x, branch)
+
+
+def post_norm(net: Net, x: str) -> str:
+    x = net("LayerNormalization", net("Add", x, attend(net, x)), net.random(WIDTH, gain=1.0))
+    return net("LayerNormalization", net("Add", feed(net, x), x), net.random(WIDTH, gain=1.0))
+
+
+def parallel(net: Net, x: str) -> str:
+    """Both branches read one norm and join one stream, as in GPT-J and Falcon."""
+    normal = layer_norm(net, x)
+    return net("Add", net("Add", attend(net, normal), feed(net, normal)), x)
+
+
+def chained(net: Net, x: str) -> str:
+    """One MLP ends in the layer that the next begins with, and joins the stream behind it."""
+    y = relu(net, net.linear(x, WIDTH, 14))
+    y = relu(net, net.linear(y, 14, 15))
+    return net("Add", x, net.linear(y, 15, WIDTH))
+
+
+LAYERS: Mapping[str, Callable[[Net, str], str]] = {
+    "pre_norm": pre_norm,
+    "layer_scale": layer_scale,
+    "post_norm": post_norm,
+    "parallel": parallel,
+    "chained": chained,
+}
+
+
+def stacked(name: str, *, layers: int = 2, seed: int = 0, dtype: type = np.float32):
+    """Several layers of one kind behind each other."""
+    net = Net(seed, dtype=dtype)
+    x = net.x()
+    for _ in range(layers):
+        x = LAYERS[name](net, x)
+    return net.build(net.linear(x, WIDTH, 3))
+
+
+def gemm(seed: int = 0):
+    """Tokens of all samples in one axis inside of the MLP, joined to the stream as they were."""
+    net = Net(seed)
+    x = net.x()
+    for _ in range(2):
+        rows = net("Reshape", x, [-1, WIDTH])
+        y = relu(net, net("Gemm", rows, net.weight(WIDTH, 14), net.random(14)))
+        y = net("Gemm", y, net.weight(14, WIDTH), net.random(WIDTH))
+        x = net("Add", x, net("Reshape", y, net("Shape", x)))
+    return net.build(x)
+
+
+def convolutions(seed: int = 0):
+    """Channels on axis 1, scaled per channel: ConvNeXt."""
+    net = Net(seed)
+    x = net.x("batch", WIDTH, 3, 4)
+    for _ in range(2):
+        y = relu(net, depthwise(net, conv(net, x, WIDTH, 14)))
+        y = net("Mul", conv(net, y, 14, WIDTH), net.random(WIDTH, 1, 1))
+        x = net("Add", x, y)
+    return net.build(x)
+
+
+def no_stream(seed: int = 0):
+    """Two MLPs that join nothing: something nonlinear reads the first."""
+    net = Net(seed)
+    return net.build(feed(net, layer_norm(net, feed(net, net.x()))))
+
+
+def no_last_layer(seed: int = 0):
+    """Mixed values enter a norm before anything projects them."""
+    net = Net(seed)
+    mixed = mix(net, *(split_heads(net, y) for y in projections(net, net.x())))
+    flat = net("Reshape", net("Transpose", mixed, perm=[0, 2, 1, 3]), [0, 0, HEADS * HEAD])
+    return net.build(feed(net, layer_norm(net, net.linear(net("Tanh", flat), HEADS * HEAD, WIDTH))))

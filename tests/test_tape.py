@@ -1,0 +1,37 @@
+"""What is written to a tape comes back, until it is forgotten."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from corp_onnx.tape import Tape
+
+
+def test_tensors_come_back_batch_by_batch(tmp_path):
+    tape = Tape(tmp_path / "tape")
+    made = [
+        {"a/b": np.full((2, batch), batch, np.float16), "c": np.array(batch)} for batch in (1, 2)
+    ]
+    for batch, tensors in enumerate(made):
+        tape.write(batch, tensors)
+    for batch, tensors in enumerate(made):
+        found = tape.read(batch)
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype
+            assert np.array_equal(found[name], tensor)
+    assert tape.read(0, ["c"]).keys() == {"c"}
+
+
+def test_what_is_forgotten_leaves_the_disk(tmp_path):
+    tape = Tape(tmp_path / "tape")
+    tape.write(0, {"a": np.zeros(3), "b": np.ones(3)})
+    tape.forget(["b", "never written"])
+    assert tape.read(0).keys() == {"b"}
+    assert len(list((tmp_path / "tape").iterdir())) == 1
+    with pytest.raises(KeyError):
+        tape.read(0, ["a"])
+    tape.write(0, {"a": np.full(3, 2.0)})
+    assert np.array_equal(tape.read(0)["a"], np.full(3, 2.0))
+    assert np.array_equal(tape.read(0)["b"], np.ones(3))
