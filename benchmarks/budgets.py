@@ -13,10 +13,12 @@ import numpy as np
 
 from benchmarks.methods import BEST, CORP, cut, solution
 from benchmarks.outcome import Outcome, Place, Row
+from benchmarks.samples import drawn
 from benchmarks.spread import ratios, summary
 from benchmarks.subjects import Subject, subjects
 from corp_onnx.blocks import Axis
 from corp_onnx.budget import Budget, within
+from corp_onnx.calibrate import BATCH_SIZE
 from corp_onnx.errors import PlanError
 from corp_onnx.pipeline import PROBED_BATCHES
 from corp_onnx.plan import DEFAULT_ALIGN, Plan, uniform
@@ -65,10 +67,11 @@ class _Bench:
     @classmethod
     def of(cls, subject: Subject) -> _Bench:
         bench = cls(subject, ())
-        seen = tuple(subject.samples.batches(1, 0))[:PROBED_BATCHES]
+        few, _ = drawn(subject.samples, PROBED_BATCHES * BATCH_SIZE, subject.seed)
         model, catalog = subject.model, subject.catalog
         bench.probes = probe(
-            model, catalog, bench.statistics, seen, Recipe("best"), align=DEFAULT_ALIGN
+            *(model, catalog, bench.statistics, few.batches(1, 0), Recipe("best")),
+            align=DEFAULT_ALIGN,
         )
         return bench
 

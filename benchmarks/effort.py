@@ -54,8 +54,8 @@ def _runs(name: str, model: Path, data: Path, pictures: int, turns: int) -> list
     for crops in CROPS:
         output = Path(tempfile.gettempdir()) / f"benchmark.{os.getpid()}.onnx"
         try:
-            command = ["corp_onnx.cli", "prune", str(model), str(output), "--data", str(data)]
-            options = {"--method": "best", "--samples": pictures, "--crops": crops}
+            command = ["corp_onnx.cli", "prune", str(model), "-o", str(output)]
+            options = {"--data": data, "--method": "best", "--samples": pictures, "--crops": crops}
             asked = [str(word) for option in options.items() for word in option]
             took, peak = _timed([*command, *asked])
         finally:

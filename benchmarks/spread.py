@@ -16,13 +16,16 @@ def summary(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
     >>> summary(runs, ["cut"])
     [{'cut': 'QK', 'seeds': 2, 'error': 2.0, 'error ±': 1.0}]
     """
+    figures = {name for row in rows for name, value in row.items() if isinstance(value, float)}
+    figures -= {*keys, "seed"}
     found = []
     for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
         alike = [row for row in rows if tuple(row[name] for name in keys) == key]
         merged: Row = dict(zip(keys, key, strict=True)) | {"seeds": len(alike)}
         for name in alike[0]:
             if name not in {*keys, "seed"}:
-                merged |= _mean(name, [row.get(name) for row in alike])
+                values = [row.get(name) for row in alike]
+                merged |= _mean(name, values) if name in figures else {name: _common(values)}
         found.append(merged)
     return found
 
@@ -42,8 +45,12 @@ def ratios(rows: Iterable[Row], one: Row, other: Row, figure: str = "error") -> 
 
 
 def _mean(name: str, values: Sequence[object]) -> Row:
-    if all(isinstance(value, float) for value in values):
-        figures = np.array(values, np.float64)
-        spread = {} if name == "MACs" else {f"{name} ±": float(figures.std())}
-        return {name: float(figures.mean())} | spread
-    return {name: values[0] if len(set(map(str, values))) == 1 else None}
+    """Of the runs that have the figure; None where none has."""
+    known = np.array([value for value in values if isinstance(value, float)])
+    mean, deviation = (float(known.mean()), float(known.std())) if len(known) else (None, None)
+    return {name: mean} if name == "MACs" else {name: mean, f"{name} ±": deviation}
+
+
+def _common(values: Sequence[object]) -> object:
+    """What all runs say; None where they differ."""
+    return values[0] if all(value == values[0] for value in values) else None

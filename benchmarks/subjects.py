@@ -36,7 +36,7 @@ CUTS: Mapping[str, dict[Axis, float]] = {
 CROPS = 2
 """Of every picture, as ``corp-onnx prune`` makes them by default."""
 
-FASHION_DRAWN, PICTURES_DRAWN, GLOSSES_DRAWN = 768, 256, 1024
+FASHION_DRAWN, PICTURES_DRAWN, GLOSSES_DRAWN = 768, 256, 2048
 GLOSSES_JUDGED = 2000
 """Calibration samples by draw, and texts among which and by which neighbours are sought."""
 
