@@ -45,7 +45,7 @@ def measure(place: Place) -> Outcome:
     runs: dict[str, list[Row]] = {}
     widths: dict[str, object] = {}
     for _, subject in subjects(place, MODELS, {}, SEEDS):
-        rows, chosen = _Bench.of(subject).rows()
+        rows, chosen = _Bench.of(subject).rows((CHECKED,) if place.quick else KEPT)
         runs.setdefault(subject.title, []).extend(rows)
         widths[f"{subject.title}, seed {subject.seed}"] = chosen
     tables: dict[str, list[Row]] = {}
@@ -75,12 +75,12 @@ class _Bench:
         )
         return bench
 
-    def rows(self) -> tuple[list[Row], dict[str, dict[str, int]]]:
-        """All budgets; and the unequal widths of each."""
+    def rows(self, budgets: Sequence[float]) -> tuple[list[Row], dict[str, dict[str, int]]]:
+        """All of them; and the unequal widths of each."""
         rows: list[Row] = []
         chosen: dict[str, dict[str, int]] = {}
         every = offered(self.subject.catalog)
-        for kept in KEPT:
+        for kept in budgets:
             plans = {
                 (CORP, "uniform, all axes"): self.uniform(every, kept),
                 (CORP, "uniform, MLP and QK"): self.uniform(PAPER, kept),
