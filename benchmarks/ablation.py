@@ -40,9 +40,7 @@ def measure(place: Place) -> Outcome:
     runs: dict[str, list[Row]] = {}
     kinds = KINDS[: 1 if place.quick else None]
     for _, subject in subjects(place, MODELS, {}, SEEDS):
-        runs.setdefault(subject.title, []).extend(
-            _rows(subject, kinds)
-        )
+        runs.setdefault(subject.title, []).extend(_rows(subject, kinds))
     tables = {title: summary(rows, ["cut", "variant"]) for title, rows in runs.items()}
     return Outcome(tables, (), {"fixed ridge and step": FIXED, "crops": 2})
 
