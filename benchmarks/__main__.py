@@ -7,10 +7,25 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import calibration, crops, demo, exactness, language, latency, macs, quality, rotary
+from benchmarks import (
+    ablation,
+    budgets,
+    calibration,
+    crops,
+    demo,
+    effort,
+    exactness,
+    language,
+    latency,
+    macs,
+    quality,
+    rotary,
+    sizes,
+)
 from benchmarks.outcome import Benchmark, Place
 from benchmarks.report import DONE, RESULTS, Heading, report, status_of
 
+DATA = ("tokenizers", "pillow")
 TORCH = ("torch", "timm", "transformers", "onnxscript")
 BENCHMARKS: Mapping[str, Benchmark] = {
     "demo": Benchmark(demo.measure, "the bundled model, cut and repaired by every method"),
@@ -18,10 +33,27 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         exactness.measure, "ratio 0 and changes of basis give back the dense function", TORCH
     ),
     "quality": Benchmark(
-        quality.measure, "error and accuracy of cut models, by method", ("tokenizers", "pillow")
+        quality.measure, "error and accuracy of cut models, by method", DATA, quality.MODELS
+    ),
+    "budgets": Benchmark(
+        budgets.measure, "equal multiply-adds, by method and choice of widths", DATA, budgets.MODELS
+    ),
+    "ablation": Benchmark(
+        ablation.measure, "what every ingredient of best is worth", DATA, ablation.MODELS
+    ),
+    "sizes": Benchmark(
+        sizes.measure, "error by the number of calibration samples", DATA, sizes.MODELS
+    ),
+    "effort": Benchmark(
+        effort.measure,
+        "time and memory of pruning DINOv2 ViT-S by best",
+        ("pillow",),
+        effort.MODELS,
     ),
     "language": Benchmark(
-        language.measure, "perplexity of a language model with narrower MLPs", (*TORCH, "gguf")
+        language.measure,
+        "perplexity of a language model with narrower MLPs and values",
+        (*TORCH, "gguf"),
     ),
     "rotary": Benchmark(
         rotary.measure, "what cutting rotated queries and keys would cost", (*TORCH, "gguf")
@@ -53,7 +85,11 @@ def main(argv: Sequence[str]) -> int:
         for name, benchmark in BENCHMARKS.items():
             print(f"{name:12} {benchmark.about}")
         return DONE
-    place = Place(asked.assets, asked.exports, asked.quick)
+    for name in names:
+        if asked.only not in {None, *BENCHMARKS[name].models}:
+            offered = ", ".join(BENCHMARKS[name].models) or "none by name"
+            parser.error(f"--only {asked.only}: {name} measures {offered}")
+    place = Place(asked.assets, asked.exports, asked.quick, asked.only, asked.seeds)
     return status_of(lambda: max([_run(name, place, asked.out, argv) for name in names]))
 
 
@@ -75,13 +111,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="few samples, to see that it works; writes nothing"
     )
+    parser.add_argument("--only", metavar="MODEL", help="measure only this model")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="how many draws of calibration samples"
+    )
     return parser
 
 
 def _run(name: str, place: Place, out: Path, argv: Sequence[str]) -> int:
     """Measure one thing, print it, write it down unless it was only a glance."""
     benchmark = BENCHMARKS[name]
-    heading = Heading(name, benchmark.about, benchmark.packages, ("benchmarks", *argv))
+    title = f"{name}-{place.only}" if place.only else name
+    heading = Heading(title, benchmark.about, benchmark.packages, ("benchmarks", *argv))
     return report(heading, lambda: benchmark.measure(place), None if place.quick else out)
 
 

@@ -15,11 +15,21 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where real models and data lie, where exports are kept, and whether a glance is enough."""
+    """Where real models and data lie, where exports are kept, and how much is measured.
+
+    Attributes:
+        assets: Models and data.
+        exports: Models that torch wrote.
+        quick: Whether a glance is enough.
+        only: The model to measure, of those that a benchmark offers; None for all of them.
+        seeds: How many draws of calibration samples; None for what a benchmark takes by default.
+    """
 
     assets: Path
     exports: Path
     quick: bool = False
+    only: str | None = None
+    seeds: int | None = None
 
     def asset(self, name: str) -> Path:
         """A file or folder among the assets.
@@ -57,3 +67,5 @@ class Benchmark:
     measure: Callable[[Place], Outcome]
     about: str
     packages: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    """What ``--only`` may name."""

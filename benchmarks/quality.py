@@ -1,142 +1,134 @@
 """What a cut costs on real models and data, and how much of it each method repairs.
 
-Every method cuts the same widths, from the same statistics. The error is ``‖y - ŷ‖² / ‖y‖²`` of the
-judged tensor on test samples, which no statistic has seen; ``of none`` is the error without repair
-over this one.
+Every method cuts the same widths, from the same calibration samples, which are drawn anew with each
+seed. The error is ``‖y - ŷ‖² / ‖y‖²`` of the judged tensor on test samples, which no method has
+seen.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
-from benchmarks import tasks
+from benchmarks.methods import BEST, CORP, METHODS, PUBLISHED, cut, solution
 from benchmarks.outcome import Outcome, Place, Row
-from benchmarks.tasks import Task
-from corp_onnx import graph
-from corp_onnx.blocks import Axis, Catalog, find_blocks
-from corp_onnx.calibrate import gather
-from corp_onnx.graph import Model
+from benchmarks.spread import ratios, summary
+from benchmarks.subjects import CROPS, CUTS, Subject, subjects
 from corp_onnx.plan import uniform
-from corp_onnx.session import open_session
-from corp_onnx.solve import METHODS, Recipe, solve
-from corp_onnx.statistics import Batch, Statistics
-from corp_onnx.surgery import operate
-from corp_onnx.verify import Check, comparable
+from corp_onnx.verify import Check
 
 log = logging.getLogger(__name__)
 
-TASKS: tuple[Callable[[Place], Task], ...] = (tasks.photographs, tasks.glosses, tasks.fashion)
-
-CUTS: Mapping[str, dict[Axis, float]] = {
-    "MLP": {"mlp": 0.5},
-    "QK": {"qk": 0.5},
-    "both": {"mlp": 0.5, "qk": 0.5},
-}
-RECIPES = (
-    Recipe(),
-    Recipe(ranking="energy-norm"),
-    Recipe(ridge=1e-4),
-    Recipe(ridge=1e-2),
-)
-"""Variants of the paper's repair, at both cuts."""
+MODELS = ("fashion", "dinov2", "dinov2-neighbours", "minilm-l3", "minilm-l6")
+SEEDS, SEEDS_OF = 3, {"dinov2": 2, "dinov2-neighbours": 1}
 
 LEAST_REDUCTION = 2.0
-"""How many times the repair of MLP and of both must cut the error of no repair."""
+"""How many times the paper's repair of MLP and of both must cut the error of no repair."""
+
+GLANCE = ("both", "all three")
+"""Cuts that are measured if a glance is enough."""
+
+HALF = 0.5
+"""Of the error or of the loss of ``corp``, at most, for ``best``."""
 
 
 def measure(place: Place) -> Outcome:
     """Cut every model in every way."""
+    runs: dict[str, list[Row]] = {}
+    settings: dict[str, object] = {"crops": CROPS}
+    checked: dict[str, Subject] = {}
+    for name, subject in subjects(place, MODELS, SEEDS_OF, SEEDS):
+        if place.quick:
+            subject = replace(subject, cuts=tuple(kind for kind in GLANCE if kind in subject.cuts))
+        runs.setdefault(name, []).extend(_rows(subject))
+        checked[name] = subject
+        settings[name] = {"calibration": subject.samples.count, "test": subject.tested}
     tables: dict[str, list[Row]] = {}
     checks: list[Check] = []
-    settings: dict[str, object] = {"seed": tasks.SEED}
-    for make in TASKS:
-        task = make(place)
-        log.info("%s: %s", task.name, task.samples)
-        subject = _Subject.of(task)
-        rows, variants = subject.methods(), subject.variants()
-        tables |= {task.name: rows, f"{task.name}: both cuts, other recipes": variants}
-        checks += [_check(task.name, rows, cut) for cut in ("MLP", "both")]
-        settings[task.name] = {
-            "tensor": task.tensor,
-            "samples": task.samples,
-            "largest_standard_error": round(0.5 / task.samples["test"] ** 0.5, 4),
-        }
+    for name, rows in runs.items():
+        title = checked[name].title
+        means = _with_ratios(summary(rows, ["cut", "method"]), rows)
+        tables |= {title: means, f"{title}, every draw": rows}
+        checks += _checks(name, checked[name], rows, means)
     return Outcome(tables, tuple(checks), settings)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Subject:
-    """A task with its model's statistics and its dense tensors, on calibration and test samples."""
-
-    task: Task
-    model: Model
-    catalog: Catalog
-    statistics: Statistics
-    dense: tuple[np.ndarray, np.ndarray]
-
-    @staticmethod
-    def of(task: Task) -> _Subject:
-        """Calibrated once, for every cut."""
-        model = graph.load(task.model)
-        catalog = find_blocks(model)
-        statistics = gather(model, catalog, task.calibration, source=task.name)
-        return _Subject(task, model, catalog, statistics, _tensors(task, model))
-
-    def methods(self) -> list[Row]:
-        """Dense, then every cut by every method."""
-        unharmed: Row = {"cut": "dense", "method": "-", "error": 0.0, "of none": None}
-        rows = [unharmed | self._accuracies(self.dense)]
-        for cut in CUTS:
-            bare: float | None = None
-            for method in reversed(METHODS):  # none first
-                found = self._measured(cut, Recipe(method), bare)
-                bare = bare or found["error"]
-                rows.append({"cut": cut, "method": method, **found})
-        return rows
-
-    def variants(self) -> list[Row]:
-        """Both cuts by every recipe."""
-        return [
-            {"ranking": recipe.ranking, "ridge": recipe.ridge}
-            | self._measured("both", recipe, None)
-            for recipe in RECIPES
-        ]
-
-    def _measured(self, cut: str, recipe: Recipe, bare: float | None) -> Row:
-        """Error and accuracies of one cut; ``bare`` is the error without repair."""
-        log.info("%s, %s, %s", cut, recipe.method, recipe.ranking)
-        plan = uniform(self.catalog, CUTS[cut])
-        solution = solve(self.model, self.catalog, plan, self.statistics, recipe)
-        found = _tensors(self.task, operate(self.model, self.catalog, solution).model)
-        error = _relative(found[1], self.dense[1])
-        reduction = None if bare is None else bare / error
-        return {"error": error, "of none": reduction} | self._accuracies(found)
-
-    def _accuracies(self, tensors: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-        return {name: judge(*tensors) for name, judge in self.task.judges.items()}
+def _rows(subject: Subject) -> list[Row]:
+    """Dense, then every cut by every method."""
+    dense: Row = {"cut": "dense", "method": "-", "seed": subject.seed, "error": 0.0, "MACs": 1.0}
+    rows = [dense | subject.accuracies()]
+    statistics = subject.statistics()
+    for name in subject.cuts:
+        plan = uniform(subject.catalog, CUTS[name])
+        for method in METHODS:
+            if method == PUBLISHED and "vo" in CUTS[name]:
+                continue  # the paper leaves values alone
+            found = subject.measured(cut(subject, solution(subject, plan, method, statistics)))
+            rows.append({"cut": name, "method": method, "seed": subject.seed, **found})
+            log.info("%s", rows[-1])
+    return rows
 
 
-def _tensors(task: Task, model: Model) -> tuple[np.ndarray, np.ndarray]:
-    """The judged tensor on calibration and on test samples."""
-    session = open_session(comparable(model, task.tensor))
-
-    def run(batches: tuple[Batch, ...]) -> np.ndarray:
-        return np.concatenate([session.run(batch)[task.tensor] for batch in batches])
-
-    return run(task.calibration), run(task.test)
-
-
-def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    lost = np.square(found - wanted, dtype=np.float64).sum()
-    return float(lost / np.square(wanted, dtype=np.float64).sum())
+def _with_ratios(means: list[Row], rows: list[Row]) -> list[Row]:
+    """How the error compares with that of the paper's repair, draw by draw."""
+    for row in means:
+        kind = {"cut": row["cut"]}
+        found = ratios(rows, kind | {"method": row["method"]}, kind | {"method": CORP})
+        row["of corp"] = [round(value, 3) for value in found]
+    return means
 
 
-def _check(task: str, rows: list[Row], cut: str) -> Check:
-    (row,) = (row for row in rows if (row["cut"], row["method"]) == (cut, "corp"))
-    found = f"error {row['error']:.3g}, {row['of none']:.2f} times less than without repair"
-    name = f"{task}, {cut}: repaired at least {LEAST_REDUCTION:g} times"
-    return Check(name, row["of none"] >= LEAST_REDUCTION, found)
+def _checks(name: str, subject: Subject, rows: list[Row], means: list[Row]) -> list[Check]:
+    by_kind = {(row["cut"], row["method"]): row for row in means}
+    checks = []
+    for kind in [kind for kind in ("MLP", "both") if kind in subject.cuts]:
+        times = by_kind[kind, "none"]["error"] / by_kind[kind, CORP]["error"]
+        wanted = f"{subject.title}, {kind}: corp repairs at least {LEAST_REDUCTION:g} times"
+        checks.append(Check(wanted, times >= LEAST_REDUCTION, f"{times:.2f} times"))
+    if name == "dinov2":
+        checks.append(_half_the_error(subject, rows))
+    if name in {"fashion", "minilm-l6"}:
+        checks.append(_half_the_loss(subject, by_kind))
+    if "all three" in subject.cuts:
+        checks.append(_all_three(subject, rows))
+    return checks
+
+
+def _half_the_error(subject: Subject, rows: list[Row]) -> Check:
+    found = ratios(rows, {"cut": "both", "method": BEST}, {"cut": "both", "method": CORP})
+    return Check(
+        f"{subject.title}, both: the error of best is at most {HALF:g} times that of corp",
+        float(np.mean(found)) <= HALF,
+        f"{np.mean(found):.3f} times; by draw {_listed(found)}",
+    )
+
+
+def _half_the_loss(subject: Subject, by_kind: dict[tuple[str, str], Row]) -> Check:
+    """Of accuracy, where what corp loses is more than chance."""
+    (judge,) = subject.judges
+    dense = by_kind["dense", "-"][judge]
+    error = float(np.sqrt(dense * (1 - dense) / subject.tested))
+    lost = {method: dense - by_kind["both", method][judge] for method in (CORP, BEST)}
+    noise = lost[CORP] <= 2 * error
+    return Check(
+        f"{subject.title}, both: best loses at most {HALF:g} times the {judge} accuracy that corp "
+        "loses, where that exceeds two standard errors",
+        noise or lost[BEST] <= HALF * lost[CORP],
+        f"corp loses {lost[CORP]:.4f}, best {lost[BEST]:.4f}, standard error {error:.4f}"
+        + ("; within the noise" if noise else ""),
+    )
+
+
+def _all_three(subject: Subject, rows: list[Row]) -> Check:
+    found = ratios(rows, {"cut": "all three", "method": BEST}, {"cut": "both", "method": CORP})
+    return Check(
+        f"{subject.title}: best with all three cut has less error than corp with both cut",
+        float(np.mean(found)) < 1,
+        f"{np.mean(found):.3f} times; by draw {_listed(found)}",
+    )
+
+
+def _listed(values: list[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)

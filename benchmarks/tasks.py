@@ -36,6 +36,9 @@ IMAGENET = Preprocessing(
 FEATURES = "/backbone/layernorm/Add_1_output_0"
 """Where DINOv2 ViT-S ends and a small decoder begins."""
 
+SENTENCE = "461"
+"""The vector of a text in MiniLM-L3."""
+
 PHOTO_BATCH, GLOSS_BATCH, FASHION_BATCH = 8, 32, 64
 
 CLASSES, GLOSSES_PER_CLASS, MOST_TOKENS = 10, 800, 64
@@ -100,6 +103,19 @@ def glosses(place: Place) -> Task:
 
     Half of each class is to calibrate; five of these vote on the class of a test gloss.
     """
+    codes, labels, parts = encoded_glosses(place)
+    gallery, query = (labels[part] for part in parts)
+
+    def vote(x: np.ndarray, y: np.ndarray) -> float:
+        return neighbours.accuracy(x, gallery, y, query, neighbours=5)
+
+    calibration, test = (tuple(padded([codes[i] for i in part])) for part in parts)
+    model = place.asset("minilm_l3.onnx")
+    return Task("MiniLM-L3 on glosses", model, SENTENCE, calibration, test, {"5-nn": vote})
+
+
+def encoded_glosses(place: Place) -> tuple[list[Encoding], np.ndarray, list[np.ndarray]]:
+    """Token numbers and class of every gloss, and the places of the two sets, by length."""
     per_class = GLOSSES_PER_CLASS // (20 if place.quick else 1)
     texts, labels = _nouns(place.asset("data.noun"), per_class)
     tokenizer = Tokenizer.from_file(str(place.asset("minilm_l6/tokenizer.json")))
@@ -111,14 +127,7 @@ def glosses(place: Place) -> Task:
         np.array(sorted(part, key=lambda place: len(codes[place])))
         for part in _split(labels, CLASSES, share=0.5)
     ]
-    gallery, query = (labels[part] for part in parts)
-
-    def vote(x: np.ndarray, y: np.ndarray) -> float:
-        return neighbours.accuracy(x, gallery, y, query, neighbours=5)
-
-    calibration, test = (tuple(_padded([codes[i] for i in part])) for part in parts)
-    model = place.asset("minilm_l3.onnx")
-    return Task("MiniLM-L3 on glosses", model, "461", calibration, test, {"5-nn": vote})
+    return codes, labels, parts
 
 
 def fashion(place: Place) -> Task:
@@ -176,7 +185,7 @@ def _nouns(path: Path, per_class: int) -> tuple[list[str], np.ndarray]:
     return texts, np.repeat(np.arange(CLASSES), per_class)
 
 
-def _padded(codes: Sequence[Encoding]) -> Iterator[Batch]:
+def padded(codes: Sequence[Encoding]) -> Iterator[Batch]:
     """Token numbers in batches, filled up to the longest of each."""
     left = iter(codes)
     while batch := list(islice(left, GLOSS_BATCH)):

