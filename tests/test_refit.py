@@ -52,18 +52,20 @@ def only(monkeypatch):
     return choose
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("strength", [1e-12, 0.01, 1.0])
 def test_the_weight_is_that_of_least_squares(only, strength):
     only(strength)
     _, parts = drawn()
     found = fitted(parts)
     assert found.choice == (strength, 1.0)
+    share = len(parts[1][0]) / sum(len(f) for f, _ in parts)  # of samples that each fit was tried on
     f, t = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    weight, bias = lstsq_fit(f, t, START, strength * f.var(axis=0).mean())
+    ridge = share * strength * f.var(axis=0).mean()
+    weight, bias = lstsq_fit(f, t, START, ridge)
     assert distance(found.weight, weight) <= tolerance(len(f))
     assert distance(found.bias, bias) <= tolerance(len(f))
-    wrong, _ = lstsq_fit(f, t, 0 * START, strength * f.var(axis=0).mean())
-    assert not strength or distance(found.weight, wrong) > 1e-4  # a ridge towards zero
+    wrong, _ = lstsq_fit(f, t, 0 * START, ridge)
+    assert strength < 1e-9 or distance(found.weight, wrong) > 1e-4  # a ridge towards zero
     left = ((t - f @ weight - bias) ** 2).sum() / ((t - t.mean(axis=0)) ** 2).sum()
     assert abs(found.seen / left - 1) <= 1e-9
 

@@ -108,7 +108,7 @@ def narrow_mlp(
 
     fitted = refit(parts, narrowing)
     evidence = Evidence(
-        _unexplained(whole, branch.scaled, kept, removed, ridge),
+        _unexplained(whole, branch.scaled, kept, removed, fitted.start),
         max(conditions),
         fitted.seen,
         fitted.unseen,
@@ -228,12 +228,11 @@ def _unexplained(
     weight: Float64[np.ndarray, "d o"],
     kept: Int[np.ndarray, " k"],
     removed: Int[np.ndarray, " p"],
-    ridge: float,
+    start: Float64[np.ndarray, "k o"],
 ) -> float:
     """Share of what removed channels gave to the output that kept ones do not make up for."""
     lost = joint.within[np.ix_(kept, removed)] @ weight[removed]
-    absolute = ridge * float(np.trace(joint.within)) / len(joint.mean)
-    change, _ = _taken_over(joint.within[np.ix_(kept, kept)], lost, absolute)
+    change = start - weight[kept]
     gone = float(np.vdot(weight[removed], joint.within[np.ix_(removed, removed)] @ weight[removed]))
     again = joint.within[np.ix_(kept, kept)] @ change
     return share(gone + float(np.vdot(change, again - 2.0 * lost)), gone)

@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Float64
 
 from corp_onnx.moments import read_only
-from corp_onnx.solve.affine import share
+from corp_onnx.solve.affine import share, solve_definite
 from corp_onnx.solve.joint import Joint, merged
 
-STRENGTHS: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+STRENGTHS: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Ridges that are tried, as shares of the mean variance of the features."""
 
-STEPS: tuple[float, ...] = (0.5, 1.0)
+STEPS: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
 """How much of the correction is taken."""
 
 ROUNDING = 1e-6
@@ -37,6 +37,7 @@ class Refit:
     Attributes:
         weight: ``W``, for the features that are left.
         bias: ``b``.
+        start: ``W₀``.
         choice: The ridge and the step that did best on samples held out.
         seen: Squared error on the calibration samples over the variance of the target.
         unseen: The same on samples held out of the fit; None where none were.
@@ -44,6 +45,7 @@ class Refit:
 
     weight: Float64[np.ndarray, "k o"]
     bias: Float64[np.ndarray, " o"]
+    start: Float64[np.ndarray, "k o"]
     choice: Choice
     seen: float
     unseen: float | None
@@ -51,6 +53,7 @@ class Refit:
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", read_only(self.weight))
         object.__setattr__(self, "bias", read_only(self.bias))
+        object.__setattr__(self, "start", read_only(self.start))
 
 
 def refit(parts: Sequence[Joint], narrowing: Narrowing) -> Refit:
@@ -61,7 +64,8 @@ def refit(parts: Sequence[Joint], narrowing: Narrowing) -> Refit:
         ΔW = (C + λI)⁻¹ (Cov(f, t) - C W₀)        W = W₀ + β ΔW        b = E[t] - E[f] W
 
     ``λ`` (relative to the mean variance) and ``β`` are those that do best on each part of the
-    samples when fitted to the others. No refit is one of the choices, and the only one if there is
+    samples when fitted to the others; with all samples the ridge is smaller by as much as they are
+    more. No refit is one of the choices, and the only one if there is
     but one part, or if the folded weight leaves nothing but rounding to correct.
 
     Args:
@@ -76,53 +80,65 @@ def refit(parts: Sequence[Joint], narrowing: Narrowing) -> Refit:
     >>> fitted.weight.round(1), fitted.bias.round(1)
     (array([[3.]]), array([1.]))
     """
+    whole, start = narrowing(merged(parts))
     if len(parts) == 1:
-        return _fitted(*narrowing(parts[0]), NO_REFIT, None)
-    trials = [_trials(narrowing(part)[0], *narrowing(_others(parts, part))) for part in parts]
+        return _fitted(whole, start, NO_REFIT, None)
+    others = [merged([part for part in parts if part is not held]) for held in parts]
+    trials = [
+        _trials(narrowing(held)[0], *narrowing(train))
+        for held, train in zip(parts, others, strict=True)
+    ]
     totals = {choice: sum(trial[choice] for trial in trials) for choice in trials[0]}
     spread = sum(part.total for part in parts)
     exact = totals[NO_REFIT] <= ROUNDING * spread
     best = NO_REFIT if exact else min(totals, key=totals.__getitem__)
     unseen = totals[best] / spread if spread else 0.0
-    return _fitted(*narrowing(merged(parts)), best, unseen)
-
-
-def _others(parts: Sequence[Joint], held: Joint) -> Joint:
-    return merged([part for part in parts if part is not held])
+    return _fitted(whole, start, best, unseen, shrink=others[0].count / whole.count)
 
 
 def _trials(held: Joint, train: Joint, start: Float64[np.ndarray, "k o"]) -> dict[Choice, float]:
-    """The error of every choice on samples that it was not fitted to."""
-    correction = _Correction(train, start)
-    errors = {NO_REFIT: held.error(start, train.bias(start))}
+    """The error of every choice on samples that it was not fitted to.
+
+    Along a step ``β`` the error is a parabola, known from one product with ``ΔW``.
+    """
+    nothing = held.error(start, train.bias(start))
+    slope = held.within @ start - held.cross
+    shift = held.bias(start) - train.bias(start)
+    errors = {NO_REFIT: nothing}
     for strength in STRENGTHS:
-        change = correction.at(strength)
+        change = _correction(train, start, strength)
+        moved = (train.mean - held.mean) @ change
+        linear = 2.0 * float(np.vdot(change, slope) + shift @ moved)
+        square = float(np.vdot(change, held.within @ change) + moved @ moved)
         for step in STEPS:
-            weight = start + step * change
-            errors[strength, step] = held.error(weight, train.bias(weight))
+            errors[strength, step] = nothing + step * linear + step**2 * square
     return errors
 
 
 def _fitted(
-    whole: Joint, start: Float64[np.ndarray, "k o"], choice: Choice, unseen: float | None
+    whole: Joint,
+    start: Float64[np.ndarray, "k o"],
+    choice: Choice,
+    unseen: float | None,
+    *,
+    shrink: float = 1.0,
 ) -> Refit:
+    """The fit to all samples; more of them than a choice was made with need less of a ridge."""
     strength, step = choice
-    weight = start + step * _Correction(whole, start).at(strength) if step else start
+    weight = start + step * _correction(whole, start, shrink * strength) if step else start
     bias = whole.bias(weight)
-    return Refit(weight, bias, choice, share(whole.error(weight, bias), whole.total), unseen)
+    seen = share(whole.error(weight, bias), whole.total)
+    return Refit(weight, bias, start, choice, seen, unseen)
 
 
-class _Correction:
-    """``ΔW`` for every ridge from one eigendecomposition of ``C``."""
-
-    def __init__(self, joint: Joint, start: Float64[np.ndarray, "k o"]) -> None:
-        values, self._vectors = np.linalg.eigh(joint.within)
-        self._values = values.clip(min=0.0)
-        self._wanted = self._vectors.T @ (joint.cross - joint.within @ start)
-
-    def at(self, strength: float) -> Float64[np.ndarray, "k o"]:
-        ridge = strength * self._values.mean()
-        shrunk = self._values + ridge
-        inverse = np.divide(1.0, shrunk, out=np.zeros_like(shrunk), where=shrunk > 0.0)
-        change: np.ndarray = self._vectors @ (self._wanted * inverse[:, None])
-        return change
+def _correction(
+    joint: Joint, start: Float64[np.ndarray, "k o"], strength: float
+) -> Float64[np.ndarray, "k o"]:
+    """``ΔW`` at a ridge; zero where no feature varies."""
+    ridge = strength * float(np.trace(joint.within)) / len(joint.mean)
+    if ridge <= 0.0:
+        return np.zeros_like(start)
+    system = joint.within.copy()
+    system[np.diag_indices_from(system)] += ridge
+    change, _ = solve_definite(system, joint.cross - joint.within @ start)
+    return change
