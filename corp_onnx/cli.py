@@ -84,7 +84,7 @@ def calibrate(
     output: options.OutputFile,
     samples: options.Samples = None,
     seed: options.Seed = 0,
-    crops: options.Crops = options.DEFAULT_CROPS,
+    crops: options.Crops = None,
     allow_random: options.AllowRandom = False,
     shard: Annotated[
         str, typer.Option("--shard", help="i/n: one of n random parts, i from 0.")
@@ -143,7 +143,7 @@ def prune(
     min_agreement: options.MinAgreement = None,
     samples: options.Samples = None,
     seed: options.Seed = 0,
-    crops: options.Crops = options.DEFAULT_CROPS,
+    crops: options.Crops = None,
     allow_random: options.AllowRandom = False,
     shapes: options.Shapes = None,
     providers: options.Providers = options.DEFAULT_PROVIDERS,
@@ -183,7 +183,7 @@ def sweep(
     min_agreement: options.MinAgreement = None,
     samples: options.Samples = None,
     seed: options.Seed = 0,
-    crops: options.Crops = options.DEFAULT_CROPS,
+    crops: options.Crops = None,
     allow_random: options.AllowRandom = False,
     shapes: options.Shapes = None,
     providers: options.Providers = options.DEFAULT_PROVIDERS,
