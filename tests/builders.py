@@ -118,7 +118,7 @@ def _feed(name: str, shape: Sequence[int], rng: np.random.Generator) -> np.ndarr
         "seen": lambda: seen,
         "ids": lambda: rng.integers(0, 8, shape),
     }
-    return special.get(name, lambda: rng.standard_normal(shape))()
+    return special.get(name.partition("_of_")[0], lambda: rng.standard_normal(shape))()
 
 
 # MLPs

@@ -1,0 +1,254 @@
+"""Transformers drawn at random: every way of writing a part meets every way of writing the others.
+
+A network is a record of choices, from which its graph is built, and the blocks that are in it. The
+records of its parts, and how they are written, are in `random_attention` and `random_mlp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from tests.random_attention import ROLES, Attention, AttentionWriter, Scale
+from tests.random_mlp import ACTIVATIONS, VECTORS, Mlp, MlpWriter
+from tests.random_writing import (
+    BIASES,
+    KINDS,
+    MIXED_NOISE,
+    NOISE,
+    TARGETS,
+    WEIGHTS,
+    Layer,
+    Named,
+    Writing,
+)
+
+Part = Attention | Mlp
+
+OPSETS = (11, 13, 17, 18, 20, 23)
+WIDTH = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """All choices that make a network."""
+
+    parts: tuple[Part, ...]
+    seed: int = 0
+    opset: int = 18
+    norm: str = "written out"
+    norm_first: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Built:
+    """A model, and the truth of it in the words of the zoo's."""
+
+    proto: onnx.ModelProto
+    truth: tuple[Mapping[str, object], ...]
+
+
+def built(network: Network) -> Built:
+    """The model of a network, and the blocks that are in it."""
+    net = Writing(network.seed, opset=network.opset, width=WIDTH)
+    net.tokens = {"b": ("x", 0), "t": ("x", 1)}
+    y = net.input("x", "batch", "tokens", WIDTH)
+    if any(isinstance(part, Attention) and part.cross for part in network.parts):
+        net.input("other", "batch", "others", WIDTH)
+    shown: list[Named] = []
+    for part in network.parts:
+        branch = _norm(net, network, y) if network.norm_first else y
+        writer = AttentionWriter(net, part) if isinstance(part, Attention) else MlpWriter(net, part)
+        y = net("Add", y, writer.write(branch))
+        shown += [Named(one.tensor, net.dimensions(one.axes)) for one in writer.outputs]
+        if not network.norm_first:
+            y = _norm(net, network, y)
+    outputs = {y: ("batch", "tokens", WIDTH)} | {one.tensor: one.axes for one in shown}
+    proto = net.build(*outputs)
+    for value, shape in zip(proto.graph.output, outputs.values(), strict=True):
+        value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shape))
+    return Built(proto, tuple(part.truth for part in network.parts))
+
+
+def _norm(net: Writing, network: Network, y: str) -> str:
+    scale, shift = 1 + net.random(WIDTH, gain=0.2), net.random(WIDTH, gain=0.2)
+    if network.norm == "none":
+        return y
+    if network.norm == "operator":
+        return net("LayerNormalization", y, scale, shift, axis=-1, epsilon=1e-5)
+    if network.norm == "root":
+        square = net("ReduceMean", net("Pow", y, 2.0), [-1], keepdims=1)
+        root = net("Reciprocal", net("Sqrt", net("Add", square, 1e-5)))
+        return net("Mul", scale, net("Mul", y, root))
+    centred = net("Sub", y, net("ReduceMean", y, [-1], keepdims=1))
+    square = net("ReduceMean", net("Mul", centred, centred), [-1], keepdims=1)
+    scaled = net("Div", centred, net("Sqrt", net("Add", square, 1e-5)))
+    return net("Add", net("Mul", scaled, scale), shift)
+
+
+# How networks are drawn
+
+
+def networks() -> st.SearchStrategy[Network]:
+    """Networks of one or two parts."""
+    return st.composite(_network)()
+
+
+def _network(draw):
+    opset = draw(st.sampled_from((18, *OPSETS)))
+    kinds = draw(st.sampled_from(("a", "m", "am", "aa", "mm", "ma")))
+    parts = [draw(attentions(opset) if kind == "a" else mlps(opset)) for kind in kinds]
+    norms = ["written out", "none", "root", *(["operator"] if opset >= 17 else [])]
+    return Network(
+        tuple(parts),
+        seed=draw(st.integers(0, 3)),
+        opset=opset,
+        norm=draw(st.sampled_from(norms)),
+        norm_first=draw(st.booleans()),
+    )
+
+
+def attentions(opset: int) -> st.SearchStrategy[Attention]:
+    """Attentions that can be written in an opset."""
+    return st.composite(_attention)(opset)
+
+
+def mlps(opset: int) -> st.SearchStrategy[Mlp]:
+    """MLPs that can be written in an opset."""
+    return st.composite(_mlp)(opset)
+
+
+def _layer(draw, opset):
+    kinds = [kind for kind in KINDS if kind != "einsum" or opset >= 12]
+    kind = draw(st.sampled_from(("matmul", *kinds)))
+    bias = draw(st.sampled_from(("right", *BIASES)))
+    return Layer(kind, bias, draw(st.sampled_from(WEIGHTS)))
+
+
+def _noise(draw, places, kinds=tuple(NOISE)):
+    """Movement that changes nothing, at some places."""
+    kind = st.one_of(st.none(), st.none(), st.sampled_from(kinds))
+    drawn = {place: draw(kind) for place in places}
+    return tuple((place, how) for place, how in drawn.items() if how)
+
+
+def _attention(draw, opset):
+    groups = draw(st.integers(1, 3))
+    part = Attention(
+        groups=groups,
+        shared=draw(st.sampled_from((1, 1, 2))),
+        width=draw(st.sampled_from((6, 4))),
+        value_width=draw(st.sampled_from((4, 6, 5))),
+        layers=_layer(draw, opset),
+        packing=draw(st.sampled_from(("separate", "separate", "qkv", "qkv", "kv", "heads"))),
+        order=draw(st.sampled_from(("sections", "sge", "gse", "ges"))),
+        pick=draw(st.sampled_from(("split", "slice", "gather", "gather one"))),
+        picked_first=draw(st.booleans()),
+        tokens_first=draw(st.sampled_from((False, False, True))),
+        cross=draw(st.sampled_from((False, False, True))),
+        unbiased=draw(st.frozensets(st.sampled_from(ROLES))),
+        targets=draw(st.sampled_from(TARGETS)),
+        form=draw(st.sampled_from(("bh", "hb", "flat", "five"))),
+        early=draw(st.booleans()),
+        key_turned=draw(st.sampled_from(("before", "chain"))),
+        keys_left=draw(st.sampled_from((False, False, True))),
+        einsum=opset >= 12 and draw(st.sampled_from((False, False, True))),
+        repeat=draw(st.sampled_from(("expand", "by shape", "gather", "concat", "tile", "joined"))),
+        repeat_early=draw(st.booleans()),
+        scales=_scales(draw),
+        shift=draw(st.sampled_from((False, False, True))),
+        mask=draw(st.sampled_from(("none", "added", "keeps", "drops", "computed"))),
+        bias=draw(st.sampled_from(("none", "none", "constant", "gathered"))),
+        softmax=draw(st.sampled_from(("whole", "positive", "written out", "shifted"))),
+        gate=draw(st.sampled_from(("none", "none", "none", "head", "constant"))),
+        head_major=draw(st.booleans()),
+        output=_layer(draw, opset),
+        layer_scale=draw(st.booleans()),
+        noise=_attention_noise(draw),
+    )
+    return _possible(replace(part, **draw(st.sampled_from(TROUBLES))), opset)
+
+
+def _attention_noise(draw):
+    places = [f"{role} {place}" for role in ROLES for place in ("layer", "split", "operand")]
+    anywhere = _noise(draw, ["entry", *places, "mixed", "merged"])
+    return (*anywhere, *_noise(draw, ["logits", "probabilities"], MIXED_NOISE))
+
+
+TROUBLES = (
+    *({},) * 8,
+    {"queries": "rotated"},
+    {"queries": "normed"},
+    {"queries": "l2"},
+    {"capped": True},
+    {"seen": "query"},
+    {"seen": "query layer"},
+    {"seen": "cache"},
+    {"gate": "channel"},
+)
+"""What an axis is refused for, one at a time."""
+
+
+def _scales(draw):
+    places = ("logits", "query", "key", "both", "value", "query layer")
+    drawn = draw(st.lists(st.sampled_from(places), max_size=2, unique=True))
+    return tuple(
+        Scale(
+            place,
+            draw(st.sampled_from(("Mul", "Div"))),
+            draw(st.sampled_from(("constant", "shape", "vector"))),
+        )
+        for place in drawn
+    )
+
+
+def _possible(part: Attention, opset: int) -> Attention:
+    """The nearest attention that can be written: choices that contradict each other give way."""
+    changes: dict[str, object] = {}
+    packing = "kv" if part.packing == "qkv" and part.cross else part.packing
+    if packing in {"qkv", "kv"} and part.order != "sections":
+        changes["value_width"] = part.width
+        changes["shared"] = 1 if packing == "qkv" else part.shared
+    elif part.pick == "gather one":
+        changes["pick"] = "gather"
+    shared = changes.get("shared", part.shared)
+    form = part.form if shared > 1 or part.form != "five" else "bh"
+    if form == "five":
+        changes |= {"repeat": "expand"}
+    if part.keys_left and opset < 13 and part.softmax in {"whole", "positive"}:
+        changes["softmax"] = "shifted"
+    scales = tuple(
+        replace(scale, source="constant")
+        if scale.place in {"query layer"}
+        or (scale.place in {"logits", "both"} and scale.source == "vector")
+        else scale
+        for scale in part.scales
+    )
+    return replace(part, packing=packing, form=form, scales=scales, **changes)
+
+
+def _mlp(draw, opset):
+    gate = draw(st.sampled_from(("none", "none", "two", "packed", "packed right")))
+    names = [name for name, (since, _) in ACTIVATIONS.items() if opset >= since]
+    pick = draw(st.sampled_from(("split", "slice", "gather", "gather one")))
+    order = draw(st.sampled_from(("sections", "an", "na")))
+    return Mlp(
+        hidden=draw(st.sampled_from((14, 13, 8))),
+        gate=gate,
+        pick=pick,
+        order=order,
+        up=_layer(draw, opset),
+        down=_layer(draw, opset),
+        targets=draw(st.sampled_from(TARGETS)),
+        activation=draw(st.sampled_from(names)),
+        before=draw(st.sampled_from(("none", "none", *VECTORS))),
+        behind=draw(st.sampled_from(("none", "none", *VECTORS))),
+        seen=draw(st.sampled_from((*("nothing",) * 8, "hidden", "normed"))),
+        layer_scale=draw(st.booleans()),
+        noise=_noise(draw, ["entry", "gate", "up", "active", "hidden"]),
+    )
