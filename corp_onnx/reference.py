@@ -8,12 +8,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
+_BOXING = {"Unsqueeze": np.expand_dims, "Squeeze": np.squeeze}
+
 
 def run(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tuple[np.ndarray, ...]:
     """The results of a node on arrays by input name."""
-    if node.op == "Unsqueeze" and "axes" in node.attrs:
+    if node.op in _BOXING and "axes" in node.attrs:
         # Before opset 13. The evaluator looks for axes among the inputs there too.
-        return (np.expand_dims(inputs[node.inputs[0].name], tuple(node.attrs["axes"])),)
+        boxed = _BOXING[node.op](inputs[node.inputs[0].name], tuple(node.attrs["axes"]))
+        return (boxed,)
     names = [tensor.name for tensor in node.inputs]
     proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
     evaluator = ReferenceEvaluator(proto, opsets={"": opset})

@@ -67,7 +67,8 @@ def is_the_truth(catalog, truth):
         ]
     lost = [entry for entry in missing if entry["cut"]]
     said = "\n".join(f"refused {item.op} {item.node}: {item.reason}" for item in catalog.refusals)
-    assert [*map(shown, unknown)] == [], f"which the truth does not have; it lacks {lost}\n{said}"
+    more = [*map(shown, unknown)]
+    assert more == [], f"{more}, which the truth does not have; it lacks {lost}\n{said}"
     assert lost == [], said
     assert len(missing) <= len(catalog.refusals), f"silent about {missing}"
     assert wrong == []
@@ -110,7 +111,8 @@ def mentions_everything(model, catalog):
         if counts.by_node.get(node.name, 0) > LARGE_SHARE * counts.total and is_linear(node)
     ]
     assert attentions or large
-    assert [f"{n.op} {n.name}" for n in (*attentions, *large) if n.name not in known] == []
+    silent = [f"{n.op} {n.name}" for n in (*attentions, *large) if n.name not in known]
+    assert silent == [], f"silent about {silent}"
 
 
 def nodes_of(catalog):
@@ -122,7 +124,7 @@ def nodes_of(catalog):
 def is_linear(node):
     """Whether a product has an operand that no input of the model reaches."""
     if node.op == "Conv":
-        return node.attrs.get("group", 1) == 1 and tuple(node.inputs[1].shape[2:]) == (1, 1)
+        return node.attrs.get("group", 1) == 1 and set(node.inputs[1].shape[2:]) == {1}
     return node.op in {"MatMul", "Gemm"} and any(map(is_constant, node.inputs[:2]))
 
 

@@ -87,27 +87,26 @@ class Attention:
         }
 
     def _because(self) -> dict[str, str]:
-        """The axes that cannot be cut, and a word of the reason."""
-        if self.packing == "heads":
-            # Every head has a layer of its own: nothing is projected by one.
-            return {"qk": "one linear layer", "vo": "one linear layer"}
-        refused = {}
-        packed = {"qkv": {"qk", "vo"}, "kv": set(), "separate": set()}[self.packing]
-        if self.capped:
-            refused["qk"] = "Tanh"
-        if self.queries == "rotated":
-            refused["qk"] = "rotated"
-        if self.queries in {"normed", "l2"}:
-            refused["qk"] = "normalised"
-        if self.seen == "query":
-            refused["qk"] = "read|output"
-        if self.seen == "query layer":
-            refused |= dict.fromkeys(packed | {"qk"}, "read|output|made of")
-        if self.seen == "cache":
-            refused |= {"qk": "output", "vo": "output"}
-        if self.gate == "channel":
-            refused["vo"] = "one by one"
-        return refused
+        """The axes that cannot be cut, and words of the reason."""
+        alone = self.packing == "heads"
+        several = self.groups * self.shared > 1, self.groups > 1
+        packed = ("qk", "vo") if self.packing == "qkv" else ("qk",)
+        troubles = (
+            (alone and several[0], ("qk",), "one linear layer"),
+            (alone and several[1], ("vo",), "one linear layer"),
+            (self.capped, ("qk",), "Tanh"),
+            (self.queries == "rotated", ("qk",), "rotated"),
+            (self.queries in {"normed", "l2"}, ("qk",), "normalised"),
+            (self.seen == "query", ("qk",), "read|output"),
+            (self.seen == "query layer", packed, "read|output|made of"),
+            (self.seen == "cache", ("qk", "vo"), "output"),
+            (self.gate == "channel", ("vo",), "one by one"),
+        )
+        refused: dict[str, list[str]] = {}
+        for happens, axes, word in troubles:
+            for axis in axes if happens else ():
+                refused.setdefault(axis, []).append(word)
+        return {axis: "|".join(words) for axis, words in refused.items()}
 
 
 class AttentionWriter:

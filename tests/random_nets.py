@@ -23,6 +23,7 @@ from tests.random_writing import (
     NOISE,
     TARGETS,
     WEIGHTS,
+    WHOLE_NOISE,
     Layer,
     Named,
     Writing,
@@ -176,8 +177,11 @@ def _attention(draw, opset):
 
 def _attention_noise(draw):
     places = [f"{role} {place}" for role in ROLES for place in ("layer", "split", "operand")]
-    anywhere = _noise(draw, ["entry", *places, "mixed", "merged"])
-    return (*anywhere, *_noise(draw, ["logits", "probabilities"], MIXED_NOISE))
+    return (
+        *_noise(draw, ["entry", *places]),
+        *_noise(draw, ["mixed", "merged"], [name for name in NOISE if name != "halves"]),
+        *_noise(draw, ["logits", "probabilities"], MIXED_NOISE),
+    )
 
 
 TROUBLES = (
@@ -250,5 +254,5 @@ def _mlp(draw, opset):
         behind=draw(st.sampled_from(("none", "none", *VECTORS))),
         seen=draw(st.sampled_from((*("nothing",) * 8, "hidden", "normed"))),
         layer_scale=draw(st.booleans()),
-        noise=_noise(draw, ["entry", "gate", "up", "active", "hidden"]),
+        noise=_noise(draw, ["entry", "gate", "up", "active", "hidden"], WHOLE_NOISE),
     )

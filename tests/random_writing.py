@@ -212,6 +212,10 @@ MIXED_NOISE = ("identity", "cast", "dropout", "boxed", "same shape", "one joined
 """What may stand between any two operators."""
 
 
+WHOLE_NOISE = tuple(name for name in NOISE if name not in {"halves", "flat"})
+"""What keeps every axis whole on the way; hidden channels that are not are refused."""
+
+
 # Linear layers
 
 

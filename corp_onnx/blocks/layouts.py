@@ -42,10 +42,18 @@ class _Atom:
 
 
 def find_layout(
-    target: Target, path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...]
+    target: Target, path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...], width: int
 ) -> Layout | None:
-    """The layout with token axes as the projection has them, or as a Reshape splits them."""
-    for split, sizes in _token_axes(path, moved, tokens):
+    """The layout with token axes as the projection has them, or as a Reshape splits them.
+
+    Args:
+        target: What is to be reproduced.
+        path: The movement.
+        moved: Element numbers of the projection at every tensor of the path.
+        tokens: The token axes of the projection.
+        width: Its channels, of which a part may be left on the way.
+    """
+    for split, sizes in _token_axes(path, moved, tokens, width):
         layout = _fit(target, split, sizes)
         if layout is not None:
             return layout
@@ -60,17 +68,21 @@ def arrange(layout: Layout, projection: np.ndarray, shape: tuple[int, ...]) -> n
 
 
 def _token_axes(
-    path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...]
+    path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...], width: int
 ) -> list[tuple[str | None, tuple[int, ...]]]:
+    """The token axes of a projection, and what Reshapes make of them that keep their order."""
     ways: list[tuple[str | None, tuple[int, ...]]] = [(None, tokens)]
+    count = prod(tokens)
     for node in path.nodes:
-        if node.op == "Reshape":
-            output = moved[node.outputs[0].name]
-            (ends,) = np.nonzero(np.cumprod(output.shape) == prod(tokens))
-            in_order = (np.diff(output.reshape(-1)) == 1).all()
-            if in_order and ends.size and output.shape[: ends[-1] + 1] != tokens:
-                ways.append((node.name, output.shape[: ends[-1] + 1]))
-            break
+        if node.op != "Reshape":
+            continue
+        output = moved[node.outputs[0].name]
+        (ends,) = np.nonzero(np.cumprod(output.shape) == count)
+        if not ends.size or output.shape[: ends[-1] + 1] == tokens:
+            continue
+        in_order = output.reshape(count, -1) // width == np.arange(count)[:, None]
+        if in_order.all():
+            ways.append((node.name, output.shape[: ends[-1] + 1]))
     return ways
 
 

@@ -12,6 +12,10 @@ from corp_onnx.blocks.records import Linear, Refusal
 from corp_onnx.blocks.view import constant_value
 
 
+SILENT_OPS = frozenset({"Identity", "Dropout"})
+"""Operators that pass values on as they are."""
+
+
 def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal | None:
     """Read a MatMul, Gemm or 1x1 Conv as a linear layer; None if it is no product with a weight.
 
@@ -39,8 +43,7 @@ def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal
         )
 
     width_in, width_out = weight.T.shape if node.attrs.get("transB", 0) else weight.shape
-    seen = node.op == "Gemm" or node.outputs[0].name in shown
-    bias_node = None if seen else _bias_node(node, width_out, opset)
+    bias_node = None if node.op == "Gemm" else _bias_node(node, width_out, opset, shown)
     last = bias_node or node
     return Linear(
         node.name,
@@ -110,13 +113,25 @@ def _has_vector(node: gs.Node, opset: int) -> bool:
     return value is not None and value.size == (value.shape[-1] if value.ndim else 1)
 
 
-def _bias_node(node: gs.Node, width: int, opset: int) -> gs.Node | None:
-    """The Add of a constant vector that is the only reader of a product."""
-    (output,) = node.outputs
-    if len(output.outputs) != 1 or output.outputs[0].op != "Add":
+def _bias_node(node: gs.Node, width: int, opset: int, shown: Set[str]) -> gs.Node | None:
+    """The Add of a constant vector that a product enters, and nothing else.
+
+    What lies between, if anything, passes values on.
+    """
+    reader = node
+    while reader is node or reader.op in SILENT_OPS:
+        (output, *others) = reader.outputs
+        if len(output.outputs) != 1 or output.name in shown or any(t.outputs for t in others):
+            return None
+        reader = output.outputs[0]
+    if reader.op != "Add":
         return None
-    add = output.outputs[0]
-    return add if _vector(add, width, opset) is not None else None
+    return reader if _vector(reader, width, opset) is not None else None
+
+
+def bias_slot(add: gs.Node, opset: int) -> int:
+    """Which input of an Add behind a product is the bias."""
+    return 0 if constant_value(add.inputs[0], opset) is not None else 1
 
 
 def _vector(add: gs.Node, width: int, opset: int) -> np.ndarray | None:
