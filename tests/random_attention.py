@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
-from tests.random_writing import Axes, Layer, Named, Writing, entered, left, linear
+from tests.random_writing import Axes, Layer, Named, Writing, entered, left, linear, linear_by_axes
 
 LONGEST = 32
 """Rows of tables of positions."""
@@ -63,6 +63,8 @@ class Attention:
     """What else is an output of the model, or read: q, keys and values."""
     gate: str = "none"
     head_major: bool = False
+    summed: bool = False
+    """The output projection is one Einsum over heads and their channels."""
     output: Layer = Layer()
     layer_scale: bool = False
     noise: tuple[tuple[str, str], ...] = ()
@@ -117,11 +119,16 @@ class AttentionWriter:
         net.sizes |= {"g": part.groups, "m": part.shared, "e": part.width, "v": part.value_width}
         net.sizes |= {"s": 2 if part.packing == "kv" else 3}
         net.tokens |= {"u": ("other", 1) if part.cross else ("x", 1)}
+        attended = net.fixed.get("u" if part.cross else "t")
+        net.sizes.pop("u", None)
+        net.sizes |= {"u": attended} if attended else {}
+        self.given = net.dimensions(("b", "u"))
         self.lead = {
             "bh": ("b", part.heads),
             "hb": (part.heads, "b"),
             "flat": ("b" + part.heads,),
             "five": ("b", *part.heads),
+            "single": ("b",),
         }[part.form]
         self.outputs: list[Named] = []
 
@@ -162,6 +169,11 @@ class AttentionWriter:
             self.outputs.append(self._summed(made[0]))
         return made[0], made[1], made[2]
 
+    def _look_at(self, y: Named, role: str) -> None:
+        """Let somebody else read the layer of the queries, if that was drawn."""
+        if role == "query" and self.part.seen == "query layer":
+            self.outputs.append(self._summed(y))
+
     def _summed(self, y: Named) -> Named:
         """Somebody else's view of a tensor."""
         return Named(self.net("ReduceMax", y.tensor, [-1], keepdims=0), y.axes[:-1])
@@ -179,8 +191,7 @@ class AttentionWriter:
         y = linear(
             self.net, entered(self.net, x, self._layer(role).kind, how), self._layer(role), columns
         )
-        if role == "query" and self.part.seen == "query layer":
-            self.outputs.append(self._summed(y))
+        self._look_at(y, role)
         y = self._passed(y, f"{role} layer")
         return Named(self.net("Squeeze", y.tensor, [3]), y.axes[:3]) if y.axes[-1] == "" else y
 
@@ -188,6 +199,11 @@ class AttentionWriter:
         columns = self._columns(role)
         if self.part.packing == "heads":
             return self._by_head(x, role)
+        if self.part.packing == "einsum":
+            letters = (columns[:-1], columns[-1])
+            y = linear_by_axes(self.net, x, self._layer(role), letters, ("d",))
+            self._look_at(y, role)
+            return self._passed(y, f"{role} split")
         y = self._projected(x, columns, role)
         y = self._scaled(y, f"{role} layer")
         return self._apart(y, (columns[:-1], columns[-1]), x.axes)
@@ -201,6 +217,7 @@ class AttentionWriter:
         ]
         joined = self.net("Concat", *(y.tensor for y in heads), axis=-1)
         y = Named(joined, (*x.axes[:-1], columns))
+        self._look_at(y, role)
         return self._apart(y, (columns[:-1], columns[-1]), x.axes)
 
     def _apart(self, y: Named, letters: Axes, given: Axes) -> Named:
@@ -213,6 +230,9 @@ class AttentionWriter:
             return self.net.reshaped(
                 y, (tokens[0], tokens[1] + letters[0], letters[1]), part.targets
             )
+        if part.form == "single" and len(letters) == 2:
+            y = left(self.net, y, (*tokens, columns), "computed") if len(y.axes) == 2 else y
+            return Named(y.tensor, tuple(letters[1] if a == columns else a for a in y.axes))
         channels = y.axes.index(columns)
         if len(y.axes) == 2:
             return self.net.reshaped(y, (*tokens, *letters), part.targets)
@@ -279,6 +299,10 @@ class AttentionWriter:
             if role == "query" or part.shared == 1:
                 return y
             y = net.reshaped(y, ("b", "g", token, letter), "computed")
+        if part.form == "single":
+            if "g" in y.axes:
+                y = self._one_head(y)
+            return net.turned(y, ("b", token, letter))
         own = heads if role == "query" or heads in y.axes else "g"
         first = (heads if heads in y.axes else own, "b") if part.form == "hb" else ("b", own)
         if not (part.einsum and part.form in {"bh", "hb"}):
@@ -291,6 +315,11 @@ class AttentionWriter:
         if part.form == "five":
             return net.reshaped(y, ("b", *heads, token, letter), part.targets)
         return y
+
+    def _one_head(self, y: Named) -> Named:
+        """Without the axis of heads."""
+        axes = tuple(group for group in y.axes if group != "g")
+        return Named(self.net("Squeeze", y.tensor, [y.axis("g")]), axes)
 
     def _repeated(self, y: Named) -> Named:
         """Every group of keys or values as often as it has heads."""
@@ -464,7 +493,20 @@ class AttentionWriter:
             mask = self._fitted(self._given("seen"), logits.axes)
             gap = net("Mul", net("Sub", 1.0, net("Cast", mask.tensor, to=TensorProto.FLOAT)), -1e4)
             return Named(net("Add", gap, logits.tensor), logits.axes)
+        if part.mask == "causal":
+            later = self._fitted(self._places("Greater", "ut"), logits.axes)
+            return Named(net("Where", later.tensor, net.const(-1e4), logits.tensor), logits.axes)
         return logits
+
+    def _places(self, op: str, letters: str) -> Named:
+        """The places of two tokens, compared."""
+        net = self.net
+        places = [
+            net("Range", np.int64(0), net("Squeeze", net.size(letter), [0]), np.int64(1))
+            for letter in letters
+        ]
+        columns = [net("Unsqueeze", y, ["tu".index(a) ^ 1]) for a, y in zip(letters, places, strict=True)]
+        return Named(net(op, *columns), ("t", "u"))
 
     def _given(self, kind: str) -> Named:
         """A mask ``[b, u]`` that is an input."""
@@ -472,7 +514,7 @@ class AttentionWriter:
         name = f"{kind}_of_{tokens}"
         dtype = {"added": np.float32, "seen": np.int64}.get(kind, np.bool_)
         if all(value.name != name for value in self.net.inputs):
-            self.net.input(name, "batch", tokens, dtype=dtype)
+            self.net.input(name, *self.given, dtype=dtype)
         return Named(name, ("b", "u"))
 
     def _relative(self) -> Named:
@@ -482,11 +524,7 @@ class AttentionWriter:
         if self.part.bias == "constant":
             rows = self._rows(net.random(LONGEST, LONGEST, count, gain=1.0), "t", "u", heads)
             return Named(net("Slice", rows.tensor, [0], net.size("u"), [1]), rows.axes)
-        places = [
-            net("Range", np.int64(0), net("Squeeze", net.size(letter), [0]), np.int64(1))
-            for letter in "tu"
-        ]
-        pairs = net("Sub", *(net("Unsqueeze", y, [1 - i]) for i, y in enumerate(places)))
+        pairs = self._places("Sub", "tu").tensor
         table = net.random(2 * LONGEST, count, gain=1.0)
         return Named(
             net("Gather", table, net("Add", pairs, np.int64(LONGEST)), axis=0), ("t", "u", heads)
@@ -498,6 +536,8 @@ class AttentionWriter:
         if part.form == "five" and heads in y.axes:
             axis = y.axis(heads)
             y = net.reshaped(y, (*y.axes[:axis], *heads, *y.axes[axis + 1 :]), "computed")
+        if part.form == "single" and heads in y.axes:
+            y = self._one_head(y)
         if part.form != "flat":
             return net.placed(y, axes)
         if "b" not in y.axes and heads not in y.axes:
@@ -540,6 +580,10 @@ class AttentionWriter:
     def _output(self, mixed: Named) -> str:
         net, part, heads = self.net, self.part, self.part.heads
         outer = ("t", "b") if part.tokens_first else ("b", "t")
+        if part.summed:
+            y = self._by_heads(mixed)
+            y = linear_by_axes(net, y, part.output, ("d",), (heads, "v"))
+            return self._finished(net.turned(y, ("b", "t", "d")))
         if part.early and part.form == "flat" and part.tokens_first and not part.head_major:
             y = net.turned(mixed, ("t", "b" + heads, "v"))
             y = net.reshaped(y, ("t", "b", heads + "v"), part.targets)
@@ -552,13 +596,18 @@ class AttentionWriter:
         columns = y.axes[-1]
         y = linear(net, entered(net, y, part.output.kind, "computed"), part.output, "d", columns)
         y = left(net, y, (*outer, "d"), "computed")
-        y = net.turned(y, ("b", "t", "d"))
+        return self._finished(net.turned(y, ("b", "t", "d")))
+
+    def _finished(self, y: Named) -> str:
+        net, part = self.net, self.part
         return net("Mul", y.tensor, net.random(net.sizes["d"])) if part.layer_scale else y.tensor
 
     def _by_heads(self, mixed: Named) -> Named:
         """Mixed values with samples and heads on axes of their own."""
         net, part, heads = self.net, self.part, self.part.heads
         last = mixed.axes[-2:]
+        if part.form == "single":
+            return Named(net("Unsqueeze", mixed.tensor, [1]), ("b", heads, *last))
         if part.form == "flat":
             return net.reshaped(mixed, ("b", heads, *last), part.targets)
         if part.form == "five":

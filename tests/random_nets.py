@@ -33,6 +33,14 @@ Part = Attention | Mlp
 
 OPSETS = (11, 13, 17, 18, 20, 23)
 WIDTH = 10
+FIXED: Mapping[str, Mapping[str, int]] = {
+    "nothing": {},
+    "batch": {"b": 24},
+    "tokens": {"t": 7},
+    "all tokens": {"t": 7, "u": 7},
+}
+"""Sizes by letter. A batch is as large as calibration needs."""
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,10 @@ class Network:
     opset: int = 18
     norm: str = "written out"
     norm_first: bool = True
+    parallel: bool = False
+    """All parts read one tensor, and are added up."""
+    fixed: str = "nothing"
+    """Which axis of the input has a fixed size."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,18 +70,22 @@ def built(network: Network) -> Built:
     """The model of a network, and the blocks that are in it."""
     net = Writing(network.seed, opset=network.opset, width=WIDTH)
     net.tokens = {"b": ("x", 0), "t": ("x", 1)}
-    y = net.input("x", "batch", "tokens", WIDTH)
+    net.fixed = dict(FIXED[network.fixed])
+    batch, tokens, others = net.dimensions(("b", "t", "u"))
+    y = net.input("x", batch, tokens, WIDTH)
     if any(isinstance(part, Attention) and part.cross for part in network.parts):
-        net.input("other", "batch", "others", WIDTH)
+        net.input("other", batch, others, WIDTH)
     shown: list[Named] = []
+    branch = _norm(net, network, y) if network.norm_first else y
     for part in network.parts:
-        branch = _norm(net, network, y) if network.norm_first else y
         writer = AttentionWriter(net, part) if isinstance(part, Attention) else MlpWriter(net, part)
         y = net("Add", y, writer.write(branch))
         shown += [Named(one.tensor, net.dimensions(one.axes)) for one in writer.outputs]
         if not network.norm_first:
             y = _norm(net, network, y)
-    outputs = {y: ("batch", "tokens", WIDTH)} | {one.tensor: one.axes for one in shown}
+        if not network.parallel:
+            branch = _norm(net, network, y) if network.norm_first else y
+    outputs = {y: (batch, tokens, WIDTH)} | {one.tensor: one.axes for one in shown}
     proto = net.build(*outputs)
     for value, shape in zip(proto.graph.output, outputs.values(), strict=True):
         value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shape))
@@ -111,6 +127,8 @@ def _network(draw):
         opset=opset,
         norm=draw(st.sampled_from(norms)),
         norm_first=draw(st.booleans()),
+        parallel=draw(st.booleans()),
+        fixed=draw(st.sampled_from(("nothing", "nothing", *FIXED))),
     )
 
 
@@ -146,7 +164,7 @@ def _attention(draw, opset):
         width=draw(st.sampled_from((6, 4))),
         value_width=draw(st.sampled_from((4, 6, 5))),
         layers=_layer(draw, opset),
-        packing=draw(st.sampled_from(("separate", "separate", "qkv", "qkv", "kv", "heads"))),
+        packing=draw(st.sampled_from(("separate", "separate", "qkv", "qkv", "kv", "heads", "einsum"))),
         order=draw(st.sampled_from(("sections", "sge", "gse", "ges"))),
         pick=draw(st.sampled_from(("split", "slice", "gather", "gather one"))),
         picked_first=draw(st.booleans()),
@@ -154,7 +172,7 @@ def _attention(draw, opset):
         cross=draw(st.sampled_from((False, False, True))),
         unbiased=draw(st.frozensets(st.sampled_from(ROLES))),
         targets=draw(st.sampled_from(TARGETS)),
-        form=draw(st.sampled_from(("bh", "hb", "flat", "five"))),
+        form=draw(st.sampled_from(("bh", "hb", "flat", "five", "single"))),
         early=draw(st.booleans()),
         key_turned=draw(st.sampled_from(("before", "chain"))),
         keys_left=draw(st.sampled_from((False, False, True))),
@@ -163,11 +181,12 @@ def _attention(draw, opset):
         repeat_early=draw(st.booleans()),
         scales=_scales(draw),
         shift=draw(st.sampled_from((False, False, True))),
-        mask=draw(st.sampled_from(("none", "added", "keeps", "drops", "computed"))),
+        mask=draw(st.sampled_from(("none", "added", "keeps", "drops", "computed", "causal"))),
         bias=draw(st.sampled_from(("none", "none", "constant", "gathered"))),
         softmax=draw(st.sampled_from(("whole", "positive", "written out", "shifted"))),
         gate=draw(st.sampled_from(("none", "none", "none", "head", "constant"))),
         head_major=draw(st.booleans()),
+        summed=opset >= 12 and draw(st.sampled_from((False, False, True))),
         output=_layer(draw, opset),
         layer_scale=draw(st.booleans()),
         noise=_attention_noise(draw),
@@ -215,6 +234,7 @@ def _possible(part: Attention, opset: int) -> Attention:
     """The nearest attention that can be written: choices that contradict each other give way."""
     changes: dict[str, object] = {}
     packing = "kv" if part.packing == "qkv" and part.cross else part.packing
+    packing = "separate" if packing == "einsum" and opset < 12 else packing
     if packing in {"qkv", "kv"} and part.order != "sections":
         changes["value_width"] = part.width
         changes["shared"] = 1 if packing == "qkv" else part.shared
@@ -222,6 +242,7 @@ def _possible(part: Attention, opset: int) -> Attention:
         changes["pick"] = "gather"
     shared = changes.get("shared", part.shared)
     form = part.form if shared > 1 or part.form != "five" else "bh"
+    form = "bh" if form == "single" and shared * part.groups > 1 else form
     if form == "five":
         changes |= {"repeat": "expand"}
     if part.keys_left and opset < 13 and part.softmax in {"whole", "positive"}:

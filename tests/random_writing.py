@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from tests.builders import Net
 
@@ -51,6 +51,8 @@ class Writing(Net):
 
     def __init__(self, seed: int, *, opset: int, width: int) -> None:
         super().__init__(seed, opset=opset)
+        self.fixed: dict[str, int] = {}
+        """Sizes of samples and tokens that are the same in every run."""
         self.sizes: dict[str, int] = {"d": width}
         """Of every letter but those of samples and tokens, for the part that is being written."""
         self.tokens: dict[str, tuple[str, int]] = {}
@@ -64,12 +66,12 @@ class Writing(Net):
 
     def static(self, group: str) -> int | None:
         """The size of a merged axis; None if it differs from run to run."""
-        sizes = [self.sizes.get(letter) for letter in group]
+        sizes = [{**self.fixed, **self.sizes}.get(letter) for letter in group]
         return None if None in sizes else prod(sizes)
 
     def dimensions(self, axes: Axes) -> tuple[str | int, ...]:
         """How a graph declares these axes."""
-        others = "others" if "other" in self.tokens.get("u", ()) else "tokens"
+        others = "tokens" if self.tokens.get("u", ("", 1))[0] == "x" else "others"
         names = {"b": "batch", "t": "tokens", "u": others}
         return tuple(self.static(group) or names.get(group, group) for group in axes)
 
@@ -255,7 +257,7 @@ class Layer:
 
 KINDS = ("matmul", "gemm", "flat gemm", "conv", "picture", "einsum")
 BIASES = ("none", "left", "right", "late")
-WEIGHTS = ("plain", "identity", "transposed")
+WEIGHTS = ("plain", "identity", "transposed", "half")
 
 
 def linear(net: Writing, x: Named, layer: Layer, columns: str, rows: str = "d") -> Named:
@@ -286,4 +288,24 @@ def stored(net: Writing, weight: np.ndarray, how: str) -> str:
     if how == "transposed":
         return net("Transpose", weight.T, perm=[1, 0])
     name = net.const(weight)
+    if how == "half":
+        net.tensors[-1].CopyFrom(numpy_helper.from_array(weight.astype(np.float16), name))
+        return net("Cast", name, to=TensorProto.FLOAT)
     return net("Identity", name) if how == "identity" else name
+
+
+def linear_by_axes(net: Writing, x: Named, layer: Layer, columns: Axes, rows: Axes) -> Named:
+    """A sum over one or several axes of a weight that has as many; its bias has them as well."""
+    sizes = [net.static(group) for group in (*rows, *columns)]
+    inner = np.prod(sizes[: len(rows)])
+    weight = net.random(*sizes, gain=1.2 / np.sqrt(inner))
+    kept = tuple(group for group in x.axes if group not in rows)
+    axes = (*kept, *columns)
+    letters = dict(zip(dict.fromkeys((*x.axes, *columns)), "xyzwvu", strict=False))
+    given, weighed, made = (
+        "".join(letters[group] for group in groups) for groups in (x.axes, (*rows, *columns), axes)
+    )
+    y = net("Einsum", x.tensor, weight, equation=f"{given},{weighed}->{made}")
+    if layer.bias == "none":
+        return Named(y, axes)
+    return Named(net("Add", y, net.random(*sizes[len(rows) :])), axes)
