@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
-_BOXING = {"Unsqueeze": np.expand_dims, "Squeeze": np.squeeze}
+_BOXING: Mapping[str, Callable[..., np.ndarray]] = {
+    "Unsqueeze": np.expand_dims,
+    "Squeeze": np.squeeze,
+}
 
 
 def run(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tuple[np.ndarray, ...]:

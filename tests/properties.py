@@ -71,7 +71,7 @@ def is_the_truth(catalog, truth):
     assert more == [], f"{more}, which the truth does not have; it lacks {lost}\n{said}"
     assert lost == [], said
     assert len(missing) <= len(catalog.refusals), f"silent about {missing}"
-    assert wrong == []
+    assert wrong == [], wrong
     words = [word for entry in missing for word in entry.get("because", {}).values()]
     assert [word for word in words if not re.search(word, said)] == [], said
 

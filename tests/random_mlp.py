@@ -3,38 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
-from tests.random_writing import Layer, Named, Writing, entered, left, linear
-
-
-@dataclass(frozen=True, slots=True)
-class Mlp:
-    """How an MLP is written."""
-
-    hidden: int = 14
-    gate: str = "none"
-    pick: str = "split"
-    order: str = "sections"
-    up: Layer = Layer()
-    down: Layer = Layer()
-    targets: str = "zeros"
-    activation: str = "relu"
-    before: str = "none"
-    """What is done with a constant of every channel before the activation, and behind it."""
-    behind: str = "none"
-    seen: str = "nothing"
-    layer_scale: bool = False
-    noise: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def truth(self) -> Mapping[str, object]:
-        refused = {"hidden": "output|read", "normed": ""}.get(self.seen)
-        if refused is not None:
-            return {"mlp": self.hidden, "cut": [], "because": {"mlp": refused}}
-        return {"mlp": self.hidden, "cut": ["mlp"]}
+from tests.random_choices import Mlp
+from tests.random_writing import Named, Writing, entered, left, linear
 
 
 def _erf(net, y):

@@ -1,7 +1,8 @@
 """Transformers drawn at random: every way of writing a part meets every way of writing the others.
 
 A network is a record of choices, from which its graph is built, and the blocks that are in it. The
-records of its parts, and how they are written, are in `random_attention` and `random_mlp`.
+records of its parts are in `random_choices`, how they are written in `random_attention` and
+`random_mlp`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import onnx
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from tests.random_attention import ROLES, Attention, AttentionWriter, Scale
-from tests.random_mlp import ACTIVATIONS, VECTORS, Mlp, MlpWriter
+from tests.random_attention import AttentionWriter
+from tests.random_choices import ROLES, Attention, Mlp, Scale
+from tests.random_mlp import ACTIVATIONS, VECTORS, MlpWriter
 from tests.random_writing import (
     BIASES,
     KINDS,
@@ -31,6 +32,7 @@ from tests.random_writing import (
 
 Part = Attention | Mlp
 
+PACKINGS = ("separate", "separate", "qkv", "qkv", "kv", "heads", "einsum")
 OPSETS = (11, 13, 17, 18, 20, 23)
 WIDTH = 10
 FIXED: Mapping[str, Mapping[str, int]] = {
@@ -40,7 +42,6 @@ FIXED: Mapping[str, Mapping[str, int]] = {
     "all tokens": {"t": 7, "u": 7},
 }
 """Sizes by letter. A batch is as large as calibration needs."""
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ def _attention(draw, opset):
         width=draw(st.sampled_from((6, 4))),
         value_width=draw(st.sampled_from((4, 6, 5))),
         layers=_layer(draw, opset),
-        packing=draw(st.sampled_from(("separate", "separate", "qkv", "qkv", "kv", "heads", "einsum"))),
+        packing=draw(st.sampled_from(PACKINGS)),
         order=draw(st.sampled_from(("sections", "sge", "gse", "ges"))),
         pick=draw(st.sampled_from(("split", "slice", "gather", "gather one"))),
         picked_first=draw(st.booleans()),

@@ -1,9 +1,9 @@
 """What random networks are written with: named axes, and many ways to spell one movement.
 
-Axes have letters: ``b`` samples, ``t`` tokens, ``u`` the tokens that are attended to, ``d`` channels
-of the model, ``s`` which of query, key and value, ``g`` groups of heads, ``m`` heads of a group,
-``e`` channels of a query, ``v`` of a value, ``n`` hidden channels, ``a`` gate or value. Letters
-side by side are one merged axis, no letter is an axis of one.
+Axes have letters: ``b`` samples, ``t`` tokens, ``u`` the tokens that are attended to, ``d``
+channels of the model, ``s`` which of query, key and value, ``g`` groups of heads, ``m`` heads of a
+group, ``e`` channels of a query, ``v`` of a value, ``n`` hidden channels, ``a`` gate or value.
+Letters side by side are one merged axis, no letter is an axis of one.
 """
 
 from __future__ import annotations
@@ -110,20 +110,7 @@ class Writing(Net):
         return Named(self("Reshape", y.tensor, self._target(y, axes, how)), axes)
 
     def _target(self, y: Named, axes: Axes, how: str) -> str | list[int]:
-        entries: list[int | str] = []
-        for place, group in enumerate(axes):
-            static = self.static(group)
-            if static is not None:
-                entries.append(static)
-            elif how in {"zeros", "open"} and y.axes[place : place + 1] == (group,):
-                entries.append(0)
-            else:
-                entries.append(group)
-        unknown = [place for place, entry in enumerate(entries) if isinstance(entry, str)]
-        if len(unknown) == 1 and how in {"zeros", "open"}:
-            entries[unknown[0]] = -1
-        elif how == "open" and not unknown:
-            entries[max(i for i, entry in enumerate(entries) if entry != 0)] = -1
+        entries = self._entries(y, axes, how)
         pieces = [
             self.size(entry, y if how == "own" else None) if isinstance(entry, str) else [entry]
             for entry in entries
@@ -136,6 +123,24 @@ class Writing(Net):
         if all(isinstance(piece, list) for piece in pieces):
             return [piece[0] for piece in pieces]
         return self("Concat", *pieces, axis=0)
+
+    def _entries(self, y: Named, axes: Axes, how: str) -> list[int | str]:
+        """What a target says of every axis: a size, 0, -1, or the axis if it must be computed."""
+        short = how in {"zeros", "open"}
+        entries: list[int | str] = [
+            static
+            if (static := self.static(group)) is not None
+            else 0
+            if short and y.axes[place : place + 1] == (group,)
+            else group
+            for place, group in enumerate(axes)
+        ]
+        unknown = [place for place, entry in enumerate(entries) if isinstance(entry, str)]
+        if len(unknown) == 1 and short:
+            entries[unknown[0]] = -1
+        elif how == "open" and not unknown:
+            entries[max(i for i, entry in enumerate(entries) if entry != 0)] = -1
+        return entries
 
     def placed(self, y: Named, axes: Axes) -> Named:
         """The axes of ``y`` among ``axes``, in that order, with axes of one for those it lacks."""

@@ -11,7 +11,6 @@ from jaxtyping import Float64
 from corp_onnx.blocks.records import Linear, Refusal
 from corp_onnx.blocks.view import constant_value
 
-
 SILENT_OPS = frozenset({"Identity", "Dropout"})
 """Operators that pass values on as they are."""
 

@@ -29,6 +29,7 @@ from corp_onnx.blocks.region import (
 from corp_onnx.blocks.view import View, constant_value, serves_only
 from corp_onnx.shapes import Facts
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Branch:
     """A tensor that holds all hidden channels, and the way there from a linear layer's output."""
@@ -177,9 +178,7 @@ def _descend(view: View, region: Region, facts: Facts, way: Branch) -> Iterator[
                 yield from _descend(view, region, facts, step)
 
 
-def _moved(
-    view: View, facts: Facts, node: gs.Node, way: Branch
-) -> tuple[np.ndarray, ...]:
+def _moved(view: View, facts: Facts, node: gs.Node, way: Branch) -> tuple[np.ndarray, ...]:
     """What a node makes of the elements that have come this way; nothing if others join them."""
     if node.op in PASSING_OPS:
         return (way.channels,)
