@@ -17,10 +17,39 @@ class AttentionWriter(Projections, Logits):
         other = self._entry(Named("other", ("b", "u", "d")), "entry") if self.part.cross else own
         query, key, value = self._operands(own, other)
         self.query = query
-        logits = self._masked(self._scaled(self._logits(query, key), "logits"))
-        weights = self._passed(self._softmax(self._passed(logits, "logits")), "probabilities")
-        mixed = self._gated(self._passed(self._mixed(weights, value), "mixed"), x)
-        return self._output(mixed)
+        if self.part.operator == "none":
+            logits = self._masked(self._scaled(self._logits(query, key), "logits"))
+            weights = self._passed(self._softmax(self._passed(logits, "logits")), "probabilities")
+            mixed = self._mixed(weights, value)
+        else:
+            mixed = self._attended(query, key, value)
+        return self._output(self._gated(self._passed(mixed, "mixed"), x))
+
+    def _attended(self, query: Named, key: Named, value: Named) -> Named:
+        """By the operator of opset 23, which shares heads by itself."""
+        net, part, heads = self.net, self.part, self.part.heads
+        attrs = {"scale": 0.3} if any(scale.place == "logits" for scale in part.scales) else {}
+        attrs |= {"softcap": 3.0} if part.capped else {}
+        mask = [] if part.mask == "none" else [self._whole_mask()]
+        given = [query, key, value]
+        if part.operator == "four":
+            made = net("Attention", *(y.tensor for y in given), *mask, **attrs)
+            return Named(made, ("b", heads, "t", "v"))
+        flat = []
+        for y in given:
+            outer, lead, token, letter = y.axes
+            turned = net.turned(y, (outer, token, lead, letter))
+            flat.append(net.reshaped(turned, (outer, token, lead + letter), part.targets))
+        attrs |= {"q_num_heads": net.static(heads), "kv_num_heads": part.groups}
+        made = net("Attention", *(y.tensor for y in flat), *mask, **attrs)
+        return net.reshaped(Named(made, ("b", "t", heads + "v")), ("b", "t", heads, "v"), "zeros")
+
+    def _whole_mask(self) -> str:
+        """A mask for every pair of tokens."""
+        net, kind = self.net, "added" if self.part.mask == "added" else "keeps"
+        mask = net.placed(self._given(kind), ("b", "h", "t", "u"))
+        sizes = net("Concat", net.size("b"), [1], net.size("t"), net.size("u"), axis=0)
+        return net("Expand", mask.tensor, sizes)
 
     def _entry(self, x: Named, place: str) -> Named:
         batch, tokens, channels = x.axes

@@ -44,6 +44,8 @@ class Attention:
     key_turned: str = "before"
     keys_left: bool = False
     einsum: bool = False
+    operator: str = "none"
+    """Or how many axes the operands of the operator Attention have."""
     repeat: str = "expand"
     repeat_early: bool = False
     scales: tuple[Scale, ...] = (Scale("logits"),)
@@ -91,7 +93,7 @@ class Attention:
         troubles = (
             (alone and several[0], ("qk",), "one linear layer"),
             (alone and several[1], ("vo",), "one linear layer"),
-            (self.capped, ("qk",), "Tanh"),
+            (self.capped, ("qk",), "Tanh|softcap"),
             (self.queries == "rotated", ("qk",), "rotated"),
             (self.queries in {"normed", "l2"}, ("qk",), "normalised"),
             (self.seen == "query", ("qk",), "read|output"),

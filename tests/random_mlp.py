@@ -125,7 +125,7 @@ class MlpWriter:
         y = self._passed(linear(net, x, part.up, columns), "up")
         axis = y.axis(columns)
         if part.order == "sections":
-            made = net.parts(y, axis, [part.hidden] * 2, part.pick.partition(" ")[0])
+            made = net.parts(y, axis, [part.hidden] * 2, part.pick)
             axes = (*y.axes[:axis], "n", *y.axes[axis + 1 :])
             return [Named(tensor, axes) for tensor in made]
         apart = net.reshaped(y, (*y.axes[:axis], *columns, *y.axes[axis + 1 :]), part.targets)

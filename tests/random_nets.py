@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -22,6 +23,8 @@ from tests.random_writing import (
     KINDS,
     MIXED_NOISE,
     NOISE,
+    PICKS,
+    SPELLINGS,
     TARGETS,
     WEIGHTS,
     WHOLE_NOISE,
@@ -55,6 +58,10 @@ class Network:
     norm_first: bool = True
     parallel: bool = False
     """All parts read one tensor, and are added up."""
+    tied: bool = False
+    """All parts draw the same weights: two that are alike are one layer, used twice."""
+    shapes: str = "vector"
+    """How sizes are read off shapes."""
     fixed: str = "nothing"
     """Which axis of the input has a fixed size."""
 
@@ -71,6 +78,7 @@ def built(network: Network) -> Built:
     """The model of a network, and the blocks that are in it."""
     net = Writing(network.seed, opset=network.opset, width=WIDTH)
     net.tokens = {"b": ("x", 0), "t": ("x", 1)}
+    net.spelled = network.shapes
     net.fixed = dict(FIXED[network.fixed])
     batch, tokens, others = net.dimensions(("b", "t", "u"))
     y = net.input("x", batch, tokens, WIDTH)
@@ -79,6 +87,8 @@ def built(network: Network) -> Built:
     shown: list[Named] = []
     branch = _norm(net, network, y) if network.norm_first else y
     for part in network.parts:
+        if network.tied:
+            net.rng = np.random.default_rng(network.seed)
         writer = AttentionWriter(net, part) if isinstance(part, Attention) else MlpWriter(net, part)
         y = net("Add", y, writer.write(branch))
         shown += [Named(one.tensor, net.dimensions(one.axes)) for one in writer.outputs]
@@ -121,6 +131,9 @@ def _network(draw):
     opset = draw(st.sampled_from((18, *OPSETS)))
     kinds = draw(st.sampled_from(("a", "m", "am", "aa", "mm", "ma")))
     parts = [draw(attentions(opset) if kind == "a" else mlps(opset)) for kind in kinds]
+    tied = draw(st.booleans())
+    if tied and kinds in {"aa", "mm"}:
+        parts[1] = parts[0]
     norms = ["written out", "none", "root", *(["operator"] if opset >= 17 else [])]
     return Network(
         tuple(parts),
@@ -129,6 +142,8 @@ def _network(draw):
         norm=draw(st.sampled_from(norms)),
         norm_first=draw(st.booleans()),
         parallel=draw(st.booleans()),
+        tied=tied,
+        shapes=draw(st.sampled_from(SPELLINGS)),
         fixed=draw(st.sampled_from(("nothing", "nothing", *FIXED))),
     )
 
@@ -167,7 +182,7 @@ def _attention(draw, opset):
         layers=_layer(draw, opset),
         packing=draw(st.sampled_from(PACKINGS)),
         order=draw(st.sampled_from(("sections", "sge", "gse", "ges"))),
-        pick=draw(st.sampled_from(("split", "slice", "gather", "gather one"))),
+        pick=draw(st.sampled_from(PICKS)),
         picked_first=draw(st.booleans()),
         tokens_first=draw(st.sampled_from((False, False, True))),
         cross=draw(st.sampled_from((False, False, True))),
@@ -178,6 +193,7 @@ def _attention(draw, opset):
         key_turned=draw(st.sampled_from(("before", "chain"))),
         keys_left=draw(st.sampled_from((False, False, True))),
         einsum=opset >= 12 and draw(st.sampled_from((False, False, True))),
+        operator=draw(st.sampled_from(("none", "three", "four"))) if opset >= 23 else "none",
         repeat=draw(st.sampled_from(("expand", "by shape", "gather", "concat", "tile", "joined"))),
         repeat_early=draw(st.booleans()),
         scales=_scales(draw),
@@ -239,11 +255,12 @@ def _possible(part: Attention, opset: int) -> Attention:
     if packing in {"qkv", "kv"} and part.order != "sections":
         changes["value_width"] = part.width
         changes["shared"] = 1 if packing == "qkv" else part.shared
-    elif part.pick == "gather one":
-        changes["pick"] = "gather"
     shared = changes.get("shared", part.shared)
     form = part.form if shared > 1 or part.form != "five" else "bh"
     form = "bh" if form == "single" and shared * part.groups > 1 else form
+    if part.operator != "none":
+        form = "bh"
+        changes |= {"repeat": "expand", "keys_left": False, "einsum": False}
     if form == "five":
         changes |= {"repeat": "expand"}
     if part.keys_left and opset < 13 and part.softmax in {"whole", "positive"}:
@@ -261,7 +278,7 @@ def _possible(part: Attention, opset: int) -> Attention:
 def _mlp(draw, opset):
     gate = draw(st.sampled_from(("none", "none", "two", "packed", "packed right")))
     names = [name for name, (since, _) in ACTIVATIONS.items() if opset >= since]
-    pick = draw(st.sampled_from(("split", "slice", "gather", "gather one")))
+    pick = draw(st.sampled_from(PICKS))
     order = draw(st.sampled_from(("sections", "an", "na")))
     return Mlp(
         hidden=draw(st.sampled_from((14, 13, 8))),

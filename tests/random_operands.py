@@ -21,7 +21,13 @@ class Operands(Part):
         part, net = self.part, self.net
         letter = "v" if role == "value" else "e"
         token = "t" if role == "query" else "u"
-        if role != "query" and part.shared > 1 and part.repeat_early and part.form != "five":
+        if (
+            role != "query"
+            and part.shared > 1
+            and part.repeat_early
+            and part.operator == "none"
+            and part.form != "five"
+        ):
             y = self._repeated(y)
         if role != "query" and part.form == "five":
             axes = ("b", "g", token, letter)
@@ -46,7 +52,7 @@ class Operands(Part):
         first = (heads if heads in y.axes else own, "b") if part.form == "hb" else ("b", own)
         if not (part.einsum and part.form in {"bh", "hb"}):
             y = net.turned(y, (*first, token, letter))
-        if role != "query" and part.shared > 1 and heads not in y.axes:
+        if role != "query":
             y = self._repeated(y)
         if part.form == "flat":
             y = net.turned(y, ("b", heads, token, letter))
@@ -59,8 +65,8 @@ class Operands(Part):
         """Every group of keys or values as often as it has heads."""
         net, part = self.net, self.part
         heads = part.heads
-        if "g" not in y.axes:  # merged with samples, by one Reshape
-            return y
+        if part.shared == 1 or part.operator != "none" or "g" not in y.axes:
+            return y  # alone, left to the operator, repeated already, or merged with samples
         axis = y.axis("g")
         made = (*y.axes[:axis], heads, *y.axes[axis + 1 :])
         if part.repeat == "gather":

@@ -51,6 +51,8 @@ class Writing(Net):
 
     def __init__(self, seed: int, *, opset: int, width: int) -> None:
         super().__init__(seed, opset=opset)
+        self.spelled = "vector"
+        """How a size is read off a shape."""
         self.fixed: dict[str, int] = {}
         """Sizes of samples and tokens that are the same in every run."""
         self.sizes: dict[str, int] = {"d": width}
@@ -75,16 +77,30 @@ class Writing(Net):
         names = {"b": "batch", "t": "tokens", "u": others}
         return tuple(self.static(group) or names.get(group, group) for group in axes)
 
+    def entry(self, tensor: str, axis: int) -> str:
+        """The size of an axis at run time as a vector of one entry, spelled as was drawn."""
+        if self.spelled == "part" and self.opset >= 15:
+            return self("Shape", tensor, start=axis, end=axis + 1)
+        sizes = self("Shape", tensor)
+        if self.spelled == "scalar":
+            return self("Unsqueeze", self("Gather", sizes, np.int64(axis), axis=0), [0])
+        if self.spelled == "narrow":
+            narrow = self("Slice", self("Cast", sizes, to=TensorProto.INT32), [axis], [axis + 1])
+            return self("Cast", narrow, to=TensorProto.INT64)
+        if self.spelled == "slice":
+            return self("Slice", sizes, [axis], [axis + 1], [0])
+        return self("Gather", sizes, [axis], axis=0)
+
     def size(self, group: str, of: Named | None = None) -> str:
         """A size at run time, as a vector of one entry, of ``of`` if that has the axis."""
         if of is not None and group in of.axes:
-            return self("Gather", self("Shape", of.tensor), [of.axis(group)], axis=0)
+            return self.entry(of.tensor, of.axis(group))
         letters = [letter for letter in group if letter in self.tokens]
         known = prod(self.sizes[letter] for letter in group if letter not in self.tokens)
         made = None
         for letter in letters:
             name, axis = self.tokens[letter]
-            one = self("Gather", self("Shape", name), [axis], axis=0)
+            one = self.entry(name, axis)
             made = one if made is None else self("Mul", made, one)
         return made if known == 1 else self("Mul", made, [known])
 
@@ -92,7 +108,7 @@ class Writing(Net):
         """A fixed size computed from that of an axis of ``of`` which holds it."""
         for axis, whole in enumerate(of.axes):
             if group and group != whole and group in whole and self.static(whole):
-                size = self("Gather", self("Shape", of.tensor), [axis], axis=0)
+                size = self.entry(of.tensor, axis)
                 return self("Div", size, [self.static(whole) // self.static(group)])
         return None
 
@@ -154,9 +170,12 @@ class Writing(Net):
     def parts(self, y: Named, axis: int, sizes: Sequence[int], how: str) -> list[str]:
         """Consecutive parts of an axis."""
         ends = np.cumsum(sizes).tolist()
-        if how == "split":
+        if how == "even split" and len({*sizes}) == 1:
+            attrs = {"num_outputs": len(sizes)} if self.opset >= 18 else {}
+            return self("Split", y.tensor, outputs=len(sizes), axis=axis, **attrs)
+        if how in {"split", "even split"}:
             return self("Split", y.tensor, list(sizes), outputs=len(sizes), axis=axis)
-        if how == "gather":
+        if how.startswith("gather"):
             ranges = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
             return [self("Gather", y.tensor, entries, axis=axis) for entries in ranges]
         bounds = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
@@ -168,8 +187,9 @@ class Writing(Net):
         """Every entry of an axis, which goes."""
         axis, count = y.axis(group), self.static(group)
         axes = tuple(other for other in y.axes if other != group)
-        if how == "gather":
-            made = [self("Gather", y.tensor, np.int64(i), axis=axis) for i in range(count)]
+        if how in {"gather", "gather back"}:
+            first = 0 if how == "gather" else -count
+            made = [self("Gather", y.tensor, np.int64(first + i), axis=axis) for i in range(count)]
         else:
             kept = self.parts(y, axis, [1] * count, "gather" if how == "gather one" else how)
             made = [self("Squeeze", part, [axis]) for part in kept]
@@ -180,6 +200,8 @@ class Writing(Net):
         return y if how is None else Named(NOISE[how](self, y.tensor, len(y.axes)), y.axes)
 
 
+PICKS = ("split", "even split", "slice", "gather", "gather one", "gather back")
+SPELLINGS = ("vector", "scalar", "slice", "part", "narrow")
 TARGETS = ("zeros", "open", "computed", "own")
 """Sizes copied by 0 or left open by -1 where need be; wherever possible; read off the inputs;
 or off the tensor itself, the width of a head included."""
@@ -207,6 +229,7 @@ NOISE: Mapping[str, Callable[[Writing, str, int], str]] = {
     "one joined": lambda net, y, _: net("Concat", y, axis=0),
     "same shape": lambda net, y, _: net("Reshape", y, net("Shape", y)),
     "expanded": lambda net, y, _: net("Expand", y, net("Shape", y)),
+    "boxed behind": lambda net, y, _: net("Squeeze", net("Unsqueeze", y, [-1]), [-1]),
     "boxed": lambda net, y, _: net("Squeeze", net("Unsqueeze", y, [1]), [1]),
     "tiled once": lambda net, y, rank: net("Tile", y, [1] * rank),
     "turned twice": _round,
@@ -261,7 +284,7 @@ class Layer:
 
 
 KINDS = ("matmul", "gemm", "flat gemm", "conv", "picture", "einsum")
-BIASES = ("none", "left", "right", "late")
+BIASES = ("none", "left", "right", "late", "boxed")
 WEIGHTS = ("plain", "identity", "transposed", "half")
 
 
@@ -269,6 +292,8 @@ def linear(net: Writing, x: Named, layer: Layer, columns: str, rows: str = "d") 
     """A linear layer in the form that its input has."""
     sizes = net.static(rows), net.static(columns)
     weight, bias = net.random(*sizes, gain=1.2 / np.sqrt(sizes[0])), net.random(sizes[1])
+    if layer.bias == "boxed" and layer.kind not in {"conv", "picture"}:
+        bias = bias[None]
     axes = tuple(columns if group == rows else group for group in x.axes)
     added = [] if layer.bias == "none" else [bias]
     if layer.kind in {"conv", "picture"}:
