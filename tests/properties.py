@@ -55,16 +55,14 @@ def is_the_truth(catalog, truth):
     """
     missing, unknown, wrong = list(truth), [], []
     for block in catalog.blocks:
-        entry = next((entry for entry in missing if fits(block, entry)), None)
-        if entry is None:
+        fitting = [entry for entry in missing if fits(block, entry)]
+        if not fitting:
             unknown.append(block)
             continue
+        # Two blocks of which nothing can be cut are told apart by their reasons.
+        entry = min(fitting, key=lambda entry: len(unsaid(block, entry)))
         missing.remove(entry)
-        wrong += [
-            f"{block.id} {axis}: {block.refused[axis]!r}, not {word!r}"
-            for axis, word in entry.get("because", {}).items()
-            if not re.search(word, block.refused[axis])
-        ]
+        wrong += unsaid(block, entry)
     lost = [entry for entry in missing if entry["cut"]]
     said = "\n".join(f"refused {item.op} {item.node}: {item.reason}" for item in catalog.refusals)
     more = [*map(shown, unknown)]
@@ -74,6 +72,15 @@ def is_the_truth(catalog, truth):
     assert wrong == [], wrong
     words = [word for entry in missing for word in entry.get("because", {}).values()]
     assert [word for word in words if not re.search(word, said)] == [], said
+
+
+def unsaid(block, entry):
+    """What a block says of its axes instead of the reasons that the truth knows."""
+    return [
+        f"{block.id} {axis}: {block.refused[axis]!r}, not {word!r}"
+        for axis, word in entry.get("because", {}).items()
+        if not re.search(word, block.refused[axis])
+    ]
 
 
 def fits(block, entry):

@@ -46,7 +46,7 @@ FEW, MANY = (
         max_examples=count,
         suppress_health_check=list(HealthCheck),
     )
-    for count in (25, 250)
+    for count in (25, 200)
 )
 
 FOUND = {

@@ -120,7 +120,8 @@ def _bias_node(node: gs.Node, width: int, opset: int, shown: Set[str]) -> gs.Nod
     reader = node
     while reader is node or reader.op in SILENT_OPS:
         (output, *others) = reader.outputs
-        if len(output.outputs) != 1 or output.name in shown or any(t.outputs for t in others):
+        seen = any(tensor.outputs or tensor.name in shown for tensor in others)
+        if len(output.outputs) != 1 or output.name in shown or seen:
             return None
         reader = output.outputs[0]
     if reader.op != "Add":
