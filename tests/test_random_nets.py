@@ -218,7 +218,7 @@ def test_every_choice_is_drawn():
     """Networks would hold nothing together if a choice never met the others."""
     seen = {}
 
-    @settings(FEW, max_examples=400)
+    @settings(FEW, max_examples=150)
     @given(networks())
     def draw(network):
         for part in (network, *network.parts):
