@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64
 
-from corp_onnx.blocks.linear import bias_inside, dtype_of
+from corp_onnx.blocks.linear import bias_inside, bias_slot, dtype_of
 from corp_onnx.blocks.records import Linear, SizeReader, Target
 from corp_onnx.blocks.view import constant_value
 from corp_onnx.emit import Emitter, replace_readers
@@ -75,8 +75,7 @@ class Theatre:
             node.inputs.append(bias)
         elif linear.bias_node is not None:
             add = self.nodes[linear.bias_node]
-            slot = next(s for s, tensor in enumerate(add.inputs) if tensor is not node.outputs[0])
-            add.inputs[slot] = bias
+            add.inputs[bias_slot(add, self.opset)] = bias
         else:
             (output,) = node.outputs
             node.outputs.clear()

@@ -118,7 +118,7 @@ def _feed(name: str, shape: Sequence[int], rng: np.random.Generator) -> np.ndarr
         "seen": lambda: seen,
         "ids": lambda: rng.integers(0, 8, shape),
     }
-    return special.get(name, lambda: rng.standard_normal(shape))()
+    return special.get(name.partition("_of_")[0], lambda: rng.standard_normal(shape))()
 
 
 # MLPs
@@ -280,6 +280,16 @@ def mlp_to_pixels_and_back(seed: int) -> Tiny:
     flat = net("Reshape", depthwise(net, picture), [0, HIDDEN, -1])
     back = net("Relu", net("Transpose", flat, perm=[0, 2, 1]))
     return Tiny(net.build(net.linear(back, HIDDEN, WIDTH)), (MLP,))
+
+
+def mlp_joined(seed: int) -> Tiny:
+    """Tokens of two layers side by side: both make all hidden channels."""
+    net = Net(seed)
+    x = net.x()
+    first = net("Slice", x, [0], [1], [1])
+    hidden = [net("Relu", net.linear(part, WIDTH, HIDDEN)) for part in (first, x)]
+    down = net.linear(net("Concat", *hidden, axis=1), HIDDEN, WIDTH)
+    return Tiny(net.build(down), (MLP,))
 
 
 def mlp_layerscale(seed: int) -> Tiny:
@@ -790,6 +800,7 @@ TINY: Mapping[str, Builder] = {
     "mlp_per_token": mlp_per_token,
     "mlp_conv": mlp_conv,
     "mlp_to_pixels_and_back": mlp_to_pixels_and_back,
+    "mlp_joined": mlp_joined,
     "mlp_layerscale": mlp_layerscale,
     "mlp_chain": mlp_chain,
     "mlp_tied": mlp_tied,

@@ -406,7 +406,20 @@ def with_cache(net):
     return net.linear(y, HEADS * VALUE, WIDTH)
 
 
+def tokens_lost_on_the_way(net):
+    """Samples are a size that only the Reshape before the last one knows."""
+    rows = net("Reshape", net.x("batch", 5, WIDTH), [-1, WIDTH])
+
+    def heads(width):
+        y = net("Gemm", rows, net.weight(WIDTH, HEADS * width))
+        y = net("Reshape", net("Reshape", y, [-1, 5 * HEADS * width]), [0, 5, HEADS, width])
+        return net("Transpose", y, perm=[0, 2, 1, 3])
+
+    return merged(net, products(net, *map(heads, (HEAD, HEAD, VALUE))))
+
+
 REFUSED = {
+    tokens_lost_on_the_way: "laid out in a way that one Reshape and one Transpose cannot write",
     channels_attend: "channels where tokens are expected: channels attend to channels",
     pooled_keys: "the key is mixed with neighbouring tokens by AveragePool",
     channels_scaled: "scales channels of the mixed values one by one",

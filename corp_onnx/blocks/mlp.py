@@ -29,9 +29,6 @@ from corp_onnx.blocks.region import (
 from corp_onnx.blocks.view import View, constant_value, serves_only
 from corp_onnx.shapes import Facts
 
-SILENT_OPS = PASSING_OPS - {"Cast"}
-"""Operators on the way of data movement that change neither values nor type."""
-
 
 def match_mlp(view: View, down: Linear, hidden: gs.Tensor, block_id: str) -> Mlp | Refusal | None:
     """The MLP whose down projection is ``down``; None if its input is no hidden axis."""
@@ -175,14 +172,29 @@ def _descend(view: View, region: Region, facts: Facts, way: Branch) -> Iterator[
     for node in view.readers(way.tensor):
         if not any(node is other for other in region.nodes):
             continue
-        if node.op not in MOVING_OPS | SILENT_OPS:
+        if not _only_moves(facts, node):
             return
-        inputs = {other.name: facts.value(other) for other in node.inputs if other.name}
-        moved = shapes.run(node, inputs | {way.tensor.name: way.channels}, view.opset)
+        moved = _moved(view, facts, node, way)
         for tensor, numbers in zip(node.outputs, moved, strict=False):
             if tensor.name in region.labels:
                 step = Branch(way.source, tensor, numbers, (*way.nodes, node))
                 yield from _descend(view, region, facts, step)
+
+
+def _moved(view: View, facts: Facts, node: gs.Node, way: Branch) -> tuple[np.ndarray, ...]:
+    """What a node makes of the elements that have come this way; nothing if others join them."""
+    if node.op in PASSING_OPS:
+        return (way.channels,)
+    inputs = {other.name: facts.value(other) for other in node.inputs if other.name}
+    inputs[way.tensor.name] = way.channels
+    known = {name: value for name, value in inputs.items() if value is not None}
+    return shapes.run(node, known, view.opset) if len(known) == len(inputs) else ()
+
+
+def _only_moves(facts: Facts, node: gs.Node) -> bool:
+    """Whether a node changes neither values nor their type."""
+    same = facts.dtype(node.inputs[0]) == facts.dtype(node.outputs[0])
+    return node.op in MOVING_OPS or (node.op in PASSING_OPS and same)
 
 
 def _channels(numbers: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:

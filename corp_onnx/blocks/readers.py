@@ -30,11 +30,13 @@ def size_readers(
     """
     readers: dict[str, SizeReader] = {}
     kept = {end.route.layout.split for end in ends}
-    old = served | {id(n) for path in paths for n in path.nodes if n.name not in kept}
+    nodes = {id(node): node.name for path in paths for node in path.nodes}
+    asking = {node for node, name in nodes.items() if name in kept}
+    old = served | (nodes.keys() - asking)
     unchanged = {end.route.operand for end in ends if not end.route.layout.width}
     for path in paths:
         for node in view.readers(path.target) if path.target.name not in unchanged else ():
-            if node.op not in SIZE_OPS or serves_only(node, old):
+            if node.op not in SIZE_OPS or serves_only(node, old, asking):
                 continue
             reader = _size_reader(view, path, ends, node)
             if reader is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,8 +126,11 @@ def constant_value(tensor: gs.Tensor, opset: int) -> np.ndarray | None:
     return shapes.run(node, values, opset)[slot]
 
 
-def serves_only(start: gs.Node, served: set[int]) -> bool:
-    """Whether all that follows from ``start`` is shape arithmetic that ends in ``served`` nodes."""
+def serves_only(start: gs.Node, served: Set[int], asking: Set[int] = frozenset()) -> bool:
+    """Whether all that follows from ``start`` is shape arithmetic that ends in ``served`` nodes.
+
+    Nodes are given by ``id``; those that are ``asking`` need what they read.
+    """
     stack, seen = [start], set()
     while stack:
         node = stack.pop()
@@ -135,7 +138,7 @@ def serves_only(start: gs.Node, served: set[int]) -> bool:
             continue
         seen.add(id(node))
         readers = list(_readers(node))
-        if node.op not in COMPUTED_OPS or not readers:
+        if node.op not in COMPUTED_OPS or not readers or id(node) in asking:
             return False
         stack.extend(readers)
     return True
