@@ -95,7 +95,7 @@ class _Subject:
 
     def _error(self, statistics: Statistics) -> float:
         plan = uniform(self.catalog, BOTH)
-        solution = solve(self.model, self.catalog, plan, statistics, Recipe())
+        solution = solve(self.model, self.catalog, plan, statistics, Recipe("corp"))
         found = _features(self.task, operate(self.model, self.catalog, solution).model)
         lost = np.square(found - self.dense, dtype=np.float64).sum()
         return float(lost / np.square(self.dense, dtype=np.float64).sum())

@@ -108,7 +108,7 @@ class _Subject:
         """What the solver makes of a plan that removes nothing."""
         plan = uniform(self.catalog, {"mlp": 0.0, "qk": 0.0})
         statistics = gather(self.model, self.catalog, self.feeds.values())
-        return solve(self.model, self.catalog, plan, statistics, Recipe())
+        return solve(self.model, self.catalog, plan, statistics, Recipe("corp"))
 
     def _errors(self, solution: Solution, reference: Sequence[Feeds]) -> list[float]:
         """The error at every batch size."""

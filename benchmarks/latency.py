@@ -39,7 +39,7 @@ def measure(place: Place) -> Outcome:
 
 def _races(place: Place, size: str, runs: int) -> Iterator[Row]:
     path = exports.deit(place, size)
-    surgery = halved(path, Recipe())
+    surgery = halved(path, Recipe("corp"))
     resting = Runtime(spinning=False)
     sessions = (open_session(path, resting), open_session(surgery.model, resting))
     macs = surgery.dense.total / surgery.pruned.total

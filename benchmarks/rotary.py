@@ -114,7 +114,9 @@ def _narrower_mlps(model: Model, calibration: list[Batch]) -> Callable[[float], 
 
     def narrow(saved: float) -> Model:
         plan = uniform(catalog, {"mlp": saved / of_mlps}, align=1)
-        return operate(model, catalog, solve(model, catalog, plan, statistics, Recipe())).model
+        return operate(
+            model, catalog, solve(model, catalog, plan, statistics, Recipe("corp"))
+        ).model
 
     return narrow
 

@@ -102,15 +102,21 @@ def stream_errors(
 
     With ``X`` the dense stream, ``x + y`` the pruned one and ``y`` the block's branch in it, this
     is ``Σ‖X - x - y‖²`` over the variation of ``X - x``: what fitting in sequence predicts. Blocks
-    that share their weights are not fitted in sequence and left out.
+    that share their weights are not fitted in sequence and left out, and so are MLPs whose last
+    layer is the first of another that is cut.
     """
     facts = evaluate(dense.graph, catalog.sizes)
     blocks = {block.id: block for block in catalog.blocks if not block.twins}
+    narrower = _entered(catalog, solution)
     fitted = {
         fold.block: fold.axis
         for fold in solution.folds
-        if fold.block in blocks and fold.axis != "qk"
+        if fold.block in blocks
+        and fold.axis != "qk"
+        and last_layer(blocks[fold.block]) not in narrower
     }
+    if not fitted:
+        return {}
     streams = [stream_behind(dense, facts, blocks[name]) for name in fitted]
     ends = [name for stream in streams for name in stream.ends]
     masks = [mask.tensor for name in fitted if (mask := blocks[name].padding)]
@@ -148,6 +154,13 @@ def _measurable(
         and narrower.isdisjoint(_entries(block, axes))
         and not (isinstance(block, Mlp) and _narrows_output(block, other))
     ]
+
+
+def _entered(catalog: Catalog, solution: Solution) -> set[Linear]:
+    """The first layers of all MLPs that are cut."""
+    cut = {fold.block for fold in solution.folds}
+    mlps = [block for block in catalog.blocks if isinstance(block, Mlp) and block.id in cut]
+    return {source.linear for block in mlps for source in block.sources}
 
 
 def _kind(block: Block, axes: Collection[Axis]) -> Axis:

@@ -29,20 +29,25 @@ class Segment:
 
 
 def segments_of(
-    model: Model, streams: Sequence[Stream], masks: Mapping[str, str]
+    model: Model,
+    streams: Sequence[Stream],
+    masks: Mapping[str, str],
+    layers: Mapping[str, Sequence[str]],
 ) -> tuple[Segment, ...]:
     """Cut a model at its streams, given in the order of the graph.
 
     A segment is all that its stream needs and no earlier one did, and the masks that say which of
-    its tokens count. A block that lies within the segment of an earlier one, because its branch
-    joins the same stream, belongs there too. Whoever asks a tensor for its size belongs to the
-    segment that computes it: the tensor may be narrower afterwards. What lies behind the last
-    stream is in no segment.
+    its tokens count. A block that has a layer within the segment of an earlier one, because its
+    branch joins the same stream or because it begins with the other's last layer, belongs there
+    too, with all that lies between. Whoever asks a tensor for its size belongs to the segment that
+    computes it: the tensor may be narrower afterwards. What lies behind the last stream is in no
+    segment.
 
     Args:
         model: The model.
         streams: Of every block that is to be cut.
         masks: By block, the tensor that says which tokens are padding.
+        layers: By block, what its linear layers give.
     """
     drafts: list[_Draft] = []
     tensors = model.graph.tensors()
@@ -51,13 +56,12 @@ def segments_of(
         wanted = [*stream.ends, *([masks[stream.block]] if stream.block in masks else [])]
         nodes = list(_needed([tensors[name] for name in wanted], done))
         nodes += list(_size_readers(nodes, done))
-        within = [draft for draft in drafts if stream.ends[-1] in draft.made]
-        if within:
-            within[0].add(stream, wanted, nodes)
-        else:
-            draft = _Draft()
-            draft.add(stream, wanted, nodes)
-            drafts.append(draft)
+        own = {stream.ends[-1], *layers.get(stream.block, ())}
+        parts = [place for place, draft in enumerate(drafts) if not draft.made.isdisjoint(own)]
+        first = parts[0] if parts else len(drafts)
+        draft = _Draft.joined(drafts[first:])
+        draft.add(stream, wanted, nodes)
+        drafts[first:] = [draft]
     return tuple(draft.segment(drafts[place + 1 :]) for place, draft in enumerate(drafts))
 
 
@@ -69,6 +73,17 @@ class _Draft:
         self.made: set[str] = set()
         self._read: dict[str, None] = {}
         self._ends: dict[str, None] = {}
+
+    @staticmethod
+    def joined(drafts: Iterable[_Draft]) -> _Draft:
+        """Neighbours as one."""
+        whole = _Draft()
+        for draft in drafts:
+            whole.streams += draft.streams
+            whole.made |= draft.made
+            whole._read |= draft._read
+            whole._ends |= draft._ends
+        return whole
 
     def add(self, stream: Stream, ends: Iterable[str], nodes: Iterable[gs.Node]) -> None:
         """A block, what it has to compute, and the nodes that do."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from corp_onnx.blocks import Attention, Axis, Block, Catalog, Mlp
+from corp_onnx.blocks.records import linears_of
 from corp_onnx.calibrate import gather, require_enough, summed
 from corp_onnx.extracts import extract
 from corp_onnx.graph import Model
@@ -140,7 +141,8 @@ class _Line:
         blocks = [block for block in self.catalog.blocks if block.id in wanted]
         streams = [stream_behind(self.model, facts, block) for block in blocks]
         masks = {block.id: block.padding.tensor for block in blocks if block.padding}
-        return segments_of(self.model, streams, masks)
+        layers = {block.id: [each.output for each in linears_of(block)] for block in blocks}
+        return segments_of(self.model, streams, masks, layers)
 
     def solve_shared(self, plan: Plan) -> Mapping[str, Folds]:
         """Folds of all blocks that share their weights with others, from the dense model."""

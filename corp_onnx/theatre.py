@@ -113,6 +113,8 @@ class Theatre:
     def keep_sizes(self, readers: Sequence[SizeReader]) -> None:
         """Let Shape nodes go on saying what they said of the dense tensors."""
         for reader in readers:
+            if reader.node not in self.nodes:
+                continue  # in this part of the model nobody asks
             node = self.nodes[reader.node]
             if not node.outputs:  # another block of the same layer has seen to it
                 continue

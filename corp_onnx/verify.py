@@ -21,6 +21,9 @@ from corp_onnx.statistics import Batch
 PROMISE_FACTOR = 1.5
 """How much larger a block's measured error may be than the predicted one."""
 
+ROUNDING_ERROR = 1e-9
+"""Relative error of an output that two ways of computing the same function may differ by."""
+
 NEGLIGIBLE_ERROR = 1e-4
 """Relative error of a block below which a promise is kept whatever was predicted."""
 
@@ -207,7 +210,8 @@ def check_promises(solution: Solution, measured: Mapping[tuple[str, str | None],
 def check_repair(repaired: Comparison, unrepaired: Comparison) -> Check:
     """Whether repairing helped, or at least did no harm, on held-out samples."""
     found = f"{repaired.relative_error:.3e} against {unrepaired.relative_error:.3e} without repair"
-    return Check("repair", repaired.relative_error <= unrepaired.relative_error, found)
+    limit = max(unrepaired.relative_error, ROUNDING_ERROR)
+    return Check("repair", repaired.relative_error <= limit, found)
 
 
 def check_gates(

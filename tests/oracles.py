@@ -50,3 +50,42 @@ def squared_error(actual: np.ndarray, expected: np.ndarray, *, centre: bool) -> 
     """``‖actual - expected‖²`` over ``‖expected‖²``, or over its variance."""
     scale = expected - expected.mean(axis=0) if centre else expected
     return float(((actual - expected) ** 2).sum() / (scale**2).sum())
+
+
+def eliminated_one_by_one(
+    covariance: np.ndarray, weight: np.ndarray, ridge: float, keep: int
+) -> tuple[list[int], list[float]]:
+    """Try every removal in turn by solving for what stays: order, and what each adds."""
+    width = len(covariance)
+    system = covariance + ridge * np.trace(covariance) / width * np.eye(width)
+
+    def left_with(kept: list[int]) -> float:
+        removed = [j for j in range(width) if j not in kept]
+        lost = system[np.ix_(removed, removed)]
+        if kept:
+            cross = system[np.ix_(kept, removed)]
+            lost = lost - cross.T @ np.linalg.solve(system[np.ix_(kept, kept)], cross)
+        return float(np.trace(weight[removed].T @ lost @ weight[removed]))
+
+    kept, order, costs, before = list(range(width)), [], [], 0.0
+    while len(kept) > keep:
+        errors = {j: left_with([i for i in kept if i != j]) for j in kept}
+        chosen = min(errors, key=errors.__getitem__)
+        kept.remove(chosen)
+        order.append(chosen)
+        costs.append(errors[chosen] - before)
+        before = errors[chosen]
+    return order, costs
+
+
+def lstsq_fit(
+    features: np.ndarray, target: np.ndarray, start: np.ndarray, ridge: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and bias by least squares on samples, an absolute ridge towards ``start`` as rows."""
+    f, t = features - features.mean(axis=0), target - target.mean(axis=0)
+    pull = np.sqrt(len(f) * ridge) * np.eye(f.shape[1])
+    change, *_ = np.linalg.lstsq(
+        np.vstack([f, pull]), np.vstack([t - f @ start, np.zeros_like(start)]), rcond=None
+    )
+    weight = start + change
+    return weight, target.mean(axis=0) - features.mean(axis=0) @ weight

@@ -189,7 +189,9 @@ def test_the_measured_error_is_the_predicted_one(name, method):
     (fold,) = solution.folds
     error = fold.evidence.error
     assert error > 1e-4
-    assert abs(measured[fold.block] - error) <= 2 * np.sqrt(error) * ROUNDING + ROUNDING**2
+    assert (
+        abs(measured[fold.block, fold.axis] - error) <= 2 * np.sqrt(error) * ROUNDING + ROUNDING**2
+    )
 
 
 @pytest.mark.parametrize("name", ["tiled", "gathered_unevenly"])

@@ -581,7 +581,7 @@ def test_a_decoder_with_a_cache_is_solved_and_counted():
     catalog = find_blocks(model)
     statistics = gather(model, catalog, [step(proto, 4, 0, 9, seed) for seed in range(4)])
     plan = uniform(catalog, {"mlp": 0.5}, align=1)
-    small = operate(model, catalog, solve(model, catalog, plan, statistics, Recipe())).model
+    small = operate(model, catalog, solve(model, catalog, plan, statistics, Recipe("corp"))).model
     assert [block.width for block in find_blocks(small).blocks] == [HIDDEN // 2] * 2
     sizes = {name: value.shape for name, value in step(proto, 1, 3, 5).items()}
     counts = count(model.graph, evaluate(model.graph, sizes))

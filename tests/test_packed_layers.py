@@ -266,7 +266,7 @@ def test_what_is_solved_for_is_what_is_measured(name):
     batches = [feeds(model.proto(), 8, 9, seed) for seed in range(3)]
     statistics = gather(model, catalog, batches)
     solution = solve(
-        model, catalog, uniform(catalog, {"mlp": 0.5, "qk": 0.5}), statistics, Recipe()
+        model, catalog, uniform(catalog, {"mlp": 0.5, "qk": 0.5}), statistics, Recipe("corp")
     )
     small = operate(model, catalog, solution).model
     measured = measured_errors(model, catalog, small, find_blocks(small), batches)

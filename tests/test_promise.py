@@ -12,7 +12,7 @@ from corp_onnx.blocks import Catalog, axes_of, find_blocks
 from corp_onnx.calibrate import gather
 from corp_onnx.graph import Model, from_proto
 from corp_onnx.plan import uniform
-from corp_onnx.promise import measured_errors
+from corp_onnx.promise import Measured, measured_errors
 from corp_onnx.solve import METHODS, Recipe, solve
 from corp_onnx.solve.folds import MlpFold, Solution
 from corp_onnx.surgery import operate
@@ -63,8 +63,11 @@ class Case:
         plan = uniform(self.catalog, {"mlp": share, "qk": share}, align=1)
         return solve(self.model, self.catalog, plan, statistics, Recipe(method))
 
-    def measured(self, pruned: Model) -> dict[str, float]:
-        return measured_errors(self.model, self.catalog, pruned, find_blocks(pruned), self.batches)
+    def measured(self, pruned: Model, method: str = "corp") -> Measured:
+        return measured_errors(
+            *(self.model, self.catalog, pruned, find_blocks(pruned), self.batches),
+            without_row_constants=method == "best",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +91,15 @@ def case(tiny) -> Callable[[str], Case]:
 def test_the_measured_error_is_the_predicted_one(case, name, method):
     made = case(name)
     solution = made.solution(method)
-    measured = made.measured(operate(made.model, made.catalog, solution).model)
-    assert measured.keys() >= {fold.block for fold in solution.folds}
+    measured = made.measured(operate(made.model, made.catalog, solution).model, method)
+    assert measured.keys() >= {(fold.block, fold.axis) for fold in solution.folds}
     assert len(solution.folds) == sum(
         axis != "vo" for b in made.catalog.blocks for axis in axes_of(b)
     )
     for fold in solution.folds:
         predicted = fold.evidence.error
         assert predicted > 1e-4
-        assert abs(measured[fold.block] - predicted) <= may_differ(predicted), fold.block
+        assert abs(measured[fold.block, fold.axis] - predicted) <= may_differ(predicted), fold.block
     assert check_promises(solution, measured).passed
 
 
@@ -179,10 +182,11 @@ def test_a_wrong_weight_breaks_the_promise_of_its_block(case, name, block, word,
     measured = made.measured(spoiled(pruned, change, word))
     check = check_promises(solution, measured)
     assert not check.passed
-    assert check.found.startswith(f"{block} measured")
+    axis = "mlp" if block.startswith("mlp") else "qk"
+    assert check.found.startswith(f"{block} {axis} measured")
     honest = made.measured(pruned)
     assert [name for name in honest if abs(measured[name] - honest[name]) > may_differ(1.0)] == [
-        block
+        (block, axis)
     ]
 
 
@@ -199,8 +203,8 @@ def test_a_lost_offset_breaks_the_promise(case):
     )
     check = check_promises(solution, measured)
     assert not check.passed
-    assert "mlp.0 measured" in check.found
-    assert "mlp.1 measured" in check.found
+    assert "mlp.0 mlp measured" in check.found
+    assert "mlp.1 mlp measured" in check.found
 
 
 # What counts as broken
@@ -226,7 +230,7 @@ def promised(case, error: float) -> Solution:
     ],
 )
 def test_a_promise_is_broken_beyond_one_and_a_half_times(case, predicted, measured, passed):
-    check = check_promises(promised(case, predicted), {"mlp.0": measured})
+    check = check_promises(promised(case, predicted), {("mlp.0", "mlp"): measured})
     assert check.name == "promises"
     assert check.passed == passed
 
@@ -239,7 +243,7 @@ def test_a_block_that_never_varies_has_no_error(tiny):
     solution = made.solution("corp")
     measured = made.measured(operate(model, catalog, solution).model)
     assert solution.folds[0].evidence.error == 0
-    assert measured == {"mlp.0": 0.0}
+    assert measured == {("mlp.0", "mlp"): 0.0}
 
 
 def test_a_block_whose_lost_mean_shows_is_caught_although_it_never_varies(tiny):
@@ -249,7 +253,7 @@ def test_a_block_whose_lost_mean_shows_is_caught_although_it_never_varies(tiny):
     solution = made.solution("none")
     measured = made.measured(operate(model, catalog, solution).model)
     assert solution.folds[0].evidence.error == np.inf
-    assert measured == {"mlp.0": np.inf}
+    assert measured == {("mlp.0", "mlp"): np.inf}
 
 
 def test_blocks_whose_queries_cannot_be_cut_are_left_out():
@@ -258,4 +262,4 @@ def test_blocks_whose_queries_cannot_be_cut_are_left_out():
     model = from_proto(net.build(hidden))
     made = Case(model, find_blocks(model), [{"x": activations(4)}])
     measured = made.measured(operate(model, made.catalog, made.solution("corp")).model)
-    assert set(measured) == {"mlp.0"}
+    assert set(measured) == {("mlp.0", "mlp")}

@@ -163,7 +163,7 @@ def test_four_exports_of_one_encoder_are_pruned_alike(tmp_path):
             assert widths(catalog) == [(12, 32), (1536,)] * 6
             statistics = gather(model, catalog, task.calibration[:4])
             plan = uniform(catalog, {"mlp": 0.5, "qk": 0.5})
-            solution = solve(model, catalog, plan, statistics, Recipe())
+            solution = solve(model, catalog, plan, statistics, Recipe("corp"))
             found.append(run(operate(model, catalog, solution).model, *task.test[:2]))
     seen = [batch["attention_mask"][..., None] for batch in task.test[:2]]
     first, *others = ([_only(y, where) for y, where in zip(f, seen, strict=True)] for f in found)

@@ -14,7 +14,7 @@ from corp_onnx.calibrate import calibrate, gather
 from corp_onnx.errors import DataError, OutputError
 from corp_onnx.plan import uniform
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.statistics import Statistics, merged
+from corp_onnx.statistics import FORMAT, Statistics, merged
 from tests.inputs import activations, dataset
 from tests.tolerances import distance
 
@@ -163,7 +163,7 @@ SPOILERS = {
     "no energy": lambda path: rewritten(path, **{"energy/attention.0": None}),
     "about is a list": lambda path: rewritten(path, about=encoded([1, 2])),
     "about is no JSON": lambda path: rewritten(path, about=np.arange(3, dtype=np.uint8)),
-    "about says too little": lambda path: rewritten(path, about=encoded({"format": 1})),
+    "about says too little": lambda path: rewritten(path, about=encoded({"format": FORMAT})),
 }
 
 
@@ -198,7 +198,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_another_format_is_refused_by_number(saved):
     rewritten(saved, about=encoded(about(saved) | {"format": 99}))
-    with pytest.raises(DataError, match="was written in format 99, this version reads 1"):
+    with pytest.raises(DataError, match="was written in format 99, this version reads 2"):
         Statistics.load(saved)
 
 
@@ -262,7 +262,7 @@ def test_statistics_of_another_model_are_refused(tiny, statistics):
     catalog = find_blocks(other)
     plan = uniform(catalog, {"mlp": 0.5}, align=1)
     with pytest.raises(DataError, match=r"\(memory\) were taken of another model"):
-        solve(other, catalog, plan, statistics, Recipe())
+        solve(other, catalog, plan, statistics, Recipe("corp"))
 
 
 def test_statistics_without_a_site_are_refused(model, statistics):
@@ -270,4 +270,4 @@ def test_statistics_without_a_site_are_refused(model, statistics):
     plan = uniform(catalog, {"mlp": 0.5}, align=1)
     sites = {name: site for name, site in statistics.sites.items() if name != "mlp.1.hidden"}
     with pytest.raises(DataError, match=r"hold nothing of mlp\.1\.hidden; calibrate again"):
-        solve(model, catalog, plan, replace(statistics, sites=sites), Recipe())
+        solve(model, catalog, plan, replace(statistics, sites=sites), Recipe("corp"))

@@ -69,7 +69,7 @@ def solved(model):
     catalog = find_blocks(model)
     statistics = gather(model, catalog, [{"x": activations()}])
     plan = uniform(catalog, HALF, align=1)
-    return catalog, statistics, solve(model, catalog, plan, statistics, Recipe(ridge=1e-6))
+    return catalog, statistics, solve(model, catalog, plan, statistics, Recipe("corp", ridge=1e-6))
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -113,11 +113,11 @@ def test_promises_are_kept_over_all_of_them():
     again = find_blocks(small)
     found = measured_errors(model, catalog, small, again, [{"x": activations()}])
     for fold in solution.folds:
-        assert found[fold.block] == pytest.approx(fold.evidence.error, rel=1e-3)
+        assert found[fold.block, fold.axis] == pytest.approx(fold.evidence.error, rel=1e-3)
     alone = [replace(block, twins=()) for block in catalog.blocks]
     apart = replace(catalog, blocks=tuple(alone))
     parts = measured_errors(model, apart, small, again, [{"x": activations()}])
-    assert parts["mlp.0"] != pytest.approx(found["mlp.0"], rel=1e-2)
+    assert parts["mlp.0", "mlp"] != pytest.approx(found["mlp.0", "mlp"], rel=1e-2)
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -239,7 +239,7 @@ def cut(tiny):
     catalog = find_blocks(model)
     statistics = gather(model, catalog, [{"x": activations()}])
     plan = uniform(catalog, {"mlp": 0.5, "qk": 0.5}, align=1)
-    solution = solve(model, catalog, plan, statistics, Recipe())
+    solution = solve(model, catalog, plan, statistics, Recipe("corp"))
     return model, plan, operate(model, catalog, solution).model
 
 

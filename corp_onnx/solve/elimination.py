@@ -79,10 +79,10 @@ def eliminate(
     Raises:
         IllConditioned: If ``Σ + λI`` has no Cholesky factorisation.
 
-    >>> sigma = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 4.0]])  # 0 and 1 are equal
+    >>> sigma = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 2.0]])  # 0 and 1 are equal
     >>> found = eliminate(sigma, np.ones((3, 1)), ridge=1e-9)
-    >>> sorted(found.order.tolist()), found.costs.round(3)
-    ([0, 2], array([0., 4.]))
+    >>> int(found.order[1]), found.costs.round(3)
+    (2, array([0., 2.]))
     """
     width = len(covariance)
     absolute = ridge * float(np.trace(covariance)) / width
@@ -90,10 +90,12 @@ def eliminate(
         np.diagonal(covariance) <= NEVER_VARIES * np.trace(covariance) / width
     )[: width - keep]
     left = np.setdiff1d(np.arange(width), constant)
-    surgeon = _Surgeon(
-        _inverse(covariance[np.ix_(left, left)], absolute), np.array(weight[left], np.float64)
-    )
-    places, costs = surgeon.remove(len(left) - keep)
+    places: list[int] = []
+    costs: list[float] = []
+    if len(left) > keep:
+        inverse = _inverse(covariance[np.ix_(left, left)], absolute)
+        surgeon = _Surgeon(inverse, np.array(weight[left], np.float64))
+        places, costs = surgeon.remove(len(left) - keep)
     exact = weight.astype(np.float64)
     return Elimination(
         np.concatenate([constant, left[places]]),

@@ -72,6 +72,8 @@ def truncate_query_key(
         losses += _left_after(sigma)
         condition = max(condition, spread_q, spread_k)
     a, b = (np.stack(maps) for maps in zip(*halves, strict=True))
+    if width == query_grams.shape[-1]:
+        a, b = _nothing_dropped(query_grams), _nothing_dropped(query_grams)
     return Truncated((a, b), _share(losses), condition)
 
 
@@ -109,6 +111,8 @@ def truncate_value_output(
         maps.append(inverse @ u[:, :width])
         losses += _left_after(np.pad(sigma, (0, len(u) - len(sigma))))
         condition = max(condition, spread)
+    if width == covariances.shape[-1]:
+        return Truncated((_nothing_dropped(covariances),), _share(losses), condition)
     return Truncated((np.stack(maps),), _share(losses), condition)
 
 
@@ -121,6 +125,11 @@ def shared(
     counts: np.ndarray = np.bincount(heads, minlength=groups).clip(min=1)
     mean: np.ndarray = total / counts[:, None, None]
     return mean
+
+
+def _nothing_dropped(of_heads: Float64[np.ndarray, "g e e"]) -> Float64[np.ndarray, "g e e"]:
+    """The identity for every head: at full width there is nothing to choose."""
+    return np.broadcast_to(np.eye(of_heads.shape[-1]), of_heads.shape)
 
 
 def _roots(

@@ -14,7 +14,13 @@ from corp_onnx.solve.affine import share, solve_definite
 from corp_onnx.solve.elimination import eliminate
 from corp_onnx.solve.folds import Evidence, MlpFold, OutputFold, QueryKeyFold, ValueOutputFold
 from corp_onnx.solve.joint import Joint, merged
-from corp_onnx.solve.lowrank import Truncated, shared, truncate_query_key, truncate_value_output
+from corp_onnx.solve.lowrank import (
+    NEGLIGIBLE,
+    Truncated,
+    shared,
+    truncate_query_key,
+    truncate_value_output,
+)
 from corp_onnx.solve.refit import Refit, refit
 
 LEAST_GAIN = 1e-6
@@ -115,11 +121,12 @@ def narrow_values(
 ) -> ValueOutputFold:
     r"""Truncate the values of every head, then fit the output projection over all heads.
 
-    With ``P = diag(P_1 … P_h)`` of `truncate_value_output`, the fit starts from::
+    With ``P = diag(P_1 … P_h)`` of `truncate_value_output`, and what every head could do by itself,
+    ``W_own = diag(P_hᵀ Σ_h P_h)⁻¹ diag(P_hᵀ Σ_h) W``, the fit starts from::
 
-        W₀ = (Pᵀ Σ P + λI)⁻¹ Pᵀ Σ W        λ = ridge · tr(Pᵀ Σ P) / (h r)
+        W₀ = W_own + (Pᵀ Σ P + λI)⁻¹ Pᵀ Σ (W - P W_own)        λ = ridge · tr(Pᵀ Σ P) / (h r)
 
-    in which other heads help to say what one head lost.
+    in which other heads help to say what one head lost. Where nothing is lost nothing changes.
     """
     places, of_head, weight = heads.places, heads.value_heads, branch.scaled
     found = truncated_values(merged(parts), branch, heads, width)
@@ -132,10 +139,11 @@ def narrow_values(
     def narrowing(joint: Joint) -> tuple[Joint, Float64[np.ndarray, "k o"]]:
         mapped = joint.mapped(narrow)
         absolute = ridge * float(np.trace(mapped.within)) / len(mapped.mean)
-        wanted = narrow.T @ joint.within @ weight
-        start, condition = _taken_over(mapped.within, wanted, absolute)
+        own = _by_itself(joint, weight, places, maps[of_head])
+        lost = narrow.T @ joint.within @ (weight - narrow @ own)
+        change, condition = _taken_over(mapped.within, lost, absolute)
         conditions.append(condition)
-        return mapped, start
+        return mapped, own + change
 
     fitted = refit(parts, narrowing)
     evidence = Evidence(float(found.curve[width]), max(conditions), fitted.seen, fitted.unseen)
@@ -185,6 +193,21 @@ def truncated_values(joint: Joint, branch: Branch, heads: Heads, width: int) -> 
     ]
     pooled = shared(covariances, of_head, heads.groups)
     return truncate_value_output(pooled, _side_by_side(rows), width)
+
+
+def _by_itself(
+    joint: Joint,
+    weight: Float64[np.ndarray, "d o"],
+    places: Int[np.ndarray, "h e"],
+    maps: Float64[np.ndarray, "h e r"],
+) -> Float64[np.ndarray, "k o"]:
+    """The rows with which every head's narrow values stand in best for its dense ones."""
+    rows = []
+    for channels, narrow in zip(places, maps, strict=True):
+        crossed = narrow.T @ joint.within[np.ix_(channels, channels)]
+        inverse = np.linalg.pinv(crossed @ narrow, rcond=NEGLIGIBLE, hermitian=True)
+        rows.append(inverse @ crossed @ weight[channels])
+    return np.concatenate(rows)
 
 
 def _taken_over(

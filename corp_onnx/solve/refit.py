@@ -18,6 +18,9 @@ STRENGTHS: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 STEPS: tuple[float, ...] = (0.5, 1.0)
 """How much of the correction is taken."""
 
+ROUNDING = 1e-6
+"""Share of the target's variance that cannot be told from nothing: moments are float32 products."""
+
 Narrowing = Callable[[Joint], tuple[Joint, Float64[np.ndarray, "k o"]]]
 """From what all features say to what the kept ones say, and the folded weight to start from."""
 
@@ -59,7 +62,7 @@ def refit(parts: Sequence[Joint], narrowing: Narrowing) -> Refit:
 
     ``λ`` (relative to the mean variance) and ``β`` are those that do best on each part of the
     samples when fitted to the others. No refit is one of the choices, and the only one if there is
-    but one part.
+    but one part, or if the folded weight leaves nothing but rounding to correct.
 
     Args:
         parts: Moments of disjoint sets of samples, with different pictures or texts in each.
@@ -77,8 +80,9 @@ def refit(parts: Sequence[Joint], narrowing: Narrowing) -> Refit:
         return _fitted(*narrowing(parts[0]), NO_REFIT, None)
     trials = [_trials(narrowing(part)[0], *narrowing(_others(parts, part))) for part in parts]
     totals = {choice: sum(trial[choice] for trial in trials) for choice in trials[0]}
-    best = min(totals, key=totals.__getitem__)
     spread = sum(part.total for part in parts)
+    exact = totals[NO_REFIT] <= ROUNDING * spread
+    best = NO_REFIT if exact else min(totals, key=totals.__getitem__)
     unseen = totals[best] / spread if spread else 0.0
     return _fitted(*narrowing(merged(parts)), best, unseen)
 
