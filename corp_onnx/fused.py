@@ -16,10 +16,15 @@ Shape = tuple[int, ...]
 Shapes = Sequence[Shape | None]
 """Of every input in order; None for one that is absent or not known."""
 
+BLOCKED = "com.microsoft.nchwc"
+"""Operators on channels in blocks, as the vector units of the processor at hand like them."""
+
 TWINS = {"FusedConv": "Conv", "FusedGemm": "Gemm"}
 """Operators whose result has the shape of a standard operator's with the same inputs."""
 
-DOMAINS = frozenset({None, "", "ai.onnx", "com.microsoft"})
+BLOCKED_TWINS = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"})
+
+DOMAINS = frozenset({None, "", "ai.onnx", "com.microsoft", BLOCKED})
 
 _MASK_INDEX = np.dtype(np.int32)
 
@@ -46,7 +51,14 @@ def outputs_of(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
 
 def has_rule(node: gs.Node) -> bool:
     """Whether shapes after a node without a schema follow from those before it."""
-    return node.domain in DOMAINS and (node.op in _RULES or node.op in TWINS)
+    return node.domain in DOMAINS and (node.op in _RULES or twin_of(node) is not None)
+
+
+def twin_of(node: gs.Node) -> str | None:
+    """The standard operator whose result has the same shape; None if there is no such."""
+    if node.domain == BLOCKED and node.op in BLOCKED_TWINS:
+        return str(node.op)
+    return TWINS.get(node.op)
 
 
 def matrix_product(left: Shape, right: Shape) -> Shape | None:
@@ -148,6 +160,25 @@ def _grouped(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
     return [Made(query)]
 
 
+def _into_blocks(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
+    """``ReorderInput``; channels are counted without what fills their last block."""
+    first = shapes[0] or ()
+    if len(first) != 4:
+        return None
+    last = node.attrs.get("channels_last", 0)
+    return [Made((first[0], first[3], *first[1:3]) if last else first)]
+
+
+def _out_of_blocks(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
+    """``ReorderOutput``, which says how many channels are real."""
+    first, channels = shapes[0] or (), node.attrs.get("channels", 0)
+    if len(first) != 4 or not channels:
+        return None
+    last = node.attrs.get("channels_last", 0)
+    points = first[2:]
+    return [Made((first[0], *points, channels) if last else (first[0], channels, *points))]
+
+
 def _nbits(node: gs.Node, shapes: Shapes) -> list[Made | None]:
     return [Made((*(shapes[0] or ())[:-1], node.attrs.get("N", 0)))]
 
@@ -169,4 +200,6 @@ _RULES: Mapping[str, _Rule] = {
     "MultiHeadAttention": _multi_head,
     "GroupQueryAttention": _grouped,
     "MatMulNBits": _nbits,
+    "ReorderInput": _into_blocks,
+    "ReorderOutput": _out_of_blocks,
 }

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from corp_onnx.fused import TWINS, has_rule, outputs_of
+from corp_onnx.fused import has_rule, outputs_of, twin_of
 from corp_onnx.reference import run as run  # a name of this module too: `shapes.run`
 from corp_onnx.sizes import DEFAULT_SEQUENCES, Sizes, input_sizes
 
@@ -209,8 +209,9 @@ def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> No
 def _standard(node: gs.Node) -> onnx.NodeProto:
     """A node as protobuf; one with an activation fused to its end as what it is without."""
     proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
-    if node.op in TWINS:
-        proto.op_type, proto.domain = TWINS[node.op], ""
+    twin = twin_of(node)
+    if twin is not None:
+        proto.op_type, proto.domain = twin, ""
         plain = [entry for entry in proto.attribute if not entry.name.startswith("activation")]
         del proto.attribute[:], proto.input[3:]
         proto.attribute.extend(plain)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from jaxtyping import Int64
 
 from corp_onnx.blocks.movement import Path
 from corp_onnx.blocks.records import Layout
+from corp_onnx.shapes import Facts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,10 +44,14 @@ class _Atom:
 
 
 def find_layout(
-    target: Target, path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...]
+    target: Target,
+    path: Path,
+    moved: Mapping[str, np.ndarray],
+    tokens: tuple[int, ...],
+    facts: Facts,
 ) -> Layout | None:
     """The layout with token axes as the projection has them, or as a Reshape splits them."""
-    for split, sizes in _token_axes(path, moved, tokens):
+    for split, sizes in _token_axes(path, moved, tokens, facts):
         layout = _fit(target, split, sizes)
         if layout is not None:
             return layout
@@ -60,18 +66,34 @@ def arrange(layout: Layout, projection: np.ndarray, shape: tuple[int, ...]) -> n
 
 
 def _token_axes(
-    path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...]
+    path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...], facts: Facts
 ) -> list[tuple[str | None, tuple[int, ...]]]:
+    """The token axes of the projection, and those that every Reshape of the path makes of them."""
     ways: list[tuple[str | None, tuple[int, ...]]] = [(None, tokens)]
+    width = moved[path.source.name].size // prod(tokens)
     for node in path.nodes:
-        if node.op == "Reshape":
-            output = moved[node.outputs[0].name]
-            (ends,) = np.nonzero(np.cumprod(output.shape) == prod(tokens))
-            in_order = (np.diff(output.reshape(-1)) == 1).all()
-            if in_order and ends.size and output.shape[: ends[-1] + 1] != tokens:
-                ways.append((node.name, output.shape[: ends[-1] + 1]))
-            break
+        if node.op != "Reshape":
+            continue
+        output = moved[node.outputs[0].name]
+        (ends,) = np.nonzero(np.cumprod(output.shape) == prod(tokens))
+        sizes = output.shape[: ends[-1] + 1] if ends.size else tokens
+        rows = (output // width).reshape(prod(tokens), -1)
+        in_order = (rows == np.arange(prod(tokens))[:, None]).all()
+        if in_order and sizes != tokens and _serves(node, sizes, tokens, facts):
+            ways.append((node.name, sizes))
     return ways
+
+
+def _serves(node: gs.Node, sizes: tuple[int, ...], tokens: tuple[int, ...], facts: Facts) -> bool:
+    """Whether the target of a Reshape splits the tokens of the projection as it does its input's.
+
+    A zero in it copies a size, and has to find it in the projection too.
+    """
+    target = facts.value(node.inputs[1])
+    if target is None:
+        return False
+    copied = np.flatnonzero(target[: len(sizes)] == 0)
+    return all(axis < len(tokens) and tokens[axis] == sizes[axis] for axis in copied)
 
 
 def _fit(target: Target, split: str | None, sizes: tuple[int, ...]) -> Layout | None:

@@ -10,6 +10,7 @@ from jaxtyping import Float64
 
 from corp_onnx.blocks.records import Linear, Refusal
 from corp_onnx.blocks.view import constant_value
+from corp_onnx.fused import BLOCKED
 
 
 def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal | None:
@@ -18,38 +19,11 @@ def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal
     ``shown`` are the names of the graph's outputs: a product that the caller sees keeps its bias
     outside.
     """
+    if node.domain not in {"", "ai.onnx", None}:
+        return _match_blocked(node, opset)
     if node.op == "Conv":
         return _match_pointwise(node, opset)
-    if node.op not in {"MatMul", "Gemm"}:
-        return None
-    if constant_value(node.inputs[0], opset) is not None:
-        return Refusal(node.name, node.op, "the constant matrix multiplies from the left")
-    weight = constant_value(node.inputs[1], opset)
-    if weight is None:
-        return None
-    if weight.ndim != 2:
-        return Refusal(
-            node.name, node.op, f"the weight {node.inputs[1].name!r} is {weight.ndim}-D, no matrix"
-        )
-    if node.attrs.get("transA", 0):
-        return Refusal(node.name, node.op, "the activation enters transposed (transA = 1)")
-    if node.op == "Gemm" and not _has_vector(node, opset):
-        return Refusal(
-            node.name, node.op, f"it adds {node.inputs[2].name!r}, which is no constant vector"
-        )
-
-    width_in, width_out = weight.T.shape if node.attrs.get("transB", 0) else weight.shape
-    seen = node.op == "Gemm" or node.outputs[0].name in shown
-    bias_node = None if seen else _bias_node(node, width_out, opset)
-    last = bias_node or node
-    return Linear(
-        node.name,
-        bias_node.name if bias_node else None,
-        node.inputs[0].name,
-        last.outputs[0].name,
-        width_in,
-        width_out,
-    )
+    return _match_product(node, opset, shown) if node.op in {"MatMul", "Gemm"} else None
 
 
 def weight_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> Float64[np.ndarray, "i o"]:
@@ -87,6 +61,37 @@ def dtype_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> np.dtype:
     return weight.dtype
 
 
+def _match_product(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal | None:
+    if constant_value(node.inputs[0], opset) is not None:
+        return Refusal(node.name, node.op, "the constant matrix multiplies from the left")
+    weight = constant_value(node.inputs[1], opset)
+    if weight is None:
+        return None
+    if weight.ndim != 2:
+        return Refusal(
+            node.name, node.op, f"the weight {node.inputs[1].name!r} is {weight.ndim}-D, no matrix"
+        )
+    if node.attrs.get("transA", 0):
+        return Refusal(node.name, node.op, "the activation enters transposed (transA = 1)")
+    if node.op == "Gemm" and not _has_vector(node, opset):
+        return Refusal(
+            node.name, node.op, f"it adds {node.inputs[2].name!r}, which is no constant vector"
+        )
+
+    width_in, width_out = weight.T.shape if node.attrs.get("transB", 0) else weight.shape
+    seen = node.op == "Gemm" or node.outputs[0].name in shown
+    bias_node = None if seen else _bias_node(node, width_out, opset)
+    last = bias_node or node
+    return Linear(
+        node.name,
+        bias_node.name if bias_node else None,
+        node.inputs[0].name,
+        last.outputs[0].name,
+        width_in,
+        width_out,
+    )
+
+
 def _match_pointwise(node: gs.Node, opset: int) -> Linear | None:
     """A convolution whose kernel is a single point, over all channels: a product per position."""
     weight = constant_value(node.inputs[1], opset)
@@ -100,6 +105,19 @@ def _match_pointwise(node: gs.Node, opset: int) -> Linear | None:
     width_out, width_in = weight.shape[:2]
     ends = (node.inputs[0].name, node.outputs[0].name)
     return Linear(node.name, None, *ends, width_in, width_out, axis=1)
+
+
+def _match_blocked(node: gs.Node, opset: int) -> Refusal | None:
+    """A convolution of single points whose weights ONNX Runtime has laid out for one processor."""
+    blocked = node.domain == BLOCKED and node.op == "Conv"
+    weight = constant_value(node.inputs[1], opset) if blocked else None
+    if weight is None or weight[0, 0].size != 1 or node.attrs.get("group", 1) != 1:
+        return None
+    reason = (
+        "its weights are laid out for one processor (com.microsoft.nchwc); save the optimised "
+        "model at level ORT_ENABLE_EXTENDED or below"
+    )
+    return Refusal(node.name, node.op, reason)
 
 
 def _has_vector(node: gs.Node, opset: int) -> bool:

@@ -191,6 +191,8 @@ class _Climb:
 
 def is_positional(view: View, node: gs.Node) -> bool:
     """Whether a node mixes positions but never channels, which lie on axis 1."""
+    if node.domain not in {"", "ai.onnx", None}:
+        return False
     if node.op == "Conv":
         weight = view.known(node.inputs[1])
         return weight is not None and weight.shape[:2] == (node.attrs.get("group", 1), 1)

@@ -116,7 +116,7 @@ def _land(
     reason = _unequal(gain, gains, heads) or _unequal(offset, offsets, heads)
     if reason:
         return reason
-    layout = find_layout(_target(numbers, width, table, operand), path, moved, tokens)
+    layout = find_layout(_target(numbers, width, table, operand), path, moved, tokens, facts)
     return Landing(heads, table, gains, offsets, layout)
 
 
