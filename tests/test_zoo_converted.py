@@ -1,7 +1,7 @@
 """The zoo as simplifiers, converters and optimisers leave it: the same blocks, the same properties.
 
-Every module is tried with every tool, in one of its forms; with ``CORP_ONNX_EVERY_FORM`` in the
-environment in all of them, which takes three times as long.
+Every module is tried with both simplifiers, in one of its forms, and with every other of the
+remaining tools; with ``CORP_ONNX_EVERY_FORM`` in the environment with all, in all of its forms.
 """
 
 from __future__ import annotations
@@ -24,13 +24,20 @@ They are the first of all tools, so that tests of one model have it under one nu
 """
 
 
+SIMPLIFIERS = RESHAPED[:2]
+
+
 def chosen(tool):
-    """Models for a tool: of every module one form, another one for the next tool."""
+    """Models for a tool: of a module one form, another one for the next tool."""
     forms = {}
     for name in NAMES:
         forms.setdefault(module_of(name), []).append(name)
     turn = list(TOOLS).index(tool)
-    rotated = [names[turn % len(names)] for names in forms.values()]
+    rotated = [
+        names[turn % len(names)]
+        for place, names in enumerate(forms.values())
+        if tool in SIMPLIFIERS or (place + turn) % 2
+    ]
     different = [name for name, other in DIFFERENT if other == tool]
     every = "CORP_ONNX_EVERY_FORM" in os.environ
     return NAMES if every else tuple(dict.fromkeys((*rotated, *different)))
