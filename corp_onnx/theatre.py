@@ -85,16 +85,15 @@ class Theatre:
             self.emit.graph.nodes.append(add)
             self.biased[linear.node] = add.name
 
-    def split(self, linear: Linear, tensors: Sequence[str], size: int) -> None:
+    def split(self, whole: str, tensors: Sequence[str], size: int, axis: int) -> None:
         """Let tensors, which were split off from a layer's output, be equal parts of it now."""
-        output = self.tensors[linear.output]
-        if list(tensors) == [linear.output]:
+        if list(tensors) == [whole]:
             return
-        parts = [output]
+        parts = [self.tensors[whole]]
         if len(tensors) > 1:
-            parts = self.emit.split(output, [size] * len(tensors), linear.axis, self.opset)
+            parts = self.emit.split(parts[0], [size] * len(tensors), axis, self.opset)
         for name, part in zip(tensors, parts, strict=True):
-            replace_readers(self.tensors[name], part)
+            self.take_place(name, part)
 
     def set_target(self, target: Target, width: int) -> None:
         """Let a Reshape make ``multiple · width`` channels, its target constant or not."""

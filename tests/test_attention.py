@@ -30,6 +30,7 @@ from tests.attention_builders import (
     MICROSOFT,
     MORE,
     built,
+    in_windows,
     linears,
     merged,
     products,
@@ -463,3 +464,11 @@ def test_a_packed_projection_of_two_attentions_is_refused_in_both():
     assert (axes_of(nothing), axes_of(values)) == ((), ("vo",))
     assert f"is also that of {values.id}" in nothing.refused["vo"]
     assert f"is also that of {nothing.id}" in values.refused["qk"]
+
+
+def test_a_size_that_is_copied_from_other_rows_splits_no_tokens():
+    """The number of samples would be that of all tokens: the projection lies on rows."""
+    net = Net(0)
+    model = graph.from_proto(net.build(in_windows(0)(net)))
+    (refusal,) = (item for item in find_blocks(model).refusals if item.op == "Softmax")
+    assert "one Reshape and one Transpose" in refusal.reason

@@ -16,6 +16,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from tests import converted
+
 FOLDER = Path(__file__).parent / "zoo"
 TOKENS, VOCABULARY = 12, 100
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.onnx")))
@@ -29,12 +31,16 @@ DRAWN = "drawn:"
 
 
 def load(name: str) -> onnx.ModelProto:
-    """A model of the zoo, whole."""
-    model = onnx.load(FOLDER / f"{name}.onnx")
+    """A model of the zoo, whole; behind an ``@`` stands the tool that is to convert it."""
+    exported, _, tool = name.partition("@")
+    model = onnx.load(FOLDER / f"{exported}.onnx")
     for tensor in tensors_of(model):
         if tensor.doc_string.startswith(DRAWN):
             fill(tensor)
-    return model
+    if not tool:
+        return model
+    shapes = {key: list(value.shape) for key, value in feeds(name, 2).items()}
+    return converted.convert(model, tool, shapes)
 
 
 def module_of(name: str) -> str:
@@ -44,7 +50,8 @@ def module_of(name: str) -> str:
 
 def feeds(name: str, batch: int, tokens: int = TOKENS, *, seed: int = 0) -> dict[str, np.ndarray]:
     """Random inputs of a model; in masks, later samples end earlier."""
-    graph = onnx.load(FOLDER / f"{name}.onnx").graph
+    exported, _, _ = name.partition("@")
+    graph = onnx.load(FOLDER / f"{exported}.onnx").graph
     sizes = {"batch": batch, "sequence": tokens}
     rng = np.random.default_rng(seed)
     made = {}

@@ -29,6 +29,10 @@ Forms: `ts` is the TorchScript exporter and `dynamo` the newer one, each with it
 (`fused`, `mha`), optimised by ONNX Runtime itself (`ort`), its weights rounded to four bits by
 ONNX Runtime's quantiser (`nbits`), simplified by onnxslim (`slim`), or converted to another opset.
 
+The same is found in what onnxslim and onnxsim make of these files, with dynamic and with fixed
+sizes, in what ONNX Runtime saves at the levels `basic` and `extended`, and after conversion to
+opset 24; `tests/converted.py` names the few exceptions, each with what the tool changed.
+
 | model | forms | MLP | query-key | value-output | what is refused, and why |
 |---|---|---|---|---|---|
 """

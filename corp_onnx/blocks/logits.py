@@ -17,7 +17,7 @@ BENDING_OPS = frozenset({"Tanh", "Relu", "Sigmoid", "Clip", "Max", "Min", "Exp",
 
 JOINING_OPS = frozenset({"Mul", "Div", "Add", "Sub", "Where"})
 TURNING_OPS = MOVING_OPS | {"GatherElements", "Pad"}
-MIXING_OPS = frozenset({"BatchNormalization", "Conv", "LayerNormalization", "MatMul"})
+MIXING_OPS = frozenset({"BatchNormalization", "Conv", "Gemm", "LayerNormalization", "MatMul"})
 """What may be done to all heads together, before Softmax or after it: talking heads."""
 
 
@@ -129,8 +129,16 @@ def _goes_on(view: View, node: gs.Node, slot: int) -> bool:
 
 
 def _mixes_heads(view: View, node: gs.Node) -> bool:
-    """Whether a node may be a linear map of heads, of logits or probabilities ``[b, h, t, t]``."""
-    return node.op in MIXING_OPS and len(view.shape(node.inputs[0]) or ()) >= 4
+    """Whether a node may be a linear map of heads, of logits or probabilities ``[b, h, t, t]``.
+
+    Before a Gemm a Reshape merges all axes but the last.
+    """
+    tensor = node.inputs[0]
+    maker = producer(tensor) if node.op == "Gemm" else None
+    if maker is not None and maker.op == "Reshape":
+        shapes = [view.shape(value) or (0,) for value in (maker.inputs[0], tensor)]
+        tensor = maker.inputs[0] if shapes[0][-1] == shapes[1][-1] else tensor
+    return node.op in MIXING_OPS and len(view.shape(tensor) or ()) >= 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
