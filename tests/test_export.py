@@ -50,6 +50,36 @@ SCRIPT = """
         def forward(self, x):
             return None
 
+    class Elsewhere(Counting):
+        # Depends on the batch where the mask is so: exports keep the traced batch.
+
+        def __init__(self, where):
+            super().__init__()
+            self.where = where
+            self.table = torch.nn.Embedding(50, 4)
+
+        def forward(self, ids, attention_mask):
+            hidden = self.table(ids)
+            there = (attention_mask == self.where)[..., None]
+            return torch.where(there, super().forward(hidden), hidden)
+
+    class Pooled(Elsewhere):
+        def forward(self, ids, attention_mask):
+            return super().forward(ids, attention_mask).mean(1)
+
+    def text():
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+        return {"ids": torch.randint(0, 50, (2, 5)), "attention_mask": mask}
+
+    def at_padding():
+        return Elsewhere(0), text()
+
+    def at_tokens():
+        return Elsewhere(1), text()
+
+    def pooled():
+        return Pooled(0), text()
+
     def by_position():
         return Mean(), (torch.randint(0, 50, (2, 5)), torch.randn(2, 3))
 
@@ -222,6 +252,52 @@ def test_an_export_that_computes_something_else_is_not_written(function, script,
     with pytest.raises(VerificationError, match="its outputs differ from torch's by"):
         export(f"{script}:{function}", output)
     assert left_behind(output) == []
+
+
+@pytest.mark.slow
+def test_what_comes_out_at_padding_is_nobodys_business(script, output):
+    assert export(f"{script}:at_padding", output).parity < 1e-6
+    for counts in ("at_tokens", "pooled"):
+        with pytest.raises(VerificationError, match="its outputs differ from torch's by"):
+            export(f"{script}:{counts}", output)
+
+
+@pytest.mark.slow
+@BOTH
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "OPT", "Gemma2", "Qwen3"])
+def test_a_causal_model_is_compared_with_padding_on_either_side(
+    kind, exporter, tmp_path, output, monkeypatch
+):
+    folder = causal(kind, tmp_path)
+    made = export(f"hf:{folder}", output, random_weights=True, exporter=exporter)
+    assert made.parity < 1e-5
+    if kind == "Llama" and exporter == "dynamo":  # behind padding that comes first
+        monkeypatch.setattr("corp_onnx.export.module.Module.counted", lambda *_: {})
+        with pytest.raises(VerificationError, match="its outputs differ from torch's by"):
+            export(f"hf:{folder}", output, random_weights=True, exporter=exporter)
+
+
+def causal(kind, folder):
+    """A folder with a small language model of transformers, without its weights."""
+    import transformers
+
+    old = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+    new = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 48,
+    }
+    family = getattr(transformers, f"{kind}Config")
+    config = family(vocab_size=60, pad_token_id=0, **(old if kind == "GPT2" else new))
+    config.architectures = ["GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"]
+    config.save_pretrained(folder / kind)
+    return folder / kind
 
 
 @pytest.mark.slow
