@@ -62,6 +62,18 @@ def minilm_l6_sdpa() -> tuple[torch.nn.Module, Inputs]:
 
 def smollm2() -> tuple[torch.nn.Module, Inputs]:
     """SmolLM2-135M as fetched, dequantised to float32; from token numbers to logits."""
+    return _smollm2(), {"input_ids": torch.randint(0, VOCABULARY, (2, TOKENS))}
+
+
+def smollm2_masked() -> tuple[torch.nn.Module, Inputs]:
+    """The same with a mask: without one, transformers looks for packed texts by `diff`.
+
+    The TorchScript exporter has no form for that.
+    """
+    return _smollm2(), _sentences()
+
+
+def _smollm2() -> torch.nn.Module:
     language_model = transformers.AutoModelForCausalLM.from_pretrained(
         FOLDER, gguf_file="smollm2.gguf", dtype=torch.float32
     )
@@ -72,11 +84,14 @@ def smollm2() -> tuple[torch.nn.Module, Inputs]:
             super().__init__()
             self.model = language_model
 
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            given = {"input_ids": input_ids, "attention_mask": attention_mask}
+            logits: torch.Tensor = self.model(**given, use_cache=False).logits
             return logits
 
-    return Reading().eval(), {"input_ids": torch.randint(0, VOCABULARY, (2, TOKENS))}
+    return Reading().eval()
 
 
 def _minilm(attention: str) -> tuple[torch.nn.Module, Inputs]:

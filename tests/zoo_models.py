@@ -28,9 +28,9 @@ DRAWN = "drawn:"
 """How the doc string of a weight that is not in the file begins; its parameter's name follows."""
 
 
-def load(name: str) -> onnx.ModelProto:
+def load(name: str, folder: Path = FOLDER) -> onnx.ModelProto:
     """A model of the zoo, whole."""
-    model = onnx.load(FOLDER / f"{name}.onnx")
+    model = onnx.load(folder / f"{name}.onnx")
     for tensor in tensors_of(model):
         if tensor.doc_string.startswith(DRAWN):
             fill(tensor)

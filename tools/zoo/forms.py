@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -66,16 +67,18 @@ def _write_old(source: str, path: Path) -> None:
         name: {0: "batch", 1: "sequence"} if is_tokens(example) else {0: "batch"}
         for name, example in module.examples.items()
     }
-    torch.onnx.export(
-        module.module,
-        tuple(module.examples.values()),
-        str(path),
-        input_names=list(module.examples),
-        output_names=list(module.outputs),
-        opset_version=11,
-        dynamo=False,
-        dynamic_axes=axes | {name: {0: "batch"} for name in module.outputs},
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module.module,
+            tuple(module.examples.values()),
+            str(path),
+            input_names=list(module.examples),
+            output_names=list(module.outputs),
+            opset_version=11,
+            dynamo=False,
+            dynamic_axes=axes | {name: {0: "batch"} for name in module.outputs},
+        )
 
 
 def _convert(opset: int) -> Step:
