@@ -21,6 +21,7 @@ from benchmarks import (
     calibration,
     demo,
     exactness,
+    inspection,
     language,
     latency,
     machine,
@@ -38,6 +39,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "demo": Benchmark(demo.measure, "the bundled model, cut and repaired by every method"),
     "exactness": Benchmark(
         exactness.measure, "ratio 0 and changes of basis give back the dense function", TORCH
+    ),
+    "inspect": Benchmark(
+        inspection.measure, "how long `inspect` takes on graphs of many nodes", (*TORCH, "gguf")
     ),
     "quality": Benchmark(
         quality.measure, "error and accuracy of cut models, by method", ("tokenizers", "pillow")

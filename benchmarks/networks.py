@@ -15,6 +15,7 @@ from tools.fetch_assets import FOLDER
 
 IMAGE, CHANNELS = 224, 3
 SMALL_IMAGE, SMALL_PATCH = 64, 8
+DEEP = 60
 TOKENS, VOCABULARY, POSITIONS = 12, 1000, 64
 
 Inputs = tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
@@ -28,6 +29,11 @@ def deit_s() -> tuple[torch.nn.Module, Inputs]:
 def vit_s() -> tuple[torch.nn.Module, Inputs]:
     """ViT-S with a LayerScale behind every branch."""
     return _timm("vit_small_patch16_224", init_values=0.5)
+
+
+def vit_deep() -> tuple[torch.nn.Module, Inputs]:
+    """Many nodes and few weights: sixty blocks, norms of queries and keys."""
+    return _timm("vit_tiny_patch16_224", depth=DEEP, qk_norm=True)
 
 
 def hf_vit_eager() -> tuple[torch.nn.Module, Inputs]:

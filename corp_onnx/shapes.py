@@ -28,10 +28,11 @@ LARGEST_KNOWN_VALUE = 1 << 16
 """Elements of the largest tensor whose value is computed rather than only its shape."""
 
 COMPUTED_OPS = frozenset(
-    """Abs Add And Cast CastLike Ceil Clip Concat ConstantOfShape Cos CumSum Div Equal Exp Expand
-    Flatten Floor Gather Greater GreaterOrEqual Identity Less LessOrEqual Log Max Min Mod Mul Neg
-    Not OneHot Or Pow Range Reciprocal ReduceMax ReduceMin ReduceProd ReduceSum Reshape Shape Sin
-    Size Slice Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where""".split()
+    """Abs Add And Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum Div
+    Equal Exp Expand Flatten Floor Gather Greater GreaterOrEqual Identity Less LessOrEqual Log
+    Max Min Mod Mul Neg Not OneHot Or Pow Range Reciprocal ReduceMax ReduceMin ReduceProd
+    ReduceSum Reshape Shape Sin Size Slice Split Sqrt Squeeze Sub Tile Transpose Trilu
+    Unsqueeze Where""".split()
 )
 """Operators that shape arithmetic, positions, scales and masks are made of."""
 
@@ -116,12 +117,40 @@ def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:
         facts.types[tensor.name] = _type_of(tensor.dtype, sizes[tensor.name])
     opsets = _opsets(graph)
     for node in graph.nodes:
-        known = _known_inputs(node, facts) if node.op in COMPUTED_OPS else None
-        if known is not None:
-            _record_values(node, _fitting(node, known, opsets[""]), facts)
-        else:
-            _record_shapes(node, facts, opsets)
+        _record(node, facts, opsets)
     return facts
+
+
+def _record(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> None:
+    """What is known of a node's outputs, from what is known of its inputs."""
+    if node.op == "If":
+        _record_branches(node, facts, opsets)
+        return
+    known = _known_inputs(node, facts) if node.op in COMPUTED_OPS else None
+    if known is not None:
+        _record_values(node, _fitting(node, known, opsets[""]), facts)
+    else:
+        _record_shapes(node, facts, opsets)
+
+
+def _record_branches(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> None:
+    """The outputs of the branch that is taken; the shapes of both where that is not known."""
+    chosen = facts.value(node.inputs[0])
+    names = ["else_branch", "then_branch"]
+    branches = [node.attrs[name] for name in (names if chosen is None else [names[bool(chosen)]])]
+    for inner in (inner for branch in branches for inner in branch.nodes):
+        _record(inner, facts, opsets)
+    for place, outer in enumerate(node.outputs):
+        results = [branch.outputs[place] for branch in branches]
+        found = {facts.shape(tensor) for tensor in results}
+        shape = found.pop()
+        if found or shape is None:
+            continue
+        facts.shapes[outer.name] = shape
+        facts.types[outer.name] = facts.types.get(results[0].name) or _type_of_constant(results[0])
+        value = facts.value(results[0])
+        if value is not None and len(results) == 1:
+            facts.values[outer.name] = value
 
 
 def declared_only(graph: gs.Graph) -> set[str]:

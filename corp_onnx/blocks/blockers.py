@@ -39,6 +39,11 @@ def why_blocked(view: View, path: Blocked, target: gs.Tensor) -> str:
         return _without_layer(view, path, target)
     if path.node.op in CACHES:
         return f"{CACHED} ({path.node.op} {path.node.name})"
+    if path.node.op == "Conv" and path.node.attrs.get("group", 1) > 1:
+        return (
+            f"comes from a convolution in {path.node.attrs['group']} groups ({path.node.name}), "
+            "which is not one linear layer"
+        )
     norm = next((node for node in region if _is_norm(view, node, target)), None)
     if norm is not None:
         return f"{NORMALISED} ({norm.op} {norm.name})"

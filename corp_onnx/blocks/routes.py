@@ -96,6 +96,8 @@ def _land(
     if moved is None or scales is None:
         return "is moved by sizes that depend on the data"
     numbers, width = moved[path.target.name], shape[linear.axis]
+    if not numbers.size:
+        return "holds no channel"
     tokens = tuple(np.delete(shape, linear.axis).tolist())
     if operand is None:
         rows = numbers[..., None, None]

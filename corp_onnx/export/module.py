@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from corp_onnx.errors import GraphError
-from corp_onnx.export.backend import first_line, package
+from corp_onnx.export.backend import FAILURES, first_line, package
 from corp_onnx.preprocessing import Preprocessing
 
 MASK = "attention_mask"
@@ -62,6 +62,15 @@ class Module:
         return min(len(example) for example in self.examples.values())
 
     @property
+    def lengths(self) -> dict[int, str]:
+        """What the lengths of sequences are called: ``sequence``, and each that differs anew."""
+        found = dict.fromkeys(len(e[0]) for e in self.examples.values() if is_tokens(e))
+        return {
+            length: f"sequence_{place}" if place > 1 else "sequence"
+            for place, length in enumerate(found, start=1)
+        }
+
+    @property
     def is_variadic(self) -> bool:
         """Whether the module takes ``*inputs``: exporters then count them as one."""
         parameters = inspect.signature(self.module.forward).parameters.values()
@@ -78,9 +87,20 @@ class Module:
         }
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Output arrays by name."""
-        with package("torch").no_grad():
-            result = self.module(*inputs.values())
+        """Output arrays by name.
+
+        Raises:
+            GraphError: If the module does not run on inputs of this batch and length.
+        """
+        try:
+            with package("torch").no_grad():
+                result = self.module(*inputs.values())
+        except FAILURES as error:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+            raise GraphError(
+                f"the module cannot be run on inputs of another batch and length ({shapes}): "
+                f"{first_line(error)}; inputs of whole numbers [b, t] must be free to get shorter"
+            ) from error
         tensors = result if isinstance(result, tuple) else (result,)
         return {name: t.numpy() for name, t in zip(self.outputs, tensors, strict=True)}
 
@@ -117,7 +137,7 @@ def positional(source: str, sourced: Sourced) -> Module:
     try:
         with torch.no_grad():
             result = sourced(*examples.values())
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except FAILURES as error:
         raise GraphError(
             f"the module of {source} cannot be run on its example inputs "
             f"({', '.join(examples)}): {first_line(error)}"
