@@ -1,8 +1,9 @@
-"""How long ``corp-onnx inspect`` takes, as a process of its own, from start to printed table.
+"""How long ``corp-onnx inspect`` takes, as a process of its own, from start to printed document.
 
 SmolLM2-135M (30 blocks) in both exports, the larger of 7,548 nodes; DINOv2 ViT-S as somebody else
-exported it; and a deep, narrow ViT, whose nodes are many and whose weights are few. A process is
-started several times; the fastest is judged, for what others do on the machine only adds.
+exported it; and a deep ViT of 2,000 nodes. Each process is started several times. The least
+processor time, of user and system together, is judged: it is what the process takes where nobody
+else computes, for it has one thread.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MOST_SECONDS = {2_250: 3.0, 7_600: 20.0}
 def measure(place: Place) -> Outcome:
     """Inspect every model several times."""
     models = {
-        "ViT of 40 blocks, ts17": exports.drawn(place, "vit_deep", "ts17"),
+        "ViT of 28 blocks, ts17": exports.drawn(place, "vit_deep", "ts17"),
         "DINOv2 ViT-S, ts14": place.asset("vit_s_focus.onnx"),
     }
     if not place.quick:
@@ -44,29 +45,31 @@ def measure(place: Place) -> Outcome:
 def _row(name: str, path: Path) -> Row:
     log.info("inspecting %s", name)
     turns = [_seconds(path) for _ in range(TURNS)]
-    wall, busy, blocks = min(turns)
+    busy, wall, blocks = min(turns)
     return {
         "model": name,
         "nodes": len(onnx.load(path, load_external_data=False).graph.node),
         "megabytes": path.stat().st_size / 1e6,
         "blocks": blocks,
-        "seconds": wall,
         "processor_seconds": busy,
-        "slowest_seconds": max(turns)[0],
+        "seconds": wall,
     }
 
 
 def _seconds(path: Path) -> tuple[float, float, int]:
-    """Wall and processor time of one process, and how many blocks were found."""
+    """Processor and wall time of one process, and how many blocks were found."""
     before, start = os.times(), perf_counter()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "corp_onnx.cli", "inspect", str(path), "--json"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
     wall, after = perf_counter() - start, os.times()
     busy = sum(after[2:4]) - sum(before[2:4])
-    return wall, busy, len(json.loads(printed)["blocks"])
+    return busy, wall, len(json.loads(printed)["blocks"])
 
 
 def _check(row: Row) -> Check:
     most = next(seconds for nodes, seconds in MOST_SECONDS.items() if row["nodes"] <= nodes)
-    name = f"{row['nodes']} nodes of {row['model']} are inspected in under {most:g} s"
-    return Check(name, row["seconds"] < most, f"{row['seconds']:.1f} s")
+    name = f"{row['nodes']} nodes of {row['model']} are inspected in under {most:g} s of processor time"
+    return Check(name, row["processor_seconds"] < most, f"{row['processor_seconds']:.1f} s")

@@ -15,7 +15,7 @@ from tools.fetch_assets import FOLDER
 
 IMAGE, CHANNELS = 224, 3
 SMALL_IMAGE, SMALL_PATCH = 64, 8
-DEEP = 60
+DEEP = 28
 TOKENS, VOCABULARY, POSITIONS = 12, 1000, 64
 
 Inputs = tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
@@ -32,7 +32,7 @@ def vit_s() -> tuple[torch.nn.Module, Inputs]:
 
 
 def vit_deep() -> tuple[torch.nn.Module, Inputs]:
-    """Many nodes and few weights: sixty blocks, norms of queries and keys."""
+    """Many nodes and few weights: 28 blocks, norms of queries and keys."""
     return _timm("vit_tiny_patch16_224", depth=DEEP, qk_norm=True)
 
 

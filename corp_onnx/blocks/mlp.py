@@ -144,7 +144,7 @@ def _branches(view: View, region: Region, facts: Facts) -> list[Branch] | str:
         ways = list(_descend(view, region, facts, start))
         if not ways:
             return f"the channels of {source.name!r} do not reach its input one to one, in place"
-        found += [replace(way, channels=_channels(way.channels, shape, axis)) for way in ways]
+        found += [replace(way, channels=_channels(way, shape, axis)) for way in ways]
     lost = {id(node) for branch in found for node in branch.nodes}
     width = len(found[0].channels)
     for node in region.nodes:
@@ -165,7 +165,7 @@ def _descend(view: View, region: Region, facts: Facts, way: Branch) -> Iterator[
     if (
         along is not None
         and along.is_whole(len(along.channels))
-        and _channels(way.channels, shape or (), axis).size
+        and _channels(way, shape or (), axis).size
     ):
         yield way
         return
@@ -182,8 +182,11 @@ def _descend(view: View, region: Region, facts: Facts, way: Branch) -> Iterator[
                 yield from _descend(view, region, facts, step)
 
 
-def _channels(numbers: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
+def _channels(way: Branch, shape: tuple[int, ...], axis: int) -> np.ndarray:
     """The layer's channel at every channel of a tensor; none if tokens are not where they were."""
+    numbers = way.channels
+    if not way.nodes:
+        return np.arange(shape[axis])
     if np.delete(numbers.shape, axis).tolist() != np.delete(shape, axis).tolist():
         return np.empty(0, int)
     rows = np.moveaxis(numbers, axis, -1).reshape(-1, numbers.shape[axis])
