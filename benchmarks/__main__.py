@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import (
+    alike,
     calibration,
     demo,
     exactness,
@@ -39,6 +40,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "demo": Benchmark(demo.measure, "the bundled model, cut and repaired by every method"),
     "exactness": Benchmark(
         exactness.measure, "ratio 0 and changes of basis give back the dense function", TORCH
+    ),
+    "exports": Benchmark(
+        alike.measure, "four exports of one encoder, pruned, are one function", TORCH
     ),
     "inspect": Benchmark(
         inspection.measure, "how long `inspect` takes on graphs of many nodes", (*TORCH, "gguf")

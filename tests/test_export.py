@@ -18,6 +18,7 @@ from corp_onnx.errors import (
     VerificationError,
 )
 from corp_onnx.export import export
+from corp_onnx.export.backend import first_line, root
 from corp_onnx.export.checkpoint import few
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import open_session
@@ -66,6 +67,32 @@ SCRIPT = """
     class Pooled(Elsewhere):
         def forward(self, ids, attention_mask):
             return super().forward(ids, attention_mask).mean(1)
+
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(50, 4)
+
+        def forward(self, ids, decoder_ids):
+            read, written = self.table(ids), self.table(decoder_ids)
+            return written + (written @ read.transpose(1, 2)).softmax(-1) @ read, read
+
+    class Fixed(torch.nn.Module):
+        def forward(self, ids, states):
+            return ids[..., None] + states
+
+    class Differences(torch.nn.Module):
+        def forward(self, x):
+            return torch.diff(x)
+
+    def pair():
+        return Pair(), {"ids": torch.ones(2, 7).long(), "decoder_ids": torch.ones(2, 5).long()}
+
+    def fixed():
+        return Fixed(), (torch.ones(2, 5).long(), torch.randn(2, 5, 4))
+
+    def differences():
+        return Differences(), (torch.randn(2, 5),)
 
     def text():
         mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -174,7 +201,7 @@ def test_a_missing_package_is_named_with_its_cure(missing, output, monkeypatch):
         ("model.pt", "is no source; give timm:NAME"),
         ("script.py:", "is no source"),
         ("{folder}/absent.py:make", "does not exist"),
-        ("{folder}/script.py:absent", "no function 'absent'; it has by_position, by_name"),
+        ("{folder}/script.py:absent", "no function 'absent'; it has pair, fixed"),
         ("{folder}/script.py:no_module", "must return"),
         ("{folder}/script.py:no_examples", "example inputs as a tuple or dict of tensors"),
         (
@@ -260,6 +287,37 @@ def test_what_comes_out_at_padding_is_nobodys_business(script, output):
     for counts in ("at_tokens", "pooled"):
         with pytest.raises(VerificationError, match="its outputs differ from torch's by"):
             export(f"{script}:{counts}", output)
+
+
+@pytest.mark.slow
+@BOTH
+def test_sequences_of_other_lengths_have_axes_of_their_own(exporter, script, output):
+    made = export(f"{script}:pair", output, exporter=exporter)
+    assert made.inputs == {"ids": ("batch", "sequence"), "decoder_ids": ("batch", "sequence_2")}
+    ids, decoder_ids = np.ones((3, 9), np.int64), np.ones((3, 4), np.int64)
+    results = open_session(output).run({"ids": ids, "decoder_ids": decoder_ids})
+    assert [value.shape for value in results.values()] == [(3, 4, 4), (3, 9, 4)]
+
+
+@pytest.mark.slow
+def test_a_module_that_cannot_read_shorter_texts_is_refused_with_the_shapes(script, output):
+    with pytest.raises(GraphError, match=r"another batch and length \(ids \[3, 4\], states"):
+        export(f"{script}:fixed", output)
+
+
+@pytest.mark.slow
+def test_torch_prints_no_graph_that_it_cannot_write(script, output, capfd):
+    with pytest.raises(GraphError, match=r"aten::diff.* not supported; try the other exporter"):
+        export(f"{script}:differences", output)
+    assert capfd.readouterr().out == ""
+
+
+def test_a_failure_is_told_by_its_root():
+    cause = AssertionError("only 4D query, key, and value are supported")
+    failure = RuntimeError("step 3 of 3 failed. Next steps:")
+    failure.__cause__ = cause
+    assert first_line(root(failure)) == str(cause)
+    assert first_line(failure) == str(failure)
 
 
 @pytest.mark.slow
