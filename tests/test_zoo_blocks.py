@@ -28,8 +28,8 @@ from tests.zoo_models import NAMES, TOKENS, TRUTH, feeds, load, module_of
 
 pytestmark = pytest.mark.slow
 
-BOUND = 1e-9
-"""Of ``‖ŷ - y‖² / ‖y‖²`` at ratio 0, where nothing but rounding is lost."""
+BOUND, HALF_BOUND = 1e-9, 1e-5
+"""Of ``‖ŷ - y‖² / ‖y‖²`` at ratio 0, where nothing but rounding is lost; the latter in float16."""
 
 VISIBLE = 1e-3
 """Of the same measure at half the width: what was cut did something."""
@@ -183,7 +183,7 @@ def test_ratio_0_gives_back_the_dense_function(name):
     plan = uniform(catalog, dict.fromkeys(axes, 0.0), align=1)
     solution = solve(model, catalog, plan, statistics_of(name)[0], Recipe())
     inputs, expected = varied(name)
-    check(run(operate(model, catalog, solution).model, *inputs), expected)
+    check(run(operate(model, catalog, solution).model, *inputs), expected, bound(name))
 
 
 def test_another_basis_gives_back_the_dense_function(name):
@@ -191,7 +191,8 @@ def test_another_basis_gives_back_the_dense_function(name):
     if not any(map(axes_of, catalog.blocks)):
         pytest.skip("no axis that can be cut")
     inputs, expected = varied(name)
-    check(run(operate(model, catalog, turned(model, catalog)).model, *inputs), expected)
+    made = run(operate(model, catalog, turned(model, catalog)).model, *inputs)
+    check(made, expected, bound(name))
 
 
 def test_half_a_model_is_whole_and_keeps_its_promises(name):
@@ -209,7 +210,8 @@ def test_half_a_model_is_whole_and_keeps_its_promises(name):
     keeps_its_interface(small.proto(), load(name))
     inputs, expected = varied(name)
     results = run(small, *inputs)
-    check(results, run(operate(model, catalog, widened(solution, catalog)).model, *inputs))
+    wide = run(operate(model, catalog, widened(solution, catalog)).model, *inputs)
+    check(results, wide, bound(name))
     assert min(squared_error(*pair) for pair in zip(results, expected, strict=True)) > VISIBLE
     if offered(name):
         measured = measured_errors(model, catalog, small, found_again, statistics_of(name)[1])
@@ -258,9 +260,13 @@ def _with_zeros(values, axis, size):
     return np.pad(values, missing)
 
 
-def check(results, expected):
+def bound(name):
+    return HALF_BOUND if name.endswith("fp16") else BOUND
+
+
+def check(results, expected, at_most):
     for pair in zip(results, expected, strict=True):
-        assert squared_error(*pair) <= BOUND
+        assert squared_error(*pair) <= at_most
 
 
 def keeps_its_interface(small, whole):

@@ -20,6 +20,8 @@ LARGEST_BYTES = 7_000_000
 # Two exports of a module round in another order: a few hundred sums of 16 to 192 float32 products
 # each, on the way through two to five blocks that amplify by 1.5 a layer.
 AGREEMENT = 1e-5
+HALF = float(np.finfo(np.float16).eps / np.finfo(np.float32).eps)
+"""How much coarser float16 rounds."""
 
 PLAIN = [name for name in NAMES if module_of(name) in {"timm_deit", "hf_vit_sdpa", "hf_bert_sdpa"}]
 
@@ -81,7 +83,8 @@ def test_all_exports_of_a_module_compute_the_same(function):
     expected = run(first, inputs)
     seen = seen if expected.ndim == 3 else True
     for name in others:
-        assert relative_error(run(name, inputs) * seen, expected * seen) < AGREEMENT, name
+        error = relative_error(run(name, inputs) * seen, expected * seen)
+        assert error < AGREEMENT * (HALF if name.endswith("fp16") else 1), name
 
 
 @pytest.mark.parametrize("name", [name for name in PLAIN if name.endswith(("18", "20", "23"))])
@@ -132,7 +135,7 @@ def test_the_exporters_still_write_what_the_zoo_holds(name, tmp_path):
     made, committed = load(name, tmp_path), load(name)
     if not same_operators(made, committed):  # another version writes it in another way
         assert found(made) == found(committed)
-    assert difference(name, made, committed) < AGREEMENT
+    assert difference(name, made, committed) < AGREEMENT * (HALF if form.endswith("fp16") else 1)
 
 
 @pytest.mark.parametrize("name", ["timm_deit.ts17", "hf_llama.dynamo18"])

@@ -82,6 +82,7 @@ def mark(tensor: onnx.TensorProto, recipe: str) -> None:
     """
     tensor.ClearField("raw_data")
     tensor.ClearField("float_data")
+    tensor.ClearField("int32_data")
     tensor.doc_string = f"{DRAWN}{recipe}"
 
 
@@ -89,7 +90,8 @@ def fill(tensor: onnx.TensorProto) -> None:
     """Undo ``mark``."""
     parts = [_drawn(recipe) for recipe in tensor.doc_string.removeprefix(DRAWN).split("|")]
     values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-    whole = np.ascontiguousarray(values).reshape(tuple(tensor.dims))
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    whole = np.ascontiguousarray(values).reshape(tuple(tensor.dims)).astype(dtype)
     tensor.CopyFrom(numpy_helper.from_array(whole, tensor.name))
 
 

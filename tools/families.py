@@ -26,8 +26,8 @@ the reason follows. `tools/families.py` writes this page, and a test holds it to
 
 Forms: `ts` is the TorchScript exporter and `dynamo` the newer one, each with its opset; behind a
 `+` stands what was done to the file afterwards: fused by ONNX Runtime's transformer optimiser
-(`fused`, `mha`), optimised by ONNX Runtime itself (`ort`), simplified by onnxslim (`slim`), or
-converted to another opset.
+(`fused`, `mha`), optimised by ONNX Runtime itself (`ort`), simplified by onnxslim (`slim`), brought
+to float16 (`fp16`), or converted to another opset.
 
 | model | forms | MLP | query-key | value-output | what is refused, and why |
 |---|---|---|---|---|---|

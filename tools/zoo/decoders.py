@@ -85,6 +85,12 @@ def hf_smollm3() -> Sample:
     return transformers.SmolLM3Model(config), text()
 
 
+def hf_gemma() -> Sample:
+    """One head of keys and values, heads wider than the stream, a gated GELU."""
+    sizes = _sizes(1) | {"num_key_value_heads": 1}
+    return transformers.GemmaModel(transformers.GemmaConfig(**sizes, head_dim=16)), text()
+
+
 def hf_gemma2() -> Sample:
     """Logits are capped by a tanh; norms before and behind every branch."""
     config = transformers.Gemma2Config(

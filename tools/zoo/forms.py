@@ -136,10 +136,20 @@ def _slim(model: onnx.ModelProto, _: str) -> onnx.ModelProto:
     return made
 
 
+def _half(model: onnx.ModelProto, _: str) -> onnx.ModelProto:
+    """Weights and activations in float16; inputs and outputs stay as they are."""
+    from onnxruntime.transformers import float16, onnx_model
+
+    made: onnx.ModelProto = float16.convert_float_to_float16(model, keep_io_types=True)
+    onnx_model.OnnxModel(made).topological_sort()
+    return made
+
+
 STEPS: Mapping[str, Step] = {
     "opset24": _convert(24),
     "fused": _fused(separate=False),
     "mha": _fused(separate=True),
     "ort": _optimised,
     "slim": _slim,
+    "fp16": _half,
 }

@@ -98,6 +98,11 @@ def hf_t5_gated() -> Sample:
     return _t5("gated-gelu")
 
 
+def hf_t5_gated_eager() -> Sample:
+    """The same with attention as Python code."""
+    return _t5("gated-gelu", attn_implementation="eager")
+
+
 def hf_modernbert() -> Sample:
     """Rotated queries and keys, a packed gated MLP, windows over the sequence."""
     config = transformers.ModernBertConfig(
