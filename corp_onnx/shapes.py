@@ -11,14 +11,13 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from corp_onnx.fused import TWINS, has_rule, outputs_of
+from corp_onnx.kinds import schema_of, shape_of, type_of, type_of_constant
 from corp_onnx.reference import run as run  # a name of this module too: `shapes.run`
 from corp_onnx.sizes import DEFAULT_SEQUENCES, Sizes, input_sizes
 
@@ -59,7 +58,7 @@ class Facts:
 
     def dtype(self, tensor: gs.Tensor) -> np.dtype | None:
         """The element type of a tensor, or None if it could not be inferred."""
-        kind = self.types.get(tensor.name) or _type_of_constant(tensor)
+        kind = self.types.get(tensor.name) or type_of_constant(tensor)
         return kind and onnx.helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)
 
     def shape(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
@@ -114,7 +113,7 @@ def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:
     }
     facts = Facts(sizes, dict(sizes), named=named)
     for tensor in graph.inputs:
-        facts.types[tensor.name] = _type_of(tensor.dtype, sizes[tensor.name])
+        facts.types[tensor.name] = type_of(tensor.dtype, sizes[tensor.name])
     opsets = _opsets(graph)
     for node in graph.nodes:
         _record(node, facts, opsets)
@@ -147,7 +146,7 @@ def _record_branches(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> 
         if found or shape is None:
             continue
         facts.shapes[outer.name] = shape
-        facts.types[outer.name] = facts.types.get(results[0].name) or _type_of_constant(results[0])
+        facts.types[outer.name] = facts.types.get(results[0].name) or type_of_constant(results[0])
         value = facts.value(results[0])
         if value is not None and len(results) == 1:
             facts.values[outer.name] = value
@@ -162,7 +161,7 @@ def declared_only(graph: gs.Graph) -> set[str]:
     return {
         tensor.name
         for node in graph.nodes
-        if _schema(node.op, opsets.get(node.domain or "", 1), node.domain or "") is None
+        if schema_of(node.op, opsets.get(node.domain or "", 1), node.domain or "") is None
         and not has_rule(node)
         for tensor in node.outputs
     }
@@ -208,19 +207,19 @@ def _fitting(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tup
 def _record_values(node: gs.Node, results: tuple[np.ndarray, ...], facts: Facts) -> None:
     for tensor, value in zip(node.outputs, results, strict=False):
         facts.shapes[tensor.name] = value.shape
-        facts.types[tensor.name] = _type_of(value.dtype, value.shape)
+        facts.types[tensor.name] = type_of(value.dtype, value.shape)
         if value.size <= LARGEST_KNOWN_VALUE:
             facts.values[tensor.name] = value
 
 
 def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> None:
     proto = _standard(node)
-    schema = _schema(proto.op_type, opsets.get(proto.domain, 1), proto.domain)
+    schema = schema_of(proto.op_type, opsets.get(proto.domain, 1), proto.domain)
     if schema is None:
         _record_fused(node, facts)
         return
     named = [tensor for tensor in node.inputs if tensor.name in proto.input and tensor.name]
-    inputs = {t.name: facts.types.get(t.name) or _type_of_constant(t) for t in named}
+    inputs = {t.name: facts.types.get(t.name) or type_of_constant(t) for t in named}
     if None in inputs.values():
         return
     data = {
@@ -233,7 +232,7 @@ def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> No
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         log.debug("shape inference failed at %s: %s", node.name, error)
         return
-    known = {name: _shape_of(kind) for name, kind in inferred.items() if name}
+    known = {name: shape_of(kind) for name, kind in inferred.items() if name}
     if not _runs(node, facts, known.get(node.outputs[0].name)):
         return
     facts.types.update(inferred)
@@ -262,7 +261,7 @@ def _record_fused(node: gs.Node, facts: Facts) -> None:
     for tensor, entry in zip(node.outputs, made, strict=False):
         if tensor.name and entry is not None:
             facts.shapes[tensor.name] = entry.shape
-            facts.types[tensor.name] = _type_of(entry.dtype or first, entry.shape)
+            facts.types[tensor.name] = type_of(entry.dtype or first, entry.shape)
 
 
 def _record_declared(node: gs.Node, facts: Facts) -> None:
@@ -276,7 +275,7 @@ def _record_declared(node: gs.Node, facts: Facts) -> None:
         doubtful = facts.named and dims == list(tensor.shape)
         if not doubtful and all(isinstance(size, int) and size > 0 for size in dims):
             facts.shapes[tensor.name] = tuple(dims)
-            facts.types[tensor.name] = _type_of(tensor.dtype, tuple(dims))
+            facts.types[tensor.name] = type_of(tensor.dtype, tuple(dims))
 
 
 def _runs(node: gs.Node, facts: Facts, after: tuple[int, ...] | None) -> bool:
@@ -290,36 +289,6 @@ def _runs(node: gs.Node, facts: Facts, after: tuple[int, ...] | None) -> bool:
     return True
 
 
-def _shape_of(kind: onnx.TypeProto) -> tuple[int, ...] | None:
-    dims = kind.tensor_type.shape.dim
-    if not kind.tensor_type.HasField("shape") or any(not d.HasField("dim_value") for d in dims):
-        return None
-    return tuple(dim.dim_value for dim in dims)
-
-
-def _type_of_constant(tensor: gs.Tensor) -> onnx.TypeProto | None:
-    if not isinstance(tensor, gs.Constant):
-        return None
-    return _type_of(tensor.dtype, tuple(tensor.shape))
-
-
 def _is_small(tensor: gs.Tensor) -> bool:
     """Whether a tensor is a constant that may be a shape, an axis or a bound."""
     return isinstance(tensor, gs.Constant) and math.prod(tensor.shape) <= LARGEST_SHAPE_OPERAND
-
-
-@cache
-def _schema(op: str, opset: int, domain: str) -> onnx.defs.OpSchema | None:
-    if not onnx.defs.has(op, opset, domain):
-        return None
-    return onnx.defs.get_schema(op, opset, domain)
-
-
-def _type_of(
-    dtype: Any,  # noqa: ANN401 (an ONNX code or a NumPy type)
-    shape: tuple[int, ...],
-) -> onnx.TypeProto:
-    code = (
-        dtype if isinstance(dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    )
-    return onnx.helper.make_tensor_type_proto(code, shape)

@@ -126,8 +126,6 @@ def test_weights_are_drawn_by_name():
 def test_the_exporters_still_write_what_the_zoo_holds(name, tmp_path):
     """Every form is written again: four and a half minutes for all, on one core of an AMD EPYC."""
     pytest.importorskip("torch", reason="exporting needs torch: pip install 'corp_onnx[export]'")
-    if name.endswith("slim"):
-        pytest.importorskip("onnxslim", reason="it is simplified by onnxslim: pip install onnxslim")
     from tools.make_zoo import make
 
     module, _, form = name.partition(".")

@@ -79,7 +79,7 @@ def _region(view: View, target: gs.Tensor) -> Iterator[gs.Node]:
 
 def _is_norm(view: View, node: gs.Node, target: gs.Tensor) -> bool:
     """Whether a node is part of a norm of the layer that ``target`` mostly comes from."""
-    return node.op in NORMS and _sources(view, target)[:1] == _sources(view, node.inputs[0])[:1]
+    return node.op in NORMS and sources_of(view, target)[:1] == sources_of(view, node.inputs[0])[:1]
 
 
 def _is_rotation(view: View, node: gs.Node) -> bool:
@@ -100,13 +100,13 @@ def _factors(view: View, tensor: gs.Tensor) -> list[str]:
     if node is None or node.op != "Mul":
         return []
     for mine, table in (node.inputs, node.inputs[::-1]):
-        sources = _sources(view, mine)
+        sources = sources_of(view, mine)
         if len(sources) == 1 and _is_table(view, table):
             return sources
     return []
 
 
-def _sources(view: View, tensor: gs.Tensor) -> list[str]:
+def sources_of(view: View, tensor: gs.Tensor) -> list[str]:
     """The linear layers above a tensor with whatever stands in between, the nearest first."""
     found: dict[str, None] = {}
     waiting, seen = [tensor], set()

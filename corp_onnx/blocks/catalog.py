@@ -10,6 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.attention import attention_of, unshared
+from corp_onnx.blocks.blockers import sources_of
 from corp_onnx.blocks.linear import match_linear
 from corp_onnx.blocks.logits import Anchor, match_softmax
 from corp_onnx.blocks.mlp import match_mlp, why_not_hidden
@@ -72,7 +73,7 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
     taken = {linear.node for block in blocks for linear in linears_of(block)}
     refusals += [item for item in (*hidden, *unmatched) if item.node not in taken]
     said = taken | {item.node for item in refusals}
-    refusals += _large_leftovers(view, counts, said)
+    refusals += _large_leftovers(view, counts, said, _left_whole(view, attentions))
     refusals += _in_subgraphs(model.graph)
     return Catalog(
         blocks,
@@ -250,12 +251,31 @@ def _digest(values: np.ndarray) -> bytes:
     return hashlib.sha256(values.tobytes()).digest()
 
 
-def _large_leftovers(view: View, counts: Counts, said: set[str]) -> list[Refusal]:
+def _left_whole(view: View, attentions: Sequence[Attention]) -> dict[str, str]:
+    """Why layers that make queries, keys or values are in no block, by the output of the layer."""
+    nodes = {node.name: node for node in view.graph.nodes}
+    return {
+        source: f"it is part of {block.id}, where {' and '.join(block.refused)} cannot be cut"
+        for block in attentions
+        if block.refused
+        for product in block.products
+        for operand in nodes[product].inputs
+        for source in sources_of(view, operand)
+    }
+
+
+def _large_leftovers(
+    view: View, counts: Counts, said: set[str], reasons: Mapping[str, str]
+) -> list[Refusal]:
     """A refusal for every linear layer of more than a hundredth of all MACs that is in no block."""
     nodes = {node.name: node for node in view.graph.nodes}
     return [
-        Refusal(linear.node, "Linear", why_not_hidden(view, linear, nodes[linear.node].inputs[0]))
-        for linear in view.linears.values()
+        Refusal(
+            linear.node,
+            "Linear",
+            reasons.get(output) or why_not_hidden(view, linear, nodes[linear.node].inputs[0]),
+        )
+        for output, linear in view.linears.items()
         if linear.node not in said
         and counts.by_node.get(linear.node, 0) > SMALL_SHARE * counts.total
     ]

@@ -129,7 +129,7 @@ def _optimised(model: onnx.ModelProto, module: str) -> onnx.ModelProto:
 
 
 def _slim(model: onnx.ModelProto, _: str) -> onnx.ModelProto:
-    """What onnxslim makes of it; it is not among this project's dependencies."""
+    """What onnxslim makes of it."""
     import onnxslim
 
     made: onnx.ModelProto = onnxslim.slim(model)
