@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -137,17 +137,20 @@ def _record_branches(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> 
     chosen = facts.value(node.inputs[0])
     names = ["else_branch", "then_branch"]
     branches = [node.attrs[name] for name in (names if chosen is None else [names[bool(chosen)]])]
+    within = replace(
+        facts, shapes=dict(facts.shapes), values=dict(facts.values), types=dict(facts.types)
+    )
     for inner in (inner for branch in branches for inner in branch.nodes):
-        _record(inner, facts, opsets)
+        _record(inner, within, opsets)
     for place, outer in enumerate(node.outputs):
         results = [branch.outputs[place] for branch in branches]
-        found = {facts.shape(tensor) for tensor in results}
+        found = {within.shape(tensor) for tensor in results}
         shape = found.pop()
         if found or shape is None:
             continue
         facts.shapes[outer.name] = shape
-        facts.types[outer.name] = facts.types.get(results[0].name) or type_of_constant(results[0])
-        value = facts.value(results[0])
+        facts.types[outer.name] = within.types.get(results[0].name) or type_of_constant(results[0])
+        value = within.value(results[0])
         if value is not None and len(results) == 1:
             facts.values[outer.name] = value
 
