@@ -168,7 +168,7 @@ class _Ascent:
             return replace(below, reason=mixed if below.product else below.reason)
         if node.op == "MatMul":
             return _none(
-                f"a product with a constant makes its logits ({node.name}): queries are learned, if any"
+                f"a product with a constant makes its logits ({node.name}): learned queries or none"
             )
         return _none(f"its logits come from {node.op} ({node.name}), {NO_PRODUCT}")
 
