@@ -7,7 +7,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import calibration, crops, demo, exactness, language, latency, macs, quality, rotary
+from benchmarks import (
+    alike,
+    calibration,
+    crops,
+    demo,
+    exactness,
+    inspection,
+    language,
+    latency,
+    macs,
+    quality,
+    rotary,
+)
 from benchmarks.outcome import Benchmark, Place
 from benchmarks.report import DONE, RESULTS, Heading, report, status_of
 
@@ -16,6 +28,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "demo": Benchmark(demo.measure, "the bundled model, cut and repaired by every method"),
     "exactness": Benchmark(
         exactness.measure, "ratio 0 and changes of basis give back the dense function", TORCH
+    ),
+    "exports": Benchmark(
+        alike.measure, "four exports of one encoder, pruned, are one function", TORCH
+    ),
+    "inspect": Benchmark(
+        inspection.measure, "how long `inspect` takes on graphs of many nodes", (*TORCH, "gguf")
     ),
     "quality": Benchmark(
         quality.measure, "error and accuracy of cut models, by method", ("tokenizers", "pillow")

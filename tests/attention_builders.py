@@ -284,6 +284,12 @@ def part_rotated(net, y):
     return net("Concat", made, rest, axis=3)
 
 
+def wholly_rotated(net, y):
+    """As an exporter writes a rotation of a part that happens to be all: the rest is empty."""
+    rest = net("Slice", y, [HEAD], [2**60], [3])
+    return net("Concat", rotated(net, y), rest, axis=3)
+
+
 def same(net, y):
     return y
 
@@ -296,6 +302,22 @@ def query_in_bias(net):
     bias = net("MatMul", query, table)
     mixed = products(net, query, key, value, lambda net, y: net("Add", y, bias))
     return merged(net, mixed, value=HEAD)
+
+
+def query_moved_in_bias(net):
+    """The same, and the queries are scaled for one product and moved for the other."""
+    query, key, value = packed(net)
+    length = net("Shape", "x", start=1, end=2)
+    table = net("Slice", net.random(HEAD, 64), [0], length, [1])
+    bias = net("MatMul", net("Reshape", query, [-1, HEADS, 0, HEAD], allowzero=0), table)
+    scaled = net("Mul", query, 0.5)
+    mixed = products(net, scaled, key, value, lambda net, y: net("Add", y, bias))
+    return merged(net, mixed, value=HEAD)
+
+
+def bounded(low):
+    """Logits that are cut off below."""
+    return lambda net: plain(net, between=lambda net, y: net("Max", y, np.float32(low)))
 
 
 def keys_shown(net):
@@ -487,7 +509,11 @@ MORE: Mapping[str, Callable[[int], Tiny]] = {
     "packed_rotated_in_pairs": built(packed_with(rotated_in_pairs), value=HEAD, axes=VO),
     "packed_rotated_but_first": built(packed_with(rotated_but_first), value=HEAD, axes=VO),
     "packed_part_rotated": built(packed_with(part_rotated), value=HEAD, axes=VO),
+    "packed_wholly_rotated": built(packed_with(wholly_rotated), value=HEAD, axes=VO),
     "query_in_bias": built(query_in_bias, value=HEAD, axes=VO),
+    "query_moved_in_bias": built(query_moved_in_bias, value=HEAD, axes=VO),
+    "bounded": built(bounded(-0.5), axes=VO),
+    "bounded_by_nothing": built(bounded(np.finfo(np.float32).min)),
     "keys_shown": built(keys_shown, value=HEAD, axes=VO),
     "talking": built(lambda net: plain(net, between=talking, after=talking), axes=VO),
     "talking_on_rows": built(

@@ -33,6 +33,7 @@ from tests.attention_builders import (
     in_windows,
     linears,
     merged,
+    plain,
     products,
     separate,
     split,
@@ -344,6 +345,15 @@ def test_an_output_that_is_packed_with_a_cut_part_keeps_its_name_and_its_values(
         np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_read_twice_is_computed_once():
+    """Queries that two products read stay one tensor: half of the values go, and nothing comes."""
+    model, catalog = found("query_moved_in_bias")
+    made = operate(model, catalog, narrowed(turned(model, catalog), 0.5))
+    assert made.pruned.params < made.dense.params
+    (block,) = find_blocks(made.model).blocks
+    assert axes_of(block) == ("vo",)
+
+
 # Reasons
 
 
@@ -355,7 +365,10 @@ REASONS = {
     "packed_normed": "the query is normalised between the projection and the product",
     "packed_normed_by_hand": "the query is normalised between the projection and the product",
     "packed_cosine": "the query is normalised between the projection and the product",
+    "packed_wholly_rotated": "the query is rotated by its position (rotary embedding)",
     "query_in_bias": "two products of activations meet in its logits",
+    "query_moved_in_bias": "two products of activations meet in its logits",
+    "bounded": "its logits pass through Max",
     "keys_shown": "is an output of the model",
     "talking": "its logits are mixed across heads by MatMul",
     "talking_by_conv": "its logits are mixed across heads by Conv",
@@ -421,8 +434,37 @@ def tokens_lost_on_the_way(net):
     return merged(net, products(net, *map(heads, (HEAD, HEAD, VALUE))))
 
 
+def grouped_convolutions(net):
+    """SqueezeBERT: each projection in two groups of channels, and a norm far above."""
+    x = net("Transpose", normed_input(net), perm=[0, 2, 1])
+    made = [
+        net("Conv", x, net.random(HEADS * width, WIDTH // 2, 1), kernel_shape=[1], group=2)
+        for width in (HEAD, HEAD, VALUE)
+    ]
+    heads = [net("Transpose", y, perm=[0, 2, 1]) for y in made]
+    query, key, value = (split(net, y, HEADS) for y in heads)
+    return merged(net, products(net, query, key, value))
+
+
+def normed_input(net):
+    return net("LayerNormalization", net.x(), net.random(WIDTH))
+
+
+def logits_in_one_axis(net):
+    """What is done to logits side by side hides which of them belong to one query."""
+
+    def between(net, y):
+        length = net("Shape", "x", start=1, end=2)
+        joined = net("Mul", net("Reshape", y, [0, 0, -1]), net.random(HEADS, 1))
+        return net("Reshape", joined, net("Concat", [0, 0], length, [-1], axis=0))
+
+    return plain(net, between=between)
+
+
 REFUSED = {
     tokens_lost_on_the_way: "laid out in a way that one Reshape and one Transpose cannot write",
+    grouped_convolutions: "the query comes from a convolution in 2 groups",
+    logits_in_one_axis: "its logits are reshaped before Softmax",
     channels_attend: "channels where tokens are expected: channels attend to channels",
     pooled_keys: "the key is mixed with neighbouring tokens by AveragePool",
     channels_scaled: "scales channels of the mixed values one by one",

@@ -13,7 +13,6 @@ import pytest
 from tests import zoo_properties as zoo
 from tests.converted import DIFFERENT, TOOLS, is_static
 from tests.full_width import run, squared_error
-from tests.properties import BOUND
 from tests.zoo_models import NAMES, TOKENS, feeds, load, module_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("rarely_collected", "uncounted")]
@@ -66,7 +65,7 @@ def test_the_tool_leaves_the_function_and_the_inputs_as_they_were(name):
     sizes = [(2, TOKENS)] if is_static(tool) else [(1, TOKENS + 4), (3, TOKENS - 3)]
     inputs = [feeds(name, *size) for size in sizes]
     for pair in zip(run(made, *inputs), run(whole, *inputs), strict=True):
-        assert squared_error(*pair) <= BOUND
+        assert squared_error(*pair) <= zoo.bound(name)
     if not is_static(tool):
         assert list(map(str, made.graph.input)) == list(map(str, whole.graph.input))
 

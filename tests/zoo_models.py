@@ -30,10 +30,10 @@ DRAWN = "drawn:"
 """How the doc string of a weight that is not in the file begins; its parameter's name follows."""
 
 
-def load(name: str) -> onnx.ModelProto:
+def load(name: str, folder: Path = FOLDER) -> onnx.ModelProto:
     """A model of the zoo, whole; behind an ``@`` stands the tool that is to convert it."""
     exported, _, tool = name.partition("@")
-    model = onnx.load(FOLDER / f"{exported}.onnx")
+    model = onnx.load(folder / f"{exported}.onnx")
     for tensor in tensors_of(model):
         if tensor.doc_string.startswith(DRAWN):
             fill(tensor)
@@ -89,6 +89,7 @@ def mark(tensor: onnx.TensorProto, recipe: str) -> None:
     """
     tensor.ClearField("raw_data")
     tensor.ClearField("float_data")
+    tensor.ClearField("int32_data")
     tensor.doc_string = f"{DRAWN}{recipe}"
 
 
@@ -96,7 +97,8 @@ def fill(tensor: onnx.TensorProto) -> None:
     """Undo ``mark``."""
     parts = [_drawn(recipe) for recipe in tensor.doc_string.removeprefix(DRAWN).split("|")]
     values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-    whole = np.ascontiguousarray(values).reshape(tuple(tensor.dims))
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    whole = np.ascontiguousarray(values).reshape(tuple(tensor.dims)).astype(dtype)
     tensor.CopyFrom(numpy_helper.from_array(whole, tensor.name))
 
 

@@ -139,7 +139,8 @@ def _descend(
     """
     along = line(region.labels[way.tensor.name])
     if along is not None and along.is_whole(len(along.channels)):
-        channels = start.channels(way.channels)
+        width = start.shape[start.axis]
+        channels = start.channels(way.channels) if way.nodes else np.arange(width)
         if channels.size:
             yield replace(way, channels=channels)
             return

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Set
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -49,6 +50,8 @@ class View:
     """Linear layers by the name of their output."""
     holders: dict[int, gs.Node]
     """For every node inside a body, by its ``id``: the node of the graph that has the body."""
+    memory: dict[Hashable, Any] = field(default_factory=dict)
+    """What was read off movement, by its pattern: it is the same in every layer that repeats."""
 
     def known(self, tensor: gs.Tensor) -> np.ndarray | None:
         """The value of a tensor that is the same for all data and sizes, else None."""
