@@ -9,12 +9,14 @@ from pathlib import Path
 
 from benchmarks import (
     ablation,
+    alike,
     budgets,
     calibration,
     crops,
     demo,
     effort,
     exactness,
+    inspection,
     language,
     latency,
     macs,
@@ -31,6 +33,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "demo": Benchmark(demo.measure, "the bundled model, cut and repaired by every method"),
     "exactness": Benchmark(
         exactness.measure, "ratio 0 and changes of basis give back the dense function", TORCH
+    ),
+    "exports": Benchmark(
+        alike.measure, "four exports of one encoder, pruned, are one function", TORCH
+    ),
+    "inspect": Benchmark(
+        inspection.measure, "how long `inspect` takes on graphs of many nodes", (*TORCH, "gguf")
     ),
     "quality": Benchmark(
         quality.measure, "error and accuracy of cut models, by method", DATA, quality.MODELS

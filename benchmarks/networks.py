@@ -15,6 +15,7 @@ from tools.fetch_assets import FOLDER
 
 IMAGE, CHANNELS = 224, 3
 SMALL_IMAGE, SMALL_PATCH = 64, 8
+DEEP = 28
 TOKENS, VOCABULARY, POSITIONS = 12, 1000, 64
 
 Inputs = tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
@@ -28,6 +29,11 @@ def deit_s() -> tuple[torch.nn.Module, Inputs]:
 def vit_s() -> tuple[torch.nn.Module, Inputs]:
     """ViT-S with a LayerScale behind every branch."""
     return _timm("vit_small_patch16_224", init_values=0.5)
+
+
+def vit_deep() -> tuple[torch.nn.Module, Inputs]:
+    """Many nodes and few weights: 28 blocks, norms of queries and keys."""
+    return _timm("vit_tiny_patch16_224", depth=DEEP, qk_norm=True)
 
 
 def hf_vit_eager() -> tuple[torch.nn.Module, Inputs]:
@@ -62,6 +68,18 @@ def minilm_l6_sdpa() -> tuple[torch.nn.Module, Inputs]:
 
 def smollm2() -> tuple[torch.nn.Module, Inputs]:
     """SmolLM2-135M as fetched, dequantised to float32; from token numbers to logits."""
+    return _smollm2(), {"input_ids": torch.randint(0, VOCABULARY, (2, TOKENS))}
+
+
+def smollm2_masked() -> tuple[torch.nn.Module, Inputs]:
+    """The same with a mask: without one, transformers looks for packed texts by `diff`.
+
+    The TorchScript exporter has no form for that.
+    """
+    return _smollm2(), _sentences()
+
+
+def _smollm2() -> torch.nn.Module:
     language_model = transformers.AutoModelForCausalLM.from_pretrained(
         FOLDER, gguf_file="smollm2.gguf", dtype=torch.float32
     )
@@ -72,11 +90,14 @@ def smollm2() -> tuple[torch.nn.Module, Inputs]:
             super().__init__()
             self.model = language_model
 
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            given = {"input_ids": input_ids, "attention_mask": attention_mask}
+            logits: torch.Tensor = self.model(**given, use_cache=False).logits
             return logits
 
-    return Reading().eval(), {"input_ids": torch.randint(0, VOCABULARY, (2, TOKENS))}
+    return Reading().eval()
 
 
 def _minilm(attention: str) -> tuple[torch.nn.Module, Inputs]:

@@ -30,6 +30,8 @@ HELD_OUT_SHARE = 0.2
 MOST_HELD_OUT = 32
 MOST_SEEN = 32
 ENOUGH_TOKENS_PER_CHANNEL = 10
+FILLED, MOST_CROPS = 256, 4
+"""Fewer pictures are filled up to so many inputs by crops, of each at most so many."""
 
 
 def calibrate(
@@ -40,7 +42,7 @@ def calibrate(
     batch_size: int = BATCH_SIZE,
     runtime: Runtime | None = None,
     seed: int = 0,
-    crops: int = 1,
+    crops: int | None = 1,
     partial: Partial | None = None,
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> Statistics:
@@ -58,7 +60,7 @@ def calibrate(
         batch_size: Samples per run.
         runtime: How the model is run.
         seed: Decides which samples are held out, and what crops show.
-        crops: Inputs to make of every picture that is not held out, `Dataset.augmented`. One of as
+        crops: Inputs to make of every picture that is not held out, `enriched`. One of as
             many tokens counts, so that only running the model takes longer.
         partial: Keeps what is summed so far, and what an interrupted run has summed before.
         on_batch: Called after every batch with its number of samples.
@@ -69,7 +71,7 @@ def calibrate(
         NothingPrunable: If no block has an axis that statistics are needed for.
     """
     held_out, used = held_apart(data, seed)
-    used = used.augmented(crops, seed)
+    used = enriched(used, crops, seed)
     earlier = partial.load(model.fingerprint.sha256) if partial else None
     statistics = gather(
         model,
@@ -155,6 +157,20 @@ def summed(sites: Iterable[Site], samples: int, source: str, sha256: str) -> Sta
     energies = {site.block.id: site.energy() for site in sites if site.tokens}
     tokens = {site.block.id: site.tokens for site in sites if site.tokens}
     return Statistics(moments, energies, tokens, samples, source, sha256)
+
+
+def enriched(data: Dataset, crops: int | None, seed: int, *, of: int = 1) -> Dataset:
+    """Pictures with random crops of theirs: so many inputs of each, or as many as fill a small set.
+
+    Args:
+        data: What is calibrated on; samples that are no pictures stay as they are.
+        crops: Inputs of every picture; None adds crops until there are ``FILLED`` inputs.
+        seed: Of the crops.
+        of: How many such parts there are in all.
+    """
+    if crops is not None:
+        return data.augmented(crops, seed)
+    return data.augmented(MOST_CROPS, seed, most=FILLED // of)
 
 
 def require_enough(statistics: Statistics) -> None:

@@ -6,6 +6,7 @@ input, 3 nothing prunable was found, 130 interrupted.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ from corp_onnx.session import Runtime
 from corp_onnx.solve import DEFAULT_RIDGE, Recipe
 
 DONE, UNVERIFIED, UNUSABLE, NOTHING = 0, 1, 2, 3
+
+COLLECTED = (50_000, 20, 50)
+"""Graphs are many small objects: looking for garbage among them less often saves a sixth."""
 
 app = typer.Typer(
     name="corp-onnx",
@@ -84,7 +88,7 @@ def calibrate(
     output: options.OutputFile,
     samples: options.Samples = None,
     seed: options.Seed = 0,
-    crops: options.Crops = options.DEFAULT_CROPS,
+    crops: options.Crops = None,
     allow_random: options.AllowRandom = False,
     shard: Annotated[
         str, typer.Option("--shard", help="i/n: one of n random parts, i from 0.")
@@ -143,7 +147,7 @@ def prune(
     min_agreement: options.MinAgreement = None,
     samples: options.Samples = None,
     seed: options.Seed = 0,
-    crops: options.Crops = options.DEFAULT_CROPS,
+    crops: options.Crops = None,
     allow_random: options.AllowRandom = False,
     shapes: options.Shapes = None,
     providers: options.Providers = options.DEFAULT_PROVIDERS,
@@ -183,7 +187,7 @@ def sweep(
     min_agreement: options.MinAgreement = None,
     samples: options.Samples = None,
     seed: options.Seed = 0,
-    crops: options.Crops = options.DEFAULT_CROPS,
+    crops: options.Crops = None,
     allow_random: options.AllowRandom = False,
     shapes: options.Shapes = None,
     providers: options.Providers = options.DEFAULT_PROVIDERS,
@@ -266,6 +270,7 @@ def bench(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    gc.set_threshold(*COLLECTED)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         app(arguments, prog_name="corp-onnx")

@@ -68,7 +68,10 @@ class Dataset:
     @property
     def crops(self) -> int:
         """How many inputs are made of every picture; 1 where each sample is taken as it is."""
-        return self.store.crops if isinstance(self.store, Crops) else 1
+        if not isinstance(self.store, Crops) or not self.samples:
+            return 1
+        pictures = len(np.unique(self.indices % len(self.store.pictures)))
+        return -(-self.samples // pictures)
 
     @property
     def fixed_batch(self) -> int | None:
@@ -140,7 +143,7 @@ class Dataset:
         order = np.random.default_rng(seed).permutation(self.samples)
         return self.take(np.sort(order[:first])), self.take(np.sort(order[first:]))
 
-    def augmented(self, crops: int, seed: int) -> Dataset:
+    def augmented(self, crops: int, seed: int, *, most: int | None = None) -> Dataset:
         """Every picture ``crops`` times: plain first, then random crops, half of them mirrored.
 
         All pictures come once before any comes again. Samples that are no pictures stay as they
@@ -149,6 +152,7 @@ class Dataset:
         Args:
             crops: Inputs to make of every picture.
             seed: Decides, with the number of the picture in its folder, what the crops show.
+            most: Inputs beyond which no crop is added; every picture is there once.
 
         Raises:
             DataError: If there are fewer crops than one.
@@ -158,6 +162,8 @@ class Dataset:
         if crops == 1 or not isinstance(self.store, Images):
             return self
         indices = (np.arange(crops)[:, None] * len(self.store) + self.indices).reshape(-1)
+        if most is not None:
+            indices = indices[: max(most, self.samples)]
         indices.flags.writeable = False
         return replace(self, store=Crops(self.store, crops, seed), indices=indices)
 

@@ -110,6 +110,7 @@ def from_proto(proto: onnx.ModelProto, fingerprint: Fingerprint | None = None) -
                 header, field.name, value
             )
     graph = gs.import_onnx(proto)
+    _declare_outputs(graph, proto)
     constants_from_nodes(graph)
     name_every_node(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
@@ -226,6 +227,14 @@ def _require_float(proto: onnx.ModelProto, path: Path) -> None:
             f"{path} is quantised already (it holds {', '.join(found)}): rounded weights cannot be "
             "repaired exactly; prune the floating-point model first and quantise the result"
         )
+
+
+def _declare_outputs(graph: gs.Graph, proto: onnx.ModelProto) -> None:
+    """Give outputs the shapes that the caller sees: simplifiers may record others beside them."""
+    for tensor, value in zip(graph.outputs, proto.graph.output, strict=True):
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            tensor.shape = [getattr(d, d.WhichOneof("value") or "", None) for d in dims]
 
 
 def _match_domains(model: onnx.ModelProto) -> None:

@@ -40,9 +40,11 @@ DATA_HELP = (
 Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 MaybeData = Annotated[str | None, typer.Option("--data", help=DATA_HELP)]
 Samples = Annotated[int | None, typer.Option("--samples", min=1, help="Take only so many.")]
-DEFAULT_CROPS = 2
 Crops = Annotated[
-    int, typer.Option("--crops", min=1, help="Calibrate on so many crops of every picture.")
+    int | None,
+    typer.Option(
+        "--crops", min=1, help="Inputs of every picture; default: crops fill up to 256 inputs."
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
 AllowRandom = Annotated[

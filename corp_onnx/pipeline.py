@@ -68,7 +68,7 @@ class Settings:
         sizes: Input dimensions for counting MACs.
         runtime: How models are run.
         seed: Decides which samples are held out, and what crops show.
-        crops: Inputs to calibrate on that are made of every picture.
+        crops: Inputs to calibrate on that are made of every picture; None fills small sets up.
         on_batch: Called after every calibration batch with its number of samples.
         on_block: Called with every block that is done, where they are fitted in sequence.
     """
@@ -79,7 +79,7 @@ class Settings:
     sizes: Sizes | None = None
     runtime: Runtime | None = None
     seed: int = 0
-    crops: int = 1
+    crops: int | None = None
     on_batch: Callable[[int], None] = lambda samples: None
     on_block: Callable[[str], None] = lambda block: None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,12 +14,18 @@ ROUNDING_OPS = frozenset({"DequantizeLinear", "QuantizeLinear"})
 BLOCKED_OPSET = 21
 """The opset since which the standard ones know all of these, and blocks."""
 
+_BOXING: Mapping[str, Callable[..., np.ndarray]] = {
+    "Unsqueeze": np.expand_dims,
+    "Squeeze": np.squeeze,
+}
+
 
 def run(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tuple[np.ndarray, ...]:
     """The results of a node on arrays by input name."""
-    if node.op == "Unsqueeze" and "axes" in node.attrs:
+    if node.op in _BOXING and "axes" in node.attrs:
         # Before opset 13. The evaluator looks for axes among the inputs there too.
-        return (np.expand_dims(inputs[node.inputs[0].name], tuple(node.attrs["axes"])),)
+        boxed = _BOXING[node.op](inputs[node.inputs[0].name], tuple(node.attrs["axes"]))
+        return (boxed,)
     names = [tensor.name for tensor in node.inputs]
     proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
     if node.op in ROUNDING_OPS and proto.domain == "com.microsoft":

@@ -34,6 +34,9 @@ from corp_onnx.tape import Tape
 
 log = logging.getLogger(__name__)
 
+TOKENS_PER_CHANNEL = 48
+"""Of more tokens only so many, for every channel that the last layer of a block reads, count."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
@@ -51,7 +54,6 @@ def fit_in_sequence(
     recipe: Recipe,
     *,
     runtime: Runtime | None = None,
-    crops: int = 1,
     seed: int = 0,
     on_batch: Callable[[int], None] = lambda samples: None,
     on_block: Callable[[str], None] = lambda block: None,
@@ -76,8 +78,7 @@ def fit_in_sequence(
             the others does on each. With one part nothing is refitted.
         recipe: Method and ridge.
         runtime: How models are run.
-        crops: Of every batch one in so many tokens counts.
-        seed: Decides which tokens.
+        seed: Decides which tokens count, where there are more than `TOKENS_PER_CHANNEL`.
         on_batch: Called after every batch that was read with its number of samples.
         on_block: Called with the id of every block that is done.
 
@@ -96,11 +97,7 @@ def fit_in_sequence(
                 size = len(next(iter(batch.values())))
                 samples += size
                 on_batch(size)
-        thinnings = tuple(Thinning.drawn(crops, seed, batch) for batch in range(len(of_part)))
-        line = _Line(
-            *(model, catalog, recipe, runtime, dense, pruned, tuple(of_part), thinnings),
-            *(samples, crops),
-        )
+        line = _Line(model, catalog, recipe, runtime, dense, pruned, tuple(of_part), samples, seed)
         given = line.solve_shared(plan)
         folds, bare = [], []
         for segment in line.segments(plan):
@@ -130,9 +127,8 @@ class _Line:
     pruned: Tape
     of_part: tuple[int, ...]
     """The part that every batch belongs to."""
-    thinnings: tuple[Thinning, ...]
     samples: int
-    crops: int
+    seed: int
 
     def segments(self, plan: Plan) -> tuple[Segment, ...]:
         """The model cut at the streams behind every block that is to be cut."""
@@ -273,8 +269,8 @@ class _Fitter:
         """What queries and keys are, behind the blocks that are cut."""
         site = Site(block, ("qk",))
         part = self.line.cut(self.part, self.before)
-        for batch, tensors in self.line.run(self.line.pruned, part, site.tensors()):
-            site.add(tensors, self.line.thinnings[batch])
+        for _, tensors in self.line.run(self.line.pruned, part, site.tensors()):
+            site.add(tensors)
         return self._enough(summed([site], self.line.samples, "", self._sha256))
 
     def _joints(self, folds: Sequence[Fold], features: str) -> list[Joint]:
@@ -299,17 +295,19 @@ class _Fitter:
         return [Joint.of(total.moments(), linear.width_in) for total in totals]
 
     def _rows(self, tokens: np.ndarray, tensors: Batch, batch: int) -> np.ndarray:
+        """Which tokens count: no padding, and of many only so many as are needed."""
         numbers = np.arange(int(np.prod(tokens.shape[:-1])))
-        return self.line.thinnings[batch].of(
-            numbers[seen_rows(self.block.padding, tokens, tensors)]
-        )
+        seen = numbers[seen_rows(self.block.padding, tokens, tensors)]
+        enough = TOKENS_PER_CHANNEL * tokens.shape[-1] / len(self.line.of_part)
+        step = max(1, int(len(seen) // enough))
+        return Thinning.drawn(step, self.line.seed, batch).of(seen)
 
     def _statistics(self, sites: Mapping[str, Moments]) -> Statistics:
         named = {f"{self.block.id}.{role}": moments for role, moments in sites.items()}
         return self._enough(Statistics(named, {}, {}, self.line.samples, "", self._sha256))
 
     def _enough(self, statistics: Statistics) -> Statistics:
-        require_enough(replace(statistics, crops=self.line.crops))
+        require_enough(statistics)
         return statistics
 
     def _solver(self, statistics: Statistics, recipe: Recipe | None = None) -> Solver:

@@ -28,10 +28,11 @@ LARGEST_KNOWN_VALUE = 1 << 16
 """Elements of the largest tensor whose value is computed rather than only its shape."""
 
 COMPUTED_OPS = frozenset(
-    """Abs Add And Cast CastLike Ceil Clip Concat ConstantOfShape Cos CumSum Div Equal Exp Expand
-    Flatten Floor Gather Greater GreaterOrEqual Identity Less LessOrEqual Log Max Min Mod Mul Neg
-    Not OneHot Or Pow Range Reciprocal ReduceMax ReduceMin ReduceProd ReduceSum Reshape Shape Sin
-    Size Slice Split Sqrt Squeeze Sub Tile Transpose Trilu Unsqueeze Where""".split()
+    """Abs Add And Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum Div
+    Equal Exp Expand Flatten Floor Gather Greater GreaterOrEqual Identity Less LessOrEqual Log
+    Max Min Mod Mul Neg Not OneHot Or Pow Range Reciprocal ReduceMax ReduceMin ReduceProd
+    ReduceSum Reshape Shape Sin Size Slice Split Sqrt Squeeze Sub Tile Transpose Trilu
+    Unsqueeze Where""".split()
 )
 """Operators that shape arithmetic, positions, scales and masks are made of."""
 
@@ -48,18 +49,23 @@ def usual_facts(graph: gs.Graph, given: Sizes | None = None) -> Facts:
     Raises:
         PlanError: If ``given`` does not fit the inputs.
     """
-    return evaluate(graph, input_sizes(graph, sequence=usual_sequence(graph, given), given=given))
+    return _usual(graph, given)[1]
 
 
 def usual_sequence(graph: gs.Graph, given: Sizes | None = None) -> int:
     """The longest usual sequence at which the shapes of the model fit together best."""
-    known: dict[int, int] = {}
+    return _usual(graph, given)[0]
+
+
+def _usual(graph: gs.Graph, given: Sizes | None) -> tuple[int, Facts]:
+    known: dict[int, Facts] = {}
     for sequence in DEFAULT_SEQUENCES:
         sizes = input_sizes(graph, sequence=sequence, given=given)
-        known[sequence] = len(evaluate(graph, sizes).shapes)
-        if known[sequence] >= tensor_count(graph):
+        known[sequence] = evaluate(graph, sizes)
+        if len(known[sequence].shapes) >= tensor_count(graph):
             break
-    return max(known, key=lambda sequence: (known[sequence], sequence))
+    best = max(known, key=lambda sequence: (len(known[sequence].shapes), sequence))
+    return best, known[best]
 
 
 def tensor_count(graph: gs.Graph) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from corp_onnx.blocks import Catalog
-from corp_onnx.calibrate import BATCH_SIZE, MOST_SEEN, drawn, held_apart
+from corp_onnx.calibrate import BATCH_SIZE, MOST_SEEN, drawn, enriched, held_apart
 from corp_onnx.data import Dataset
 from corp_onnx.errors import DataError
 from corp_onnx.graph import Model
@@ -75,20 +75,19 @@ def in_sequence(
     *,
     runtime: Runtime | None = None,
     seed: int = 0,
-    crops: int = 1,
+    crops: int | None = 1,
     on_batch: Callable[[int], None] = lambda samples: None,
     on_block: Callable[[str], None] = lambda block: None,
 ) -> Solved:
     """Block by block, each fitted behind those before it as they were cut."""
     held_out, used = held_apart(data, seed)
     halves = used.split(0.5, seed) if used.samples >= LEAST_TO_REFIT else (used,)
-    parts = [half.augmented(crops, seed) for half in halves]
+    parts = [enriched(half, crops, seed, of=len(halves)) for half in halves]
     fitted = fit_in_sequence(
         *(model, catalog, plan),
         [part.batches(FIT_BATCH) for part in parts],
         recipe,
         runtime=runtime,
-        crops=parts[0].crops,
         seed=seed,
         on_batch=on_batch,
         on_block=on_block,

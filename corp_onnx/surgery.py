@@ -123,7 +123,8 @@ def _cut_mlp(theatre: Theatre, block: Mlp, folds: list[Fold], cut: Cut) -> set[s
         weight = weight_of(theatre.nodes, layer, theatre.opset)[:, columns]
         bias = bias_of(theatre.nodes, layer, theatre.opset)[columns]
         theatre.set_linear(layer, weight, bias if theatre.has_bias(layer) else None)
-        theatre.split(layer, [source.tensor for source in sources], len(fold.kept))
+        whole, tensors = sources[0].whole, [source.tensor for source in sources]
+        theatre.split(whole, tensors, len(fold.kept), layer.axis)
     for vector in block.vectors:
         node = theatre.nodes[vector.node]
         values = constant_value(node.inputs[vector.slot], theatre.opset)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64
 
-from corp_onnx.blocks.linear import bias_inside, dtype_of
+from corp_onnx.blocks.linear import bias_inside, bias_slot, dtype_of
 from corp_onnx.blocks.records import Linear, SizeReader, Target
 from corp_onnx.blocks.view import constant_value
 from corp_onnx.emit import Emitter, replace_readers
@@ -75,8 +75,7 @@ class Theatre:
             node.inputs.append(bias)
         elif linear.bias_node is not None:
             add = self.nodes[linear.bias_node]
-            slot = next(s for s, tensor in enumerate(add.inputs) if tensor is not node.outputs[0])
-            add.inputs[slot] = bias
+            add.inputs[bias_slot(add, self.opset)] = bias
         else:
             (output,) = node.outputs
             node.outputs.clear()
@@ -86,16 +85,15 @@ class Theatre:
             self.emit.graph.nodes.append(add)
             self.biased[linear.node] = add.name
 
-    def split(self, linear: Linear, tensors: Sequence[str], size: int) -> None:
+    def split(self, whole: str, tensors: Sequence[str], size: int, axis: int) -> None:
         """Let tensors, which were split off from a layer's output, be equal parts of it now."""
-        output = self.tensors[linear.output]
-        if list(tensors) == [linear.output]:
+        if list(tensors) == [whole]:
             return
-        parts = [output]
+        parts = [self.tensors[whole]]
         if len(tensors) > 1:
-            parts = self.emit.split(output, [size] * len(tensors), linear.axis, self.opset)
+            parts = self.emit.split(parts[0], [size] * len(tensors), axis, self.opset)
         for name, part in zip(tensors, parts, strict=True):
-            replace_readers(self.tensors[name], part)
+            self.take_place(name, part)
 
     def set_target(self, target: Target, width: int) -> None:
         """Let a Reshape make ``multiple · width`` channels, its target constant or not."""

@@ -284,6 +284,12 @@ def part_rotated(net, y):
     return net("Concat", made, rest, axis=3)
 
 
+def wholly_rotated(net, y):
+    """As an exporter writes a rotation of a part that happens to be all: the rest is empty."""
+    rest = net("Slice", y, [HEAD], [2**60], [3])
+    return net("Concat", rotated(net, y), rest, axis=3)
+
+
 def same(net, y):
     return y
 
@@ -296,6 +302,22 @@ def query_in_bias(net):
     bias = net("MatMul", query, table)
     mixed = products(net, query, key, value, lambda net, y: net("Add", y, bias))
     return merged(net, mixed, value=HEAD)
+
+
+def query_moved_in_bias(net):
+    """The same, and the queries are scaled for one product and moved for the other."""
+    query, key, value = packed(net)
+    length = net("Shape", "x", start=1, end=2)
+    table = net("Slice", net.random(HEAD, 64), [0], length, [1])
+    bias = net("MatMul", net("Reshape", query, [-1, HEADS, 0, HEAD], allowzero=0), table)
+    scaled = net("Mul", query, 0.5)
+    mixed = products(net, scaled, key, value, lambda net, y: net("Add", y, bias))
+    return merged(net, mixed, value=HEAD)
+
+
+def bounded(low):
+    """Logits that are cut off below."""
+    return lambda net: plain(net, between=lambda net, y: net("Max", y, np.float32(low)))
 
 
 def keys_shown(net):
@@ -312,6 +334,13 @@ def talking(net, y):
     y = net("Transpose", y, perm=[0, 2, 3, 1])
     y = net("Add", net("MatMul", y, net.weight(HEADS, HEADS)), net.random(HEADS))
     return net("Transpose", y, perm=[0, 3, 1, 2])
+
+
+def talking_on_rows(net, y):
+    """The same as a Gemm, which needs all axes but the last in one."""
+    y = net("Transpose", y, perm=[0, 2, 3, 1])
+    rows = net("Gemm", net("Reshape", y, [-1, HEADS]), net.weight(HEADS, HEADS), net.random(HEADS))
+    return net("Transpose", net("Reshape", rows, net("Shape", y)), perm=[0, 3, 1, 2])
 
 
 def talking_by_conv(net, y):
@@ -409,6 +438,59 @@ GROUPED: Mapping[str, Callable[[int], Tiny]] = {
 }
 """Query heads that share key or value heads."""
 
+
+def rows_of(net, x):
+    return net("Reshape", x, [-1, WIDTH])
+
+
+def on_rows(net):
+    """Packed, on rows, and split before heads are told apart: what onnxsim makes of three layers.
+
+    The mixed values are reshaped twice: for their product, and for their size alone.
+    """
+    front = net("Slice", net("Shape", net.x()), [0], [2])
+    sizes = [HEADS * HEAD, HEADS * HEAD, HEADS * VALUE]
+    y = net("MatMul", rows_of(net, "x"), net.weight(WIDTH, sum(sizes)))
+    made = []
+    parts = net("Split", y, sizes, outputs=3, axis=-1)
+    for part, width in zip(parts, (HEAD, HEAD, VALUE), strict=True):
+        apart = net("Reshape", part, net("Concat", front, [HEADS, width], axis=0))
+        made.append(
+            net("Transpose", net("Add", apart, net.random(HEADS, width)), perm=[0, 2, 1, 3])
+        )
+    mixed = net("Transpose", products(net, *made), perm=[0, 2, 1, 3])
+    measured = net("Reshape", mixed, [0, 0, HEADS * VALUE])
+    rows = net("Reshape", mixed, [-1, HEADS * VALUE])
+    y = net("Gemm", rows, net.weight(HEADS * VALUE, WIDTH), net.random(WIDTH))
+    front = net("Slice", net("Shape", measured), [0], [2])
+    return net("Reshape", y, net("Concat", front, [WIDTH], axis=0))
+
+
+def in_windows(zero):
+    """On rows; tokens are told apart twice, first samples, then windows of three.
+
+    ``zero`` says how the second Reshape writes the number of samples.
+    """
+
+    def make(net):
+        rows = rows_of(net, net.x("batch", 6, WIDTH))
+        made = []
+        for width in (HEAD, HEAD, VALUE):
+            size = HEADS * width
+            y = net("Gemm", rows, net.weight(WIDTH, size), net.random(size))
+            apart = net("Reshape", y, [-1, 6, size])
+            apart = net("Reshape", apart, [zero, 2, 3, HEADS, width])
+            made.append(net("Transpose", apart, perm=[0, 1, 3, 2, 4]))
+        logits = net("MatMul", made[0], net("Transpose", made[1], perm=[0, 1, 2, 4, 3]))
+        mixed = net("MatMul", softmax(net, net("Mul", logits, HEAD**-0.5)), made[2])
+        whole = net(
+            "Reshape", net("Transpose", mixed, perm=[0, 1, 3, 2, 4]), [-1, 6, HEADS * VALUE]
+        )
+        return net.linear(whole, HEADS * VALUE, WIDTH)
+
+    return make
+
+
 MORE: Mapping[str, Callable[[int], Tiny]] = {
     **GROUPED,
     "values_only": built(grouped(by_expand, keys=False), kv_heads=HEADS),
@@ -427,9 +509,18 @@ MORE: Mapping[str, Callable[[int], Tiny]] = {
     "packed_rotated_in_pairs": built(packed_with(rotated_in_pairs), value=HEAD, axes=VO),
     "packed_rotated_but_first": built(packed_with(rotated_but_first), value=HEAD, axes=VO),
     "packed_part_rotated": built(packed_with(part_rotated), value=HEAD, axes=VO),
+    "packed_wholly_rotated": built(packed_with(wholly_rotated), value=HEAD, axes=VO),
     "query_in_bias": built(query_in_bias, value=HEAD, axes=VO),
+    "query_moved_in_bias": built(query_moved_in_bias, value=HEAD, axes=VO),
+    "bounded": built(bounded(-0.5), axes=VO),
+    "bounded_by_nothing": built(bounded(np.finfo(np.float32).min)),
     "keys_shown": built(keys_shown, value=HEAD, axes=VO),
     "talking": built(lambda net: plain(net, between=talking, after=talking), axes=VO),
+    "talking_on_rows": built(
+        lambda net: plain(net, between=talking_on_rows, after=talking_on_rows), axes=VO
+    ),
+    "on_rows": built(on_rows),
+    "windows_on_rows": built(in_windows(-1)),
     "talking_after": built(lambda net: plain(net, after=talking)),
     "talking_by_conv": built(lambda net: plain(net, between=talking_by_conv), axes=VO),
     "gated": built(lambda net: plain(net, after=gated)),

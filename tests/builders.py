@@ -118,7 +118,7 @@ def _feed(name: str, shape: Sequence[int], rng: np.random.Generator) -> np.ndarr
         "seen": lambda: seen,
         "ids": lambda: rng.integers(0, 8, shape),
     }
-    return special.get(name, lambda: rng.standard_normal(shape))()
+    return special.get(name.partition("_of_")[0], lambda: rng.standard_normal(shape))()
 
 
 # MLPs
@@ -230,6 +230,20 @@ def gate_shuffled(net: Net, y: str) -> Sequence[str]:
     return gate_split(net, net("Gather", y, order, axis=2))
 
 
+def mlp_gate_on_rows(seed: int) -> Tiny:
+    """A packed gate that a simplifier computes on rows, and takes apart on three axes again."""
+    net = Net(seed)
+    front = net("Slice", net("Shape", net.x()), [0], [2])
+    rows = net("Reshape", "x", [-1, WIDTH])
+    y = net("Gemm", rows, net.weight(WIDTH, 2 * HIDDEN), net.random(2 * HIDDEN))
+    up, gate = gate_sliced(net, net("Reshape", y, net("Concat", front, [2 * HIDDEN], axis=0)))
+    hidden = net("Mul", net("Sigmoid", gate), up)
+    front = net("Slice", net("Shape", hidden), [0], [2])
+    rows = net("Reshape", hidden, [-1, HIDDEN])
+    y = net("Gemm", rows, net.weight(HIDDEN, WIDTH), net.random(WIDTH))
+    return Tiny(net.build(net("Reshape", y, net("Concat", front, [WIDTH], axis=0))), (MLP,))
+
+
 def mlp_gate_per_sample(seed: int) -> Tiny:
     """Squeeze and excite: a gate of every channel for all tokens of a sample."""
     net = Net(seed)
@@ -280,6 +294,16 @@ def mlp_to_pixels_and_back(seed: int) -> Tiny:
     flat = net("Reshape", depthwise(net, picture), [0, HIDDEN, -1])
     back = net("Relu", net("Transpose", flat, perm=[0, 2, 1]))
     return Tiny(net.build(net.linear(back, HIDDEN, WIDTH)), (MLP,))
+
+
+def mlp_joined(seed: int) -> Tiny:
+    """Tokens of two layers side by side: both make all hidden channels."""
+    net = Net(seed)
+    x = net.x()
+    first = net("Slice", x, [0], [1], [1])
+    hidden = [net("Relu", net.linear(part, WIDTH, HIDDEN)) for part in (first, x)]
+    down = net.linear(net("Concat", *hidden, axis=1), HIDDEN, WIDTH)
+    return Tiny(net.build(down), (MLP,))
 
 
 def mlp_layerscale(seed: int) -> Tiny:
@@ -783,6 +807,7 @@ TINY: Mapping[str, Builder] = {
     "mlp_gated": mlp_gated,
     "mlp_gate_split": packed_gate(gate_split),
     "mlp_gate_sliced": packed_gate(gate_sliced),
+    "mlp_gate_on_rows": mlp_gate_on_rows,
     "mlp_gate_interleaved": packed_gate(gate_interleaved),
     "mlp_gate_gathered": packed_gate(gate_gathered),
     "mlp_gate_shuffled": packed_gate(gate_shuffled),
@@ -790,6 +815,7 @@ TINY: Mapping[str, Builder] = {
     "mlp_per_token": mlp_per_token,
     "mlp_conv": mlp_conv,
     "mlp_to_pixels_and_back": mlp_to_pixels_and_back,
+    "mlp_joined": mlp_joined,
     "mlp_layerscale": mlp_layerscale,
     "mlp_chain": mlp_chain,
     "mlp_tied": mlp_tied,

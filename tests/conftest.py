@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from corp_onnx import cli
+from corp_onnx import cli, surgery
 from corp_onnx.graph import Model, from_proto
 from tests.builders import TINY
 from tests.inputs import activations, sentences
@@ -26,6 +27,22 @@ def rng() -> np.random.Generator:
 def tiny() -> Callable[[str], Model]:
     """A tiny model by name."""
     return lambda name: from_proto(TINY[name](0).proto)
+
+
+@pytest.fixture(scope="module")
+def rarely_collected() -> Iterator[None]:
+    """Graphs are many small objects: looking for garbage among them takes a sixth of the time."""
+    usual = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 50)
+    yield
+    gc.set_threshold(*usual)
+
+
+@pytest.fixture
+def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting MACs takes longer than cutting; it is tested elsewhere."""
+    monkeypatch.setattr(surgery, "evaluate", lambda *_: None)
+    monkeypatch.setattr(surgery, "count", lambda *_: None)
 
 
 @dataclass(frozen=True, slots=True)

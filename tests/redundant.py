@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of, width_of
-from corp_onnx.blocks.linear import bias_inside, bias_of, dtype_of, weight_of
+from corp_onnx.blocks.linear import bias_inside, bias_of, bias_slot, dtype_of, weight_of
 from corp_onnx.blocks.records import Linear, Route, leader_of
 from corp_onnx.blocks.view import constant_value
 from corp_onnx.graph import Model
@@ -193,8 +193,7 @@ class _Workshop:
             assert np.allclose(bias, 0)
             return
         adder = self.nodes[linear.bias_node] if linear.bias_node else node
-        slots = [s for s, t in enumerate(adder.inputs) if t is not node.outputs[0]]
-        slot = slots[0] if linear.bias_node else 2
+        slot = bias_slot(adder, self.opset) if linear.bias_node else 2
         adder.inputs[slot] = _constant(bias.astype(dtype))
 
 

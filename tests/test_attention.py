@@ -30,8 +30,10 @@ from tests.attention_builders import (
     MICROSOFT,
     MORE,
     built,
+    in_windows,
     linears,
     merged,
+    plain,
     products,
     separate,
     split,
@@ -343,6 +345,15 @@ def test_an_output_that_is_packed_with_a_cut_part_keeps_its_name_and_its_values(
         np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_read_twice_is_computed_once():
+    """Queries that two products read stay one tensor: half of the values go, and nothing comes."""
+    model, catalog = found("query_moved_in_bias")
+    made = operate(model, catalog, narrowed(turned(model, catalog), 0.5))
+    assert made.pruned.params < made.dense.params
+    (block,) = find_blocks(made.model).blocks
+    assert axes_of(block) == ("vo",)
+
+
 # Reasons
 
 
@@ -354,7 +365,10 @@ REASONS = {
     "packed_normed": "the query is normalised between the projection and the product",
     "packed_normed_by_hand": "the query is normalised between the projection and the product",
     "packed_cosine": "the query is normalised between the projection and the product",
+    "packed_wholly_rotated": "the query is rotated by its position (rotary embedding)",
     "query_in_bias": "two products of activations meet in its logits",
+    "query_moved_in_bias": "two products of activations meet in its logits",
+    "bounded": "its logits pass through Max",
     "keys_shown": "is an output of the model",
     "talking": "its logits are mixed across heads by MatMul",
     "talking_by_conv": "its logits are mixed across heads by Conv",
@@ -408,7 +422,49 @@ def with_cache(net):
     return net.linear(y, HEADS * VALUE, WIDTH)
 
 
+def tokens_lost_on_the_way(net):
+    """Samples are a size that only the Reshape before the last one knows."""
+    rows = net("Reshape", net.x("batch", 5, WIDTH), [-1, WIDTH])
+
+    def heads(width):
+        y = net("Gemm", rows, net.weight(WIDTH, HEADS * width))
+        y = net("Reshape", net("Reshape", y, [-1, 5 * HEADS * width]), [0, 5, HEADS, width])
+        return net("Transpose", y, perm=[0, 2, 1, 3])
+
+    return merged(net, products(net, *map(heads, (HEAD, HEAD, VALUE))))
+
+
+def grouped_convolutions(net):
+    """SqueezeBERT: each projection in two groups of channels, and a norm far above."""
+    x = net("Transpose", normed_input(net), perm=[0, 2, 1])
+    made = [
+        net("Conv", x, net.random(HEADS * width, WIDTH // 2, 1), kernel_shape=[1], group=2)
+        for width in (HEAD, HEAD, VALUE)
+    ]
+    heads = [net("Transpose", y, perm=[0, 2, 1]) for y in made]
+    query, key, value = (split(net, y, HEADS) for y in heads)
+    return merged(net, products(net, query, key, value))
+
+
+def normed_input(net):
+    return net("LayerNormalization", net.x(), net.random(WIDTH))
+
+
+def logits_in_one_axis(net):
+    """What is done to logits side by side hides which of them belong to one query."""
+
+    def between(net, y):
+        length = net("Shape", "x", start=1, end=2)
+        joined = net("Mul", net("Reshape", y, [0, 0, -1]), net.random(HEADS, 1))
+        return net("Reshape", joined, net("Concat", [0, 0], length, [-1], axis=0))
+
+    return plain(net, between=between)
+
+
 REFUSED = {
+    tokens_lost_on_the_way: "laid out in a way that one Reshape and one Transpose cannot write",
+    grouped_convolutions: "the query comes from a convolution in 2 groups",
+    logits_in_one_axis: "its logits are reshaped before Softmax",
     channels_attend: "channels where tokens are expected: channels attend to channels",
     pooled_keys: "the key is mixed with neighbouring tokens by AveragePool",
     channels_scaled: "scales channels of the mixed values one by one",
@@ -450,3 +506,11 @@ def test_a_packed_projection_of_two_attentions_is_refused_in_both():
     assert (axes_of(nothing), axes_of(values)) == ((), ("vo",))
     assert f"is also that of {values.id}" in nothing.refused["vo"]
     assert f"is also that of {nothing.id}" in values.refused["qk"]
+
+
+def test_a_size_that_is_copied_from_other_rows_splits_no_tokens():
+    """The number of samples would be that of all tokens: the projection lies on rows."""
+    net = Net(0)
+    model = graph.from_proto(net.build(in_windows(0)(net)))
+    (refusal,) = (item for item in find_blocks(model).refusals if item.op == "Softmax")
+    assert "one Reshape and one Transpose" in refusal.reason

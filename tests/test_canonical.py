@@ -255,16 +255,32 @@ def test_a_product_of_activations_with_scale_and_transposition(turned):
     assert widths_of(model) == [("attention", HEAD, ("qk", "vo"))]
 
 
-def test_a_product_with_turned_batches_is_left_alone():
+def turned_batches(*, wrong=False):
+    """Attention whose products read ``[t, b·h, e]``, as ONNX Runtime writes it."""
     net = Net(0)
-    y = net(
-        "FusedMatMul",
-        net.x("batch", "tokens", WIDTH),
-        net.weight(WIDTH, HIDDEN),
-        domain=MICROSOFT,
-        transBatchA=1,
-    )
-    check_left(net.build(y), "FusedMatMul")
+    net.x("batch", "tokens", WIDTH)
+    first = net("Transpose", "x", perm=[1, 0, 2])
+    length = net("Slice", net("Shape", "x"), [1], [2])
+    made = [
+        net(
+            "Reshape",
+            net.linear(first, WIDTH, INNER),
+            net("Concat", length, [-1, HEAD], axis=0),
+        )
+        for _ in range(3)
+    ]
+    attrs = {"alpha": 0.3 if wrong else 1 / np.sqrt(HEAD), "transB": 1}
+    logits = net("FusedMatMul", *made[:2], domain=MICROSOFT, transBatchA=1, transBatchB=1, **attrs)
+    mixed = net("FusedMatMul", net("Softmax", logits, axis=-1), made[2], domain=MICROSOFT,
+                transBatchB=1)  # fmt: skip
+    rows = net("Transpose", mixed, perm=[1, 0, 2])
+    rows = net("Reshape", rows, net("Concat", length, [-1, INNER], axis=0))
+    return net.build(net.linear(rows, INNER, WIDTH))
+
+
+def test_products_with_turned_batches():
+    model = check(turned_batches, gone="FusedMatMul")
+    assert widths_of(model) == [("attention", HEAD, ("qk", "vo"))]
 
 
 def fused_gemm(*, wrong=False, activation="Relu", **attrs):

@@ -398,10 +398,10 @@ def on_disk(model, tmp_path) -> Path:
     return path
 
 
-def test_calibrate_makes_two_crops_unless_told_otherwise(command, on_disk, noise, tmp_path):
+def test_calibrate_fills_few_pictures_up_unless_told_otherwise(command, on_disk, noise, tmp_path):
     arguments = ("calibrate", on_disk, "--data", noise, "-o", tmp_path / "s.npz", "--json")
     usual, plain = (json.loads(command(*arguments, *more).stdout) for more in ((), ("--crops", 1)))
-    assert (usual["crops"], usual["samples"], usual["held_out"]) == (2, 20, 2)
+    assert (usual["crops"], usual["samples"], usual["held_out"]) == (4, 40, 2)
     assert (plain["crops"], plain["samples"], plain["held_out"]) == (1, 10, 2)
     refused = command(*arguments, "--crops", 0)
     assert refused.status == 2
@@ -419,7 +419,7 @@ def test_prune_tells_its_crops_and_those_of_its_statistics(command, on_disk, noi
         json.loads(command(*out, *more).stdout)["crops"]
         for more in (("--data", noise), ("--data", noise, "--crops", 1), ("--stats", statistics))
     ]
-    assert crops == [2, 1, 3]
+    assert crops == [4, 1, 3]
 
 
 def test_a_partial_of_another_number_of_crops_is_refused(command, on_disk, noise, tmp_path):

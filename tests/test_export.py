@@ -18,6 +18,7 @@ from corp_onnx.errors import (
     VerificationError,
 )
 from corp_onnx.export import export
+from corp_onnx.export.backend import first_line, root
 from corp_onnx.export.checkpoint import few
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import open_session
@@ -49,6 +50,62 @@ SCRIPT = """
     class Silent(torch.nn.Module):
         def forward(self, x):
             return None
+
+    class Elsewhere(Counting):
+        # Depends on the batch where the mask is so: exports keep the traced batch.
+
+        def __init__(self, where):
+            super().__init__()
+            self.where = where
+            self.table = torch.nn.Embedding(50, 4)
+
+        def forward(self, ids, attention_mask):
+            hidden = self.table(ids)
+            there = (attention_mask == self.where)[..., None]
+            return torch.where(there, super().forward(hidden), hidden)
+
+    class Pooled(Elsewhere):
+        def forward(self, ids, attention_mask):
+            return super().forward(ids, attention_mask).mean(1)
+
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(50, 4)
+
+        def forward(self, ids, decoder_ids):
+            read, written = self.table(ids), self.table(decoder_ids)
+            return written + (written @ read.transpose(1, 2)).softmax(-1) @ read, read
+
+    class Fixed(torch.nn.Module):
+        def forward(self, ids, states):
+            return ids[..., None] + states
+
+    class Differences(torch.nn.Module):
+        def forward(self, x):
+            return torch.diff(x)
+
+    def pair():
+        return Pair(), {"ids": torch.ones(2, 7).long(), "decoder_ids": torch.ones(2, 5).long()}
+
+    def fixed():
+        return Fixed(), (torch.ones(2, 5).long(), torch.randn(2, 5, 4))
+
+    def differences():
+        return Differences(), (torch.randn(2, 5),)
+
+    def text():
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+        return {"ids": torch.randint(0, 50, (2, 5)), "attention_mask": mask}
+
+    def at_padding():
+        return Elsewhere(0), text()
+
+    def at_tokens():
+        return Elsewhere(1), text()
+
+    def pooled():
+        return Pooled(0), text()
 
     def by_position():
         return Mean(), (torch.randint(0, 50, (2, 5)), torch.randn(2, 3))
@@ -144,7 +201,7 @@ def test_a_missing_package_is_named_with_its_cure(missing, output, monkeypatch):
         ("model.pt", "is no source; give timm:NAME"),
         ("script.py:", "is no source"),
         ("{folder}/absent.py:make", "does not exist"),
-        ("{folder}/script.py:absent", "no function 'absent'; it has by_position, by_name"),
+        ("{folder}/script.py:absent", "no function 'absent'; it has pair, fixed"),
         ("{folder}/script.py:no_module", "must return"),
         ("{folder}/script.py:no_examples", "example inputs as a tuple or dict of tensors"),
         (
@@ -222,6 +279,83 @@ def test_an_export_that_computes_something_else_is_not_written(function, script,
     with pytest.raises(VerificationError, match="its outputs differ from torch's by"):
         export(f"{script}:{function}", output)
     assert left_behind(output) == []
+
+
+@pytest.mark.slow
+def test_what_comes_out_at_padding_is_nobodys_business(script, output):
+    assert export(f"{script}:at_padding", output).parity < 1e-6
+    for counts in ("at_tokens", "pooled"):
+        with pytest.raises(VerificationError, match="its outputs differ from torch's by"):
+            export(f"{script}:{counts}", output)
+
+
+@pytest.mark.slow
+@BOTH
+def test_sequences_of_other_lengths_have_axes_of_their_own(exporter, script, output):
+    made = export(f"{script}:pair", output, exporter=exporter)
+    assert made.inputs == {"ids": ("batch", "sequence"), "decoder_ids": ("batch", "sequence_2")}
+    ids, decoder_ids = np.ones((3, 9), np.int64), np.ones((3, 4), np.int64)
+    results = open_session(output).run({"ids": ids, "decoder_ids": decoder_ids})
+    assert [value.shape for value in results.values()] == [(3, 4, 4), (3, 9, 4)]
+
+
+@pytest.mark.slow
+def test_a_module_that_cannot_read_shorter_texts_is_refused_with_the_shapes(script, output):
+    with pytest.raises(GraphError, match=r"another batch and length \(ids \[3, 4\], states"):
+        export(f"{script}:fixed", output)
+
+
+@pytest.mark.slow
+def test_torch_prints_no_graph_that_it_cannot_write(script, output, capfd):
+    with pytest.raises(GraphError, match=r"aten::diff.* not supported; try the other exporter"):
+        export(f"{script}:differences", output)
+    assert capfd.readouterr().out == ""
+
+
+def test_a_failure_is_told_by_its_root():
+    cause = AssertionError("only 4D query, key, and value are supported")
+    failure = RuntimeError("step 3 of 3 failed. Next steps:")
+    failure.__cause__ = cause
+    assert first_line(root(failure)) == str(cause)
+    assert first_line(failure) == str(failure)
+
+
+@pytest.mark.slow
+@BOTH
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "OPT", "Gemma2", "Qwen3"])
+def test_a_causal_model_is_compared_with_padding_on_either_side(
+    kind, exporter, tmp_path, output, monkeypatch
+):
+    folder = causal(kind, tmp_path)
+    made = export(f"hf:{folder}", output, random_weights=True, exporter=exporter)
+    assert made.parity < 1e-5
+    if kind == "Llama" and exporter == "dynamo":  # behind padding that comes first
+        monkeypatch.setattr("corp_onnx.export.module.Module.counted", lambda *_: {})
+        with pytest.raises(VerificationError, match="its outputs differ from torch's by"):
+            export(f"hf:{folder}", output, random_weights=True, exporter=exporter)
+
+
+def causal(kind, folder):
+    """A folder with a small language model of transformers, without its weights."""
+    import transformers
+
+    old = {"n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+    new = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 48,
+    }
+    family = getattr(transformers, f"{kind}Config")
+    config = family(vocab_size=60, pad_token_id=0, **(old if kind == "GPT2" else new))
+    config.architectures = ["GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"]
+    config.save_pretrained(folder / kind)
+    return folder / kind
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.test_zoo_blocks import found
+from tests.zoo_properties import found
 from tools.families import PAGE, page
 
 

@@ -10,6 +10,7 @@ from onnx import helper
 
 from corp_onnx import graph
 from corp_onnx.blocks import find_blocks
+from corp_onnx.fused import BLOCKED_LAYOUT
 from corp_onnx.macs import count
 from corp_onnx.shapes import declared_only, evaluate
 from corp_onnx.surgery import operate
@@ -98,6 +99,21 @@ def test_products_with_an_activation():
             domain=MICROSOFT, activation="Relu")  # fmt: skip
     made, facts = compared(net, y)
     assert count(made, facts).total == BATCH * WIDTH * HIDDEN
+
+
+def blocked(net, kernel, *, stay=False):
+    """A convolution of 16 channels in blocks, in and out of them."""
+    x = net("ReorderInput", net.x("batch", 16, 4, 4), domain=BLOCKED_LAYOUT)
+    y = net("Conv", x, net.random(32, 16, kernel, kernel), domain=BLOCKED_LAYOUT,
+            kernel_shape=[kernel, kernel])  # fmt: skip
+    return net("ReorderOutput", y, domain=BLOCKED_LAYOUT, channels=32, channels_last=int(stay))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_convolutions_in_blocks_of_channels(last):
+    net = Net(0)
+    y = blocked(net, 3, stay=last)
+    compared(net, y, net("Relu", y))
 
 
 @pytest.mark.parametrize("value", [INNER, 8])

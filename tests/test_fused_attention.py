@@ -338,7 +338,6 @@ def test_shapes_behind_it_are_known(make, shape):
     [
         ("MoE", [(4, WIDTH), (4, WIDTH, HIDDEN)], {}),
         ("MatMulBnb4", [(WIDTH, HIDDEN)], {"N": WIDTH, "K": WIDTH}),
-        ("FusedMatMul", [(WIDTH, WIDTH)], {"transBatchA": 1}),
     ],
 )
 def test_weights_inside_an_operator_are_mentioned(op, shapes, attrs):

@@ -333,6 +333,14 @@ def test_tensors_keep_their_names(proto):
     assert set(model.graph.tensors()) == names
 
 
+def test_outputs_keep_the_shapes_that_the_caller_sees(proto):
+    """Beside them the file may say something else of the same tensor."""
+    other = proto.graph.value_info.add()
+    other.CopyFrom(proto.graph.output[0])
+    other.type.tensor_type.shape.dim[0].dim_param = "elsewhere"
+    assert graph.from_proto(proto).proto().graph.output[0] == proto.graph.output[0]
+
+
 def test_nodes_come_in_an_order_in_which_they_can_run(proto):
     nodes = list(proto.graph.node)[::-1]
     del proto.graph.node[:]

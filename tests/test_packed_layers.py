@@ -320,4 +320,4 @@ def test_an_output_layer_of_both_keeps_its_width():
     (block,) = catalog.blocks
     assert axes_of(block) == ("qk",)
     assert "Concat (Concat_" in block.refused["vo"]
-    assert any("which joins several tensors" in item.reason for item in catalog.refusals)
+    assert any("which mixes channels" in item.reason for item in catalog.refusals)

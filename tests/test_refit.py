@@ -58,7 +58,7 @@ def test_the_weight_is_that_of_least_squares(only, strength):
     _, parts = drawn()
     found = fitted(parts)
     assert found.choice == (strength, 1.0)
-    share = len(parts[1][0]) / sum(len(f) for f, _ in parts)  # of samples that each fit was tried on
+    share = len(parts[1][0]) / sum(len(f) for f, _ in parts)
     f, t = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     ridge = share * strength * f.var(axis=0).mean()
     weight, bias = lstsq_fit(f, t, START, ridge)

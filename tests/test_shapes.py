@@ -150,6 +150,44 @@ def test_sizes_of_an_input_that_does_not_exist():
 # Sequences that do not fit
 
 
+@pytest.mark.parametrize("least", [0, 3])
+def test_the_branch_that_is_taken_says_what_comes_out(least):
+    """By the number of tokens, one branch is taken or the other."""
+    net = Net(0)
+    net.x()
+    length = net("Shape", "x", start=1, end=2)
+    taken = net("Greater", length, np.array([least], np.int64))
+    outcome = net("If", taken, then_branch=branch("rows", 2), else_branch=branch("columns", 1))
+    moved = net("Reshape", "x", net("Concat", [0], outcome, [-1], axis=0))
+    model = graph.from_proto(net.build(moved))
+    for tokens in (2, 6):
+        facts = evaluate(model.graph, {"x": (2, tokens, WIDTH)})
+        (expected,) = run(model, {"x": np.zeros((2, tokens, WIDTH), np.float32)})
+        (name,) = (tensor.name for tensor in model.graph.outputs)
+        assert facts.shapes[name] == expected[name].shape
+        assert facts.values[outcome] == (2 if tokens > least else 1)
+
+
+def test_branches_that_data_choose_have_a_shape_only_where_they_agree():
+    for others, known in (((1,), (1,)), ((1, 1), None)):
+        net = Net(0)
+        chosen = net("Greater", net("ReduceMax", net.x(), keepdims=0), 0.0)
+        one, other = branch("rows", 2), branch("columns", np.full(others, 3))
+        outcome = net("If", chosen, then_branch=one, else_branch=other)
+        model = graph.from_proto(net.build(outcome))
+        facts = evaluate(model.graph, {"x": (2, 5, WIDTH)})
+        assert facts.shape(model.graph.outputs[0]) == known
+        assert outcome not in facts.values
+
+
+def branch(name, value):
+    """The body of an If that gives a constant."""
+    made = onnx.numpy_helper.from_array(np.atleast_1d(np.int64(value)), name)
+    node = onnx.helper.make_node("Constant", [], [name], name, value=made)
+    shown = onnx.helper.make_tensor_value_info(name, TensorProto.INT64, None)
+    return onnx.helper.make_graph([node], f"{name} body", [], [shown])
+
+
 def test_a_table_of_positions_decides_the_usual_sequence():
     model = graph.from_proto(TINY["text_encoder"](0).proto)
     assert usual_sequence(model.graph) == 16

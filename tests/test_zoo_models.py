@@ -10,6 +10,8 @@ import onnx
 import onnxruntime
 import pytest
 
+from corp_onnx.blocks import Mlp, axes_of, find_blocks
+from corp_onnx.graph import from_proto
 from tests.zoo_models import FOLDER, NAMES, TRUTH, draw, feeds, load, module_of
 from tools.zoo.table import MODULES, UNEXPORTABLE
 
@@ -18,6 +20,8 @@ LARGEST_BYTES = 7_000_000
 # Two exports of a module round in another order: a few hundred sums of 16 to 192 float32 products
 # each, on the way through two to five blocks that amplify by 1.5 a layer.
 AGREEMENT = 1e-5
+HALF = float(np.finfo(np.float16).eps / np.finfo(np.float32).eps)
+"""How much coarser float16 rounds."""
 
 PLAIN = [name for name in NAMES if module_of(name) in {"timm_deit", "hf_vit_sdpa", "hf_bert_sdpa"}]
 
@@ -81,7 +85,8 @@ def test_all_exports_of_a_module_compute_the_same(function):
     expected = run(first, inputs)
     seen = seen if expected.ndim == 3 else True
     for name in others:
-        assert relative_error(run(name, inputs) * seen, expected * seen) < AGREEMENT, name
+        error = relative_error(run(name, inputs) * seen, expected * seen)
+        assert error < AGREEMENT * (HALF if name.endswith("fp16") else 1), name
 
 
 @pytest.mark.parametrize("name", [name for name in PLAIN if name.endswith(("18", "20", "23"))])
@@ -119,24 +124,62 @@ def test_weights_are_drawn_by_name():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["timm_deit.ts17", "hf_bert_sdpa.dynamo18", "hf_llama.ts17", "tf_bert.opset13"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_exporters_still_write_what_the_zoo_holds(name, tmp_path):
+    """Every form is written again: four and a half minutes for all, on one core of an AMD EPYC."""
     pytest.importorskip("torch", reason="exporting needs torch: pip install 'corp_onnx[export]'")
     from tools.make_zoo import make
 
     module, _, form = name.partition(".")
     assert make(module, form, tmp_path) == TRUTH[module]
-    made = onnx.load(tmp_path / f"{name}.onnx")
-    committed = onnx.load(FOLDER / f"{name}.onnx")
-    assert operators(made) == operators(committed)
-    assert weights(made) == weights(committed)
+    made, committed = load(name, tmp_path), load(name)
+    if not same_operators(made, committed):  # another version writes it in another way
+        assert found(made) == found(committed)
+    assert difference(name, made, committed) < AGREEMENT * (HALF if form.endswith("fp16") else 1)
 
 
-def operators(model):
-    return Counter(node.op_type for node in model.graph.node)
+@pytest.mark.parametrize("name", ["timm_deit.ts17", "hf_llama.dynamo18"])
+def test_another_model_is_not_taken_for_what_the_zoo_holds(name):
+    """Weights that change places leave no other operators; a longer MLP is another catalog."""
+    committed, changed = load(name), load(name)
+    large = [t for t in changed.graph.initializer if list(t.dims) == list(largest(changed).dims)]
+    first, second = large[0].raw_data, large[1].raw_data
+    large[0].raw_data, large[1].raw_data = second, first
+    assert same_operators(changed, committed)
+    assert difference(name, changed, committed) > 100 * AGREEMENT
+    other = load("timm_deit3.ts17")
+    assert not same_operators(other, committed)
+    assert found(other) != found(committed)
 
 
-def weights(model):
-    return Counter((*tensor.dims, tensor.doc_string) for tensor in model.graph.initializer)
+def largest(model):
+    """The weight of the most values that there are two of."""
+    sizes = Counter(tuple(t.dims) for t in model.graph.initializer)
+    twice = [t for t in model.graph.initializer if sizes[tuple(t.dims)] > 1]
+    return max(twice, key=lambda tensor: len(tensor.raw_data))
+
+
+def same_operators(made, committed):
+    """Whether a model has the same operators, whatever they are called."""
+    counts = [Counter(node.op_type for node in model.graph.node) for model in (made, committed)]
+    return counts[0] == counts[1]
+
+
+def found(model):
+    """What is found in a model, without the names of nodes and tensors."""
+    return [
+        (block.width,)
+        if isinstance(block, Mlp)
+        else (block.heads, block.kv_heads, block.head_width, block.value_width, axes_of(block))
+        for block in find_blocks(from_proto(model)).blocks
+    ]
+
+
+def difference(name, made, committed):
+    """Relative error of what a model computes where tokens count."""
+    inputs = feeds(name, 3)
+    by_place = dict(zip((i.name for i in made.graph.input), inputs.values(), strict=True))
+    result, expected = run(name, by_place, made), run(name, inputs, committed)
+    seen = inputs.get("attention_mask", np.ones((3, 1)))[:, :, None].astype(bool)
+    seen = seen if expected.ndim == 3 else True
+    return relative_error(result * seen, expected * seen)

@@ -16,6 +16,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from tests import converted
+
 FOLDER = Path(__file__).parent / "zoo"
 TOKENS, VOCABULARY = 12, 100
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.onnx")))
@@ -28,13 +30,17 @@ DRAWN = "drawn:"
 """How the doc string of a weight that is not in the file begins; its parameter's name follows."""
 
 
-def load(name: str) -> onnx.ModelProto:
-    """A model of the zoo, whole."""
-    model = onnx.load(FOLDER / f"{name}.onnx")
+def load(name: str, folder: Path = FOLDER) -> onnx.ModelProto:
+    """A model of the zoo, whole; behind an ``@`` stands the tool that is to convert it."""
+    exported, _, tool = name.partition("@")
+    model = onnx.load(folder / f"{exported}.onnx")
     for tensor in tensors_of(model):
         if tensor.doc_string.startswith(DRAWN):
             fill(tensor)
-    return model
+    if not tool:
+        return model
+    shapes = {key: list(value.shape) for key, value in feeds(name, 2).items()}
+    return converted.convert(model, tool, shapes)
 
 
 def module_of(name: str) -> str:
@@ -44,7 +50,8 @@ def module_of(name: str) -> str:
 
 def feeds(name: str, batch: int, tokens: int = TOKENS, *, seed: int = 0) -> dict[str, np.ndarray]:
     """Random inputs of a model; in masks, later samples end earlier."""
-    graph = onnx.load(FOLDER / f"{name}.onnx").graph
+    exported, _, _ = name.partition("@")
+    graph = onnx.load(FOLDER / f"{exported}.onnx").graph
     sizes = {"batch": batch, "sequence": tokens}
     rng = np.random.default_rng(seed)
     made = {}
@@ -82,6 +89,7 @@ def mark(tensor: onnx.TensorProto, recipe: str) -> None:
     """
     tensor.ClearField("raw_data")
     tensor.ClearField("float_data")
+    tensor.ClearField("int32_data")
     tensor.doc_string = f"{DRAWN}{recipe}"
 
 
@@ -89,7 +97,8 @@ def fill(tensor: onnx.TensorProto) -> None:
     """Undo ``mark``."""
     parts = [_drawn(recipe) for recipe in tensor.doc_string.removeprefix(DRAWN).split("|")]
     values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-    whole = np.ascontiguousarray(values).reshape(tuple(tensor.dims))
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    whole = np.ascontiguousarray(values).reshape(tuple(tensor.dims)).astype(dtype)
     tensor.CopyFrom(numpy_helper.from_array(whole, tensor.name))
 
 

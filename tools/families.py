@@ -27,7 +27,12 @@ the reason follows. `tools/families.py` writes this page, and a test holds it to
 Forms: `ts` is the TorchScript exporter and `dynamo` the newer one, each with its opset; behind a
 `+` stands what was done to the file afterwards: fused by ONNX Runtime's transformer optimiser
 (`fused`, `mha`), optimised by ONNX Runtime itself (`ort`), its weights rounded to four bits by
-ONNX Runtime's quantiser (`nbits`), simplified by onnxslim (`slim`), or converted to another opset.
+ONNX Runtime's quantiser (`nbits`), simplified by onnxslim (`slim`), brought to float16 (`fp16`), or
+converted to another opset.
+
+The same is found in what onnxslim and onnxsim make of these files, with dynamic and with fixed
+sizes, in what ONNX Runtime saves at the levels `basic` and `extended`, and after conversion to
+opset 24; `tests/converted.py` names the few exceptions, each with what the tool changed.
 
 | model | forms | MLP | query-key | value-output | what is refused, and why |
 |---|---|---|---|---|---|

@@ -1,7 +1,6 @@
 """Write tests/zoo: small models as real exporters write them, without their large weights.
 
-Run it from the checkout, in an environment with the ``export`` extra (forms that end in ``slim``
-need onnxslim as well)::
+Run it from the checkout, in an environment with the extras ``export`` and ``dev``::
 
     python -m tools.make_zoo                 # all models
     python -m tools.make_zoo hf_bert ts17    # those whose name contains all these words

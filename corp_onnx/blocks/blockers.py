@@ -39,6 +39,11 @@ def why_blocked(view: View, path: Blocked, target: gs.Tensor) -> str:
         return _without_layer(view, path, target)
     if path.node.op in CACHES:
         return f"{CACHED} ({path.node.op} {path.node.name})"
+    if path.node.op == "Conv" and path.node.attrs.get("group", 1) > 1:
+        return (
+            f"comes from a convolution in {path.node.attrs['group']} groups ({path.node.name}), "
+            "which is not one linear layer"
+        )
     norm = next((node for node in region if _is_norm(view, node, target)), None)
     if norm is not None:
         return f"{NORMALISED} ({norm.op} {norm.name})"
@@ -74,7 +79,7 @@ def _region(view: View, target: gs.Tensor) -> Iterator[gs.Node]:
 
 def _is_norm(view: View, node: gs.Node, target: gs.Tensor) -> bool:
     """Whether a node is part of a norm of the layer that ``target`` mostly comes from."""
-    return node.op in NORMS and _sources(view, target)[:1] == _sources(view, node.inputs[0])[:1]
+    return node.op in NORMS and sources_of(view, target)[:1] == sources_of(view, node.inputs[0])[:1]
 
 
 def _is_rotation(view: View, node: gs.Node) -> bool:
@@ -95,13 +100,13 @@ def _factors(view: View, tensor: gs.Tensor) -> list[str]:
     if node is None or node.op != "Mul":
         return []
     for mine, table in (node.inputs, node.inputs[::-1]):
-        sources = _sources(view, mine)
+        sources = sources_of(view, mine)
         if len(sources) == 1 and _is_table(view, table):
             return sources
     return []
 
 
-def _sources(view: View, tensor: gs.Tensor) -> list[str]:
+def sources_of(view: View, tensor: gs.Tensor) -> list[str]:
     """The linear layers above a tensor with whatever stands in between, the nearest first."""
     found: dict[str, None] = {}
     waiting, seen = [tensor], set()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.attention import attention_of, unshared
+from corp_onnx.blocks.blockers import sources_of
 from corp_onnx.blocks.foreign import is_foreign, weights_inside, why_fused
 from corp_onnx.blocks.linear import match_linear
 from corp_onnx.blocks.logits import Anchor, match_softmax
@@ -36,6 +38,9 @@ PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)), ((
 Last comes a batch of one, which is all that some exporters leave possible.
 """
 
+SAMPLED = 64
+"""Values of a weight that are compared before all of them are."""
+
 SMALL_SHARE = 0.01
 """Linear layers below this share of all MACs go unmentioned."""
 
@@ -58,7 +63,7 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
     taken = {linear.node for block in blocks for linear in linears_of(block)}
     refusals += [item for item in (*hidden, *unmatched) if item.node not in taken]
     said = taken | {item.node for item in refusals}
-    refusals += _large_leftovers(view, counts, said)
+    refusals += _large_leftovers(view, counts, said, _left_whole(view, attentions))
     inside = weights_inside(model.graph, counts.params, SMALL_SHARE)
     said |= {linear.node for linear in view.linears.values()}
     refusals += [item for item in inside if item.node not in said]
@@ -198,32 +203,73 @@ def _in_order(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
 def _with_twins(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
     """Blocks with the names of those that have the same weights (one set for every layer)."""
     nodes = {node.name: node for node in view.graph.nodes}
-    groups: dict[tuple[object, ...], list[str]] = {}
-    keys = [tuple(_weights(view, nodes, block)) for block in blocks]
-    for block, key in zip(blocks, keys, strict=True):
-        groups.setdefault(key, []).append(block.id)
+    alike = _grouped(blocks, lambda block: tuple(_weights(view, nodes, block, _sample)))
+    several = [block for group in alike for block in group if len(group) > 1]
+    twins = {
+        block.id: tuple(other.id for other in group)
+        for group in _grouped(several, lambda block: tuple(_weights(view, nodes, block, _digest)))
+        for block in group
+        if len(group) > 1
+    }
     return tuple(
-        replace(block, twins=tuple(groups[key])) if len(groups[key]) > 1 else block
-        for block, key in zip(blocks, keys, strict=True)
+        replace(block, twins=twins[block.id]) if block.id in twins else block for block in blocks
     )
 
 
-def _weights(view: View, nodes: Mapping[str, gs.Node], block: Block) -> Iterator[object]:
+def _grouped(blocks: Sequence[Block], key: Callable[[Block], Hashable]) -> list[list[Block]]:
+    """Blocks of the same key, together."""
+    groups: dict[Hashable, list[Block]] = {}
+    for block in blocks:
+        groups.setdefault(key(block), []).append(block)
+    return list(groups.values())
+
+
+def _weights(
+    view: View, nodes: Mapping[str, gs.Node], block: Block, seen: Callable[[np.ndarray], bytes]
+) -> Iterator[Hashable]:
     """What a block's weights are; not their names, for an exporter may write one many times."""
     for linear in linears_of(block):
         for name in filter(None, (linear.node, linear.bias_node)):
             for tensor in nodes[name].inputs:
                 value = constant_value(tensor, view.opset)
                 if value is not None:
-                    yield value.shape, hashlib.sha256(value.tobytes()).digest()
+                    yield value.shape, seen(value)
 
 
-def _large_leftovers(view: View, counts: Counts, said: set[str]) -> list[Refusal]:
+def _sample(values: np.ndarray) -> bytes:
+    """A few of many values: weights that differ mostly differ there, and it costs nothing."""
+    return values.reshape(-1)[:: max(1, values.size // SAMPLED)].tobytes()
+
+
+def _digest(values: np.ndarray) -> bytes:
+    return hashlib.sha256(values.tobytes()).digest()
+
+
+def _left_whole(view: View, attentions: Sequence[Attention]) -> dict[str, str]:
+    """Why layers that make queries, keys or values are in no block, by the output of the layer."""
+    nodes = {node.name: node for node in view.graph.nodes}
+    return {
+        source: f"it is part of {block.id}, where {' and '.join(block.refused)} cannot be cut"
+        for block in attentions
+        if block.refused
+        for product in block.products
+        for operand in nodes[product].inputs
+        for source in sources_of(view, operand)
+    }
+
+
+def _large_leftovers(
+    view: View, counts: Counts, said: set[str], reasons: Mapping[str, str]
+) -> list[Refusal]:
     """A refusal for every linear layer of more than a hundredth of all MACs that is in no block."""
     nodes = {node.name: node for node in view.graph.nodes}
     return [
-        Refusal(linear.node, "Linear", why_not_hidden(view, linear, nodes[linear.node].inputs[0]))
-        for linear in view.linears.values()
+        Refusal(
+            linear.node,
+            "Linear",
+            reasons.get(output) or why_not_hidden(view, linear, nodes[linear.node].inputs[0]),
+        )
+        for output, linear in view.linears.items()
         if linear.node not in said
         and counts.by_node.get(linear.node, 0) > SMALL_SHARE * counts.total
     ]

@@ -113,6 +113,13 @@ class _Descent:
             below = [self.ends(output) for node in readers for output in node.outputs]
             complete = [found for found in below if not isinstance(found, str)]
             if len(complete) == len(below):
-                return list(itertools.chain.from_iterable(complete))
+                return self._merged(tensor, list(itertools.chain.from_iterable(complete)))
         made = trace_fragment(self.view, tensor)
         return made if isinstance(made, str) else [made]
+
+    def _merged(self, tensor: gs.Tensor, below: list[Traced]) -> list[Traced]:
+        """The ends below a tensor, or itself where they hold the same channels: once is enough."""
+        unique = {end.path.target.name: end for end in below}.values()
+        held = [channel for end in unique for channel in np.unique(end.route.channels)]
+        made = trace_fragment(self.view, tensor) if len(set(held)) < len(held) else ""
+        return below if isinstance(made, str) else [made]

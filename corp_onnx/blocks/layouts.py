@@ -11,6 +11,7 @@ from jaxtyping import Int64
 
 from corp_onnx.blocks.movement import Path
 from corp_onnx.blocks.records import Layout
+from corp_onnx.shapes import Facts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,10 +43,22 @@ class _Atom:
 
 
 def find_layout(
-    target: Target, path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...]
+    target: Target,
+    path: Path,
+    moved: Mapping[str, np.ndarray],
+    facts: Facts,
+    tokens: tuple[int, ...],
 ) -> Layout | None:
-    """The layout with token axes as the projection has them, or as a Reshape splits them."""
-    for split, sizes in _token_axes(path, moved, tokens):
+    """The layout with token axes as the projection has them, or as a Reshape splits them.
+
+    Args:
+        target: What is to be reproduced.
+        path: The movement.
+        moved: Element numbers of the projection at every tensor of the path.
+        facts: Of the graph at the sizes of this run.
+        tokens: The token axes of the projection.
+    """
+    for split, sizes in _token_axes(path, moved, facts, tokens):
         layout = _fit(target, split, sizes)
         if layout is not None:
             return layout
@@ -60,18 +73,34 @@ def arrange(layout: Layout, projection: np.ndarray, shape: tuple[int, ...]) -> n
 
 
 def _token_axes(
-    path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...]
+    path: Path, moved: Mapping[str, np.ndarray], facts: Facts, tokens: tuple[int, ...]
 ) -> list[tuple[str | None, tuple[int, ...]]]:
+    """The token axes of a projection, and what Reshapes make of them that keep their order."""
     ways: list[tuple[str | None, tuple[int, ...]]] = [(None, tokens)]
+    count, width = prod(tokens), moved[path.source.name].size // prod(tokens)
     for node in path.nodes:
-        if node.op == "Reshape":
-            output = moved[node.outputs[0].name]
-            (ends,) = np.nonzero(np.cumprod(output.shape) == prod(tokens))
-            in_order = (np.diff(output.reshape(-1)) == 1).all()
-            if in_order and ends.size and output.shape[: ends[-1] + 1] != tokens:
-                ways.append((node.name, output.shape[: ends[-1] + 1]))
-            break
+        if node.op != "Reshape":
+            continue
+        output = moved[node.outputs[0].name]
+        (ends,) = np.nonzero(np.cumprod(output.shape) == count)
+        if not ends.size or output.shape[: ends[-1] + 1] == tokens:
+            continue
+        sizes = output.shape[: ends[-1] + 1]
+        in_order = output.reshape(count, -1) // width == np.arange(count)[:, None]
+        if in_order.all() and _stays_true(facts.value(node.inputs[1]), sizes, tokens):
+            ways.append((node.name, sizes))
     return ways
+
+
+def _stays_true(target: np.ndarray | None, sizes: tuple[int, ...], tokens: tuple[int, ...]) -> bool:
+    """Whether the target of a Reshape would split the projection itself in the same way.
+
+    A 0 in it copies a size of what enters, which may have been moved before.
+    """
+    if target is None:
+        return False
+    copied = np.flatnonzero(target[: len(sizes)] == 0)
+    return all(sizes[axis : axis + 1] == tokens[axis : axis + 1] for axis in copied)
 
 
 def _fit(target: Target, split: str | None, sizes: tuple[int, ...]) -> Layout | None:

@@ -12,6 +12,9 @@ from corp_onnx import nbits
 from corp_onnx.blocks.records import Linear, Refusal
 from corp_onnx.blocks.view import constant_value
 
+SILENT_OPS = frozenset({"Identity", "Dropout"})
+"""Operators that pass values on as they are."""
+
 
 def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal | None:
     """Read a product with a weight as a linear layer; None if a node is something else.
@@ -46,17 +49,8 @@ def _match_product(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refus
         )
 
     width_in, width_out = weight.T.shape if node.attrs.get("transB", 0) else weight.shape
-    seen = node.op == "Gemm" or node.outputs[0].name in shown
-    bias_node = None if seen else _bias_node(node, width_out, opset)
-    last = bias_node or node
-    return Linear(
-        node.name,
-        bias_node.name if bias_node else None,
-        node.inputs[0].name,
-        last.outputs[0].name,
-        width_in,
-        width_out,
-    )
+    add = None if node.op == "Gemm" else _bias_node(node, width_out, opset, shown)
+    return _with_bias(node, add, width_in, width_out)
 
 
 def weight_of(nodes: dict[str, gs.Node], linear: Linear, opset: int) -> Float64[np.ndarray, "i o"]:
@@ -111,16 +105,14 @@ def _match_packed(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusa
     if reason:
         return Refusal(node.name, node.op, reason)
     width_in, width_out = int(node.attrs["K"]), int(node.attrs["N"])
-    within = bias is not None or node.outputs[0].name in shown
-    add = None if within else _bias_node(node, width_out, opset)
-    return Linear(
-        node.name,
-        add.name if add else None,
-        node.inputs[0].name,
-        (add or node).outputs[0].name,
-        width_in,
-        width_out,
-    )
+    add = None if bias is not None else _bias_node(node, width_out, opset, shown)
+    return _with_bias(node, add, width_in, width_out)
+
+
+def _with_bias(node: gs.Node, add: gs.Node | None, width_in: int, width_out: int) -> Linear:
+    """A product together with the Add of its bias, if that stands outside."""
+    ends = (node.inputs[0].name, (add or node).outputs[0].name)
+    return Linear(node.name, add.name if add else None, *ends, width_in, width_out)
 
 
 def _match_pointwise(node: gs.Node, opset: int, shown: Set[str]) -> Linear | None:
@@ -146,13 +138,26 @@ def _has_vector(node: gs.Node, opset: int) -> bool:
     return value is not None and value.size == (value.shape[-1] if value.ndim else 1)
 
 
-def _bias_node(node: gs.Node, width: int, opset: int) -> gs.Node | None:
-    """The Add of a constant vector that is the only reader of a product."""
-    (output,) = node.outputs
-    if len(output.outputs) != 1 or output.outputs[0].op != "Add":
+def _bias_node(node: gs.Node, width: int, opset: int, shown: Set[str]) -> gs.Node | None:
+    """The Add of a constant vector that a product enters, and nothing else.
+
+    What lies between, if anything, passes values on.
+    """
+    reader = node
+    while reader is node or reader.op in SILENT_OPS:
+        (output, *others) = reader.outputs
+        seen = any(tensor.outputs or tensor.name in shown for tensor in others)
+        if len(output.outputs) != 1 or output.name in shown or seen:
+            return None
+        reader = output.outputs[0]
+    if reader.op != "Add":
         return None
-    add = output.outputs[0]
-    return add if _vector(add, width, opset) is not None else None
+    return reader if _vector(reader, width, opset) is not None else None
+
+
+def bias_slot(add: gs.Node, opset: int) -> int:
+    """Which input of an Add behind a product is the bias."""
+    return 0 if constant_value(add.inputs[0], opset) is not None else 1
 
 
 def _vector(add: gs.Node, width: int, opset: int) -> np.ndarray | None:

@@ -17,7 +17,7 @@ BENDING_OPS = frozenset({"Tanh", "Relu", "Sigmoid", "Clip", "Max", "Min", "Exp",
 
 JOINING_OPS = frozenset({"Mul", "Div", "Add", "Sub", "Where"})
 TURNING_OPS = MOVING_OPS | {"GatherElements", "Pad"}
-MIXING_OPS = frozenset({"BatchNormalization", "Conv", "LayerNormalization", "MatMul"})
+MIXING_OPS = frozenset({"BatchNormalization", "Conv", "Gemm", "LayerNormalization", "MatMul"})
 """What may be done to all heads together, before Softmax or after it: talking heads."""
 
 
@@ -129,8 +129,16 @@ def _goes_on(view: View, node: gs.Node, slot: int) -> bool:
 
 
 def _mixes_heads(view: View, node: gs.Node) -> bool:
-    """Whether a node may be a linear map of heads, of logits or probabilities ``[b, h, t, t]``."""
-    return node.op in MIXING_OPS and len(view.shape(node.inputs[0]) or ()) >= 4
+    """Whether a node may be a linear map of heads, of logits or probabilities ``[b, h, t, t]``.
+
+    Before a Gemm a Reshape merges all axes but the last.
+    """
+    tensor = node.inputs[0]
+    maker = producer(tensor) if node.op == "Gemm" else None
+    if maker is not None and maker.op == "Reshape":
+        shapes = [view.shape(value) or (0,) for value in (maker.inputs[0], tensor)]
+        tensor = maker.inputs[0] if shapes[0][-1] == shapes[1][-1] else tensor
+    return node.op in MIXING_OPS and len(view.shape(tensor) or ()) >= 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,6 +163,10 @@ class _Ascent:
             return _none(f"its logits come from {tensor.name!r}, {NO_PRODUCT}")
         if node.op == "MatMul" and all(self.view.known(value) is None for value in node.inputs):
             lost = "its Softmax does not run over queries or keys"
+            if axis is None:
+                lost = (
+                    "its logits are reshaped before Softmax: queries and keys cannot be told apart"
+                )
             return Logits(node, axis == -2, reason=None if axis in {-1, -2} else lost)
         if node.op in PASSING_OPS | TURNING_OPS:
             return self.climb(node.inputs[0], _axis_before(self.view, node, axis))
@@ -166,7 +178,7 @@ class _Ascent:
             return replace(below, reason=mixed if below.product else below.reason)
         if node.op == "MatMul":
             return _none(
-                f"a product with a constant makes its logits ({node.name}): learned queries"
+                f"a product with a constant makes its logits ({node.name}): learned queries or none"
             )
         return _none(f"its logits come from {node.op} ({node.name}), {NO_PRODUCT}")
 
@@ -185,15 +197,28 @@ class _Ascent:
         slot, below = next(iter(found.items()))
         if len(found) > 1:
             return _none(f"two products of activations meet in its logits ({node.op} {node.name})")
-        if node.op in BENDING_OPS:
+        if node.op in BENDING_OPS and not _bounds_nothing(self.view, node):
             return replace(below, reason=f"its logits pass through {node.op} ({node.name})")
         if node.op in {"Add", "Sub", "Where"}:
             return replace(below, mask=_mask(node, slot) or below.mask)
+        if node.op in BENDING_OPS:
+            return below
         return replace(below, frozen=(*below.frozen, *_frozen(self.view, node)))
 
 
 def _none(reason: str) -> Logits:
     return Logits(None, reason=reason)
+
+
+def _bounds_nothing(view: View, node: gs.Node) -> bool:
+    """Whether a bound on the logits is the least or the greatest number that their type has."""
+    if node.op not in {"Max", "Min", "Clip"}:
+        return False
+    bounds = [view.known(tensor) for tensor in node.inputs if tensor.name]
+    known = [bound for bound in bounds if bound is not None]
+    return len(known) == len(bounds) - 1 and all(
+        (np.abs(bound) >= np.finfo(bound.dtype).max).all() for bound in known
+    )
 
 
 def _is_mixing(view: View, node: gs.Node) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import replace
+from collections.abc import Sequence, Set
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx import shapes
-from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Blocked, element_numbers
-from corp_onnx.blocks.packed import Branch, Packing, packing_of
+from corp_onnx.blocks.branches import Branch, branches_of, same_places
+from corp_onnx.blocks.movement import MOVING_OPS, Blocked
+from corp_onnx.blocks.packed import Packing, packing_of
 from corp_onnx.blocks.records import (
     Linear,
     Mlp,
@@ -27,10 +25,6 @@ from corp_onnx.blocks.region import (
     line,
 )
 from corp_onnx.blocks.view import View, constant_value, serves_only
-from corp_onnx.shapes import Facts
-
-SILENT_OPS = PASSING_OPS - {"Cast"}
-"""Operators on the way of data movement that change neither values nor type."""
 
 
 def match_mlp(view: View, down: Linear, hidden: gs.Tensor, block_id: str) -> Mlp | Refusal | None:
@@ -61,13 +55,17 @@ def _read(
     if reason or isinstance(branches, str):
         return packing if reason and isinstance(packing, str) else reason or str(branches)
     assert isinstance(packing, Packing), "somebody reads what cannot be taken apart"
-    lost = {id(node) for branch in branches for node in branch.nodes}
-    kept = [node for node in region.nodes if id(node) not in lost]
-    vectors, readers = _vectors(view, region, kept), _size_readers(view, region, lost, gone)
+    kept = _kept(region, branches, gone)
+    vectors, readers = _vectors(view, region, kept), _size_readers(view, region, branches, gone)
     if isinstance(vectors, str) or isinstance(readers, str):
         return vectors if isinstance(vectors, str) else str(readers)
     sources = [
-        Source(view.linears[branch.source.name], branch.channels, branch.tensor.name)
+        Source(
+            view.linears[branch.source.name],
+            branch.channels,
+            branch.tensor.name,
+            branch.whole.name,
+        )
         for branch in branches
     ]
     return Mlp(
@@ -75,7 +73,7 @@ def _read(
         tuple(sources),
         hidden.name,
         vectors,
-        _targets(region, kept),
+        _targets(region, kept, down.width_in),
         down,
         down.width_in,
         (*readers, *packing.readers),
@@ -94,14 +92,14 @@ def _packing(view: View, region: Region, branches: Sequence[Branch] | str) -> Pa
 def _lasting(view: View, regions: Sequence[Region], down: Linear) -> list[Branch] | str:
     """The branches, if they are the same at all sizes and fit the down projection."""
     first, *others = (
-        _branches(view, region, facts) for region, facts in zip(regions, view.probes, strict=True)
+        branches_of(view, region, facts) for region, facts in zip(regions, view.probes, strict=True)
     )
     if isinstance(first, str):
         return first
     width = len(first[0].channels)
     if width != down.width_in:
         return f"its input has {width} channels, its weight {down.width_in} rows"
-    if any(isinstance(other, str) or not _same(first, other) for other in others):
+    if any(isinstance(other, str) or not same_places(first, other) for other in others):
         return "its channels move when batch or sequence size changes"
     return first
 
@@ -134,73 +132,6 @@ def _other_reader(
     return None
 
 
-def _branches(view: View, region: Region, facts: Facts) -> list[Branch] | str:
-    """Where each layer's channels are first in order: at its output, or behind some movement.
-
-    From there on all movement must leave the order of channels alone.
-    """
-    found: list[Branch] = []
-    for source in region.sources:
-        shape, axis = facts.shape(source), view.linears[source.name].axis
-        assert shape is not None, "it was labelled"
-        start = Branch(source, source, element_numbers(shape, axis), ())
-        ways = list(_descend(view, region, facts, start))
-        if not ways:
-            return f"the channels of {source.name!r} do not reach its input one to one, in place"
-        found += [replace(way, channels=_channels(way.channels, shape, axis)) for way in ways]
-    lost = {id(node) for branch in found for node in branch.nodes}
-    width = len(found[0].channels)
-    for node in region.nodes:
-        if node.op in MOVING_OPS and id(node) not in lost:
-            ends = [line(region.labels[tensor.name]) for tensor in (node.inputs[0], *node.outputs)]
-            if any(along is None or not along.is_whole(width) for along in ends):
-                return f"{node.op} ({node.name}) rearranges the hidden channels"
-    return found
-
-
-def _descend(view: View, region: Region, facts: Facts, way: Branch) -> Iterator[Branch]:
-    """Walk down from a layer's output to the tensors that hold the hidden axis, tokens in place.
-
-    ``channels`` holds element numbers of the layer's output on the way.
-    """
-    shape, axis = facts.shape(way.source), view.linears[way.source.name].axis
-    along = line(region.labels[way.tensor.name])
-    if (
-        along is not None
-        and along.is_whole(len(along.channels))
-        and _channels(way.channels, shape or (), axis).size
-    ):
-        yield way
-        return
-    for node in view.readers(way.tensor):
-        if not any(node is other for other in region.nodes):
-            continue
-        if node.op not in MOVING_OPS | SILENT_OPS:
-            return
-        inputs = {other.name: facts.value(other) for other in node.inputs if other.name}
-        moved = shapes.run(node, inputs | {way.tensor.name: way.channels}, view.opset)
-        for tensor, numbers in zip(node.outputs, moved, strict=False):
-            if tensor.name in region.labels:
-                step = Branch(way.source, tensor, numbers, (*way.nodes, node))
-                yield from _descend(view, region, facts, step)
-
-
-def _channels(numbers: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
-    """The layer's channel at every channel of a tensor; none if tokens are not where they were."""
-    if np.delete(numbers.shape, axis).tolist() != np.delete(shape, axis).tolist():
-        return np.empty(0, int)
-    rows = np.moveaxis(numbers, axis, -1).reshape(-1, numbers.shape[axis])
-    order, tokens = rows[0] % shape[axis], np.arange(len(rows))[:, None] * shape[axis]
-    return order if np.array_equal(rows, tokens + order) else np.empty(0, int)
-
-
-def _same(one: list[Branch], other: list[Branch]) -> bool:
-    def places(ways: list[Branch]) -> list[tuple[str, list[int]]]:
-        return [(way.tensor.name, way.channels.tolist()) for way in ways]
-
-    return places(one) == places(other)
-
-
 def _vectors(view: View, region: Region, kept: list[gs.Node]) -> tuple[Vector, ...] | str:
     """The constants with a value for every hidden channel, or one that cannot be written anew."""
     found = []
@@ -212,33 +143,47 @@ def _vectors(view: View, region: Region, kept: list[gs.Node]) -> tuple[Vector, .
     return tuple(found)
 
 
-def _targets(region: Region, kept: list[gs.Node]) -> tuple[Target, ...]:
-    """The entry of every Reshape or Expand inside that says how many channels there are."""
+def _kept(region: Region, branches: Sequence[Branch], gone: Set[str]) -> list[gs.Node]:
+    """What stays when the layers are written anew; of those taken apart no Reshape does."""
+    lost = {id(node) for branch in branches for node in branch.nodes}
+    for branch in branches:
+        lost.update(id(node) for node in branch.reshapes if node.outputs[0].name in gone)
+    return [node for node in region.nodes if id(node) not in lost]
+
+
+def _targets(region: Region, kept: list[gs.Node], width: int) -> tuple[Target, ...]:
+    """The entry of every Reshape or Expand inside that says how many channels there are.
+
+    Above the point where a packed layer is taken apart that is a multiple of the width.
+    """
     targets = []
     for node in kept:
         if node.op in {"Reshape", "Expand"}:
             labels = region.labels[node.outputs[0].name]
             along = line(labels)
             assert along is not None, "movement that stays leaves the channels on one axis"
-            targets.append(Target(node.name, along.axis, labels.ndim, 1))
+            multiple = len(along.channels) // width
+            targets.append(Target(node.name, along.axis, labels.ndim, multiple))
     return tuple(targets)
 
 
 def _size_readers(
-    view: View, region: Region, lost: set[int], gone: Set[str]
+    view: View, region: Region, branches: Sequence[Branch], gone: Set[str]
 ) -> tuple[SizeReader, ...] | str:
     """Shape nodes on hidden tensors: all axes but that of the channels stay as they are.
 
     Those that only say where data is to move within the region go along with it.
     """
     moving = {id(node) for node in region.nodes if node.op in MOVING_OPS}
+    lost = {t.name for branch in branches for node in branch.nodes for t in node.outputs}
+    lost -= {branch.tensor.name for branch in branches}
     readers = []
     for tensor in (tensor for tensor in region.tensors() if tensor.name not in gone):
         for node in view.readers(tensor):
             if node.op != "Shape" or serves_only(node, moving):
                 continue
             along = line(region.labels[tensor.name]) if tensor.name in region.labels else None
-            if along is None or (lost and tensor.name not in view.linears):
+            if along is None or tensor.name in lost:
                 return f"the shape of {tensor.name!r} is read ({node.name})"
             shape = view.shape(tensor) or ()
             sizes: list[int | str] = [

@@ -7,7 +7,7 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +92,31 @@ def carried_inputs(view: View, node: gs.Node) -> list[gs.Tensor]:
         inverted = node.op == "Div" and open_inputs == [node.inputs[1]]
         return open_inputs if len(open_inputs) == 1 and not inverted else []
     return []
+
+
+def pattern(path: Path, facts: Facts) -> Hashable:
+    """What a path does, whatever its nodes and tensors are called.
+
+    Layers that repeat have the same movement: it need be run for the first of them only.
+    """
+    place = {path.source.name: 0}
+    steps: list[Hashable] = []
+    for node in path.nodes:
+        inputs = [_known_as(tensor, place, facts) for tensor in node.inputs]
+        outputs = [facts.shape(tensor) for tensor in node.outputs]
+        attributes = sorted((name, repr(value)) for name, value in node.attrs.items())
+        steps.append((node.op, *inputs, *outputs, *attributes))
+        for tensor in node.outputs:
+            place[tensor.name] = len(place)
+    return place.get(path.target.name), facts.shape(path.source), tuple(steps)
+
+
+def _known_as(tensor: gs.Tensor, place: Mapping[str, int], facts: Facts) -> Hashable:
+    """A tensor of a path by its place in it, any other by its value."""
+    if tensor.name in place:
+        return place[tensor.name]
+    value = facts.value(tensor) if tensor.name else None
+    return None if value is None else (value.shape, str(value.dtype), value.tobytes())
 
 
 def move(

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Path, move
 from corp_onnx.blocks.operands import Operand, spread
-from corp_onnx.blocks.readers import readers_below
+from corp_onnx.blocks.readers import measured_only, readers_below
 from corp_onnx.blocks.records import Linear, Output, Target
 from corp_onnx.blocks.routes import Traced
 from corp_onnx.blocks.view import SIZE_OPS, View
@@ -39,12 +39,20 @@ def find_output(view: View, context: Operand, value: Traced) -> Output | str:
 
 
 def _descend(view: View, context: gs.Tensor) -> tuple[Path, Linear] | str:
-    """The movement from mixed values to the only linear layer that reads them."""
+    """The movement from mixed values to the only linear layer that reads them.
+
+    What is made of them for the sake of its size alone goes along.
+    """
     nodes: list[gs.Node] = []
     tensor = context
     linears = {(item.node, item.input): item for item in view.linears.values()}
     while True:
-        readers = [node for node in view.readers(tensor) if node.op not in SIZE_OPS]
+        readers = []
+        for node in view.readers(tensor):
+            measured = measured_only(view, node)
+            nodes.extend(measured)
+            if node.op not in SIZE_OPS and not measured:
+                readers.append(node)
         if view.is_output(tensor) or len(readers) != 1:
             ops = ", ".join(f"{node.op} {node.name}" for node in readers)
             times = f"{len(readers)} times ({ops})" if readers else "0 times"
@@ -52,7 +60,7 @@ def _descend(view: View, context: gs.Tensor) -> tuple[Path, Linear] | str:
         (node,) = readers
         linear = linears.get((node.name, tensor.name))
         if linear is not None:
-            return Path(context, tensor, tuple(nodes)), linear
+            return Path(context, tensor, tuple(view.in_order(nodes))), linear
         moves = node.op in (MOVING_OPS | PASSING_OPS) - {"Concat"} and len(node.outputs) == 1
         if not moves and not (node.op in SCALING_OPS and _is_carried(view, node, tensor)):
             return f"{node.op} ({node.name}) stands between the mixed values and a linear layer"

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from jaxtyping import Int64
 
+from corp_onnx.blocks.branches import Branch
 from corp_onnx.blocks.fragments import Fan, fan_of
 from corp_onnx.blocks.records import Route, SizeReader
 from corp_onnx.blocks.routes import Traced, trace_fragment
 from corp_onnx.blocks.view import View
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Branch:
-    """A tensor that holds all hidden channels, and the way there from a linear layer's output."""
-
-    source: gs.Tensor
-    tensor: gs.Tensor
-    channels: Int64[np.ndarray, "..."]
-    """Channel of the layer at every hidden channel."""
-    nodes: tuple[gs.Node, ...]
-    """Data movement on the way, which goes when the layer is written anew."""
-
-    def above(self) -> Iterator[gs.Tensor]:
-        """The layer's output and whatever else is moved on the way."""
-        yield self.source
-        for node in self.nodes:
-            yield from (tensor for tensor in node.outputs if tensor is not self.tensor)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.movement import Path, element_numbers, move
+from corp_onnx.blocks.movement import (
+    MOVING_OPS,
+    PASSING_OPS,
+    Path,
+    element_numbers,
+    move,
+)
 from corp_onnx.blocks.records import SizeReader
 from corp_onnx.blocks.routes import Traced
 from corp_onnx.blocks.view import SIZE_OPS, View, serves_only
@@ -30,11 +36,13 @@ def size_readers(
     """
     readers: dict[str, SizeReader] = {}
     kept = {end.route.layout.split for end in ends}
-    old = served | {id(n) for path in paths for n in path.nodes if n.name not in kept}
+    nodes = {id(node): node.name for path in paths for node in path.nodes}
+    asking = {node for node, name in nodes.items() if name in kept}
+    old = served | (nodes.keys() - asking)
     unchanged = {end.route.operand for end in ends if not end.route.layout.width}
     for path in paths:
         for node in view.readers(path.target) if path.target.name not in unchanged else ():
-            if node.op not in SIZE_OPS or serves_only(node, old):
+            if node.op not in SIZE_OPS or serves_only(node, old, asking):
                 continue
             reader = _size_reader(view, path, ends, node)
             if reader is None:
@@ -66,6 +74,22 @@ def readers_below(
             ]
             readers.append(_reader(node, sizes, tensor.name))
     return tuple(readers)
+
+
+def measured_only(view: View, node: gs.Node) -> list[gs.Node]:
+    """The movement from ``node`` down if nobody reads more of it than its size; else nothing."""
+    moves = node.op in (PASSING_OPS | MOVING_OPS) - {"Concat"}
+    if not moves or any(map(view.is_output, node.outputs)):
+        return []
+    found = [node]
+    for reader in (reader for tensor in node.outputs for reader in view.readers(tensor)):
+        if reader.op in SIZE_OPS:
+            continue
+        below = measured_only(view, reader)
+        if not below:
+            return []
+        found += below
+    return found
 
 
 def tensors_of(path: Path) -> list[gs.Tensor]:

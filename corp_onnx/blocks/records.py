@@ -44,7 +44,9 @@ class Source:
     linear: Linear
     channels: Int64[np.ndarray, " d"]
     tensor: str
-    """Where they are first in order: the layer's output, or a tensor split off from it."""
+    """Where they are first in order: ``whole``, or a tensor split off from it."""
+    whole: str
+    """Where all channels of the layer are: its output, or the same with tokens on other axes."""
 
 
 @dataclass(frozen=True, slots=True)

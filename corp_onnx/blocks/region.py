@@ -135,7 +135,7 @@ class _Climb:
             self.blocked = Blocked(node, node.outputs[0].name)
         elif node.op in PASSING_OPS:
             self.reach(node.inputs[0], self.labels[node.outputs[0].name], node)
-        elif node.op in MOVING_OPS and self._moves_one(node):
+        elif node.op in MOVING_OPS and self._moves(node):
             self._move(node)
         elif node.op in CHANNELWISE_OPS:
             self._apart(node, node.inputs)
@@ -144,22 +144,24 @@ class _Climb:
         else:
             self.blocked = Blocked(node, node.outputs[0].name)
 
-    def _moves_one(self, node: gs.Node) -> bool:
-        """Whether a movement takes its elements from one tensor that is computed."""
-        return node.op != "Concat" and self.view.known(node.inputs[0]) is None
+    def _moves(self, node: gs.Node) -> bool:
+        """Whether a movement takes its elements from tensors that are computed, and no others."""
+        return all(self.view.known(tensor) is None for tensor in _moved(node))
 
     def _move(self, node: gs.Node) -> None:
         """Labels before data movement, which is run on element numbers to see what went where."""
-        tensor = node.inputs[0]
-        shape = self.facts.shape(tensor)
+        tensors = _moved(node)
+        shapes_before = [self.facts.shape(tensor) for tensor in tensors]
         inputs = {other.name: self.facts.value(other) for other in node.inputs if other.name}
-        if shape is not None:
-            inputs[tensor.name] = np.arange(np.prod(shape)).reshape(shape)
-        if shape is None or any(value is None for value in inputs.values()):
+        counts = [int(np.prod(shape)) for shape in shapes_before if shape is not None]
+        ends = np.cumsum([0, *counts])
+        for tensor, shape, start in zip(tensors, shapes_before, ends, strict=False):
+            inputs[tensor.name] = start + np.arange(np.prod(shape or ())).reshape(shape or ())
+        if len(counts) < len(tensors) or any(value is None for value in inputs.values()):
             self.reasons.append(f"{_named(node)} moves channels by sizes that depend on the data")
             return
         moved = shapes.run(node, inputs, self.view.opset)  # type: ignore[arg-type]
-        before = np.full(int(np.prod(shape)), NOBODY)
+        before = np.full(ends[-1], NOBODY)
         known = [
             (numbers.reshape(-1), self.labels[output.name].reshape(-1))
             for output, numbers in zip(node.outputs, moved, strict=False)
@@ -169,7 +171,10 @@ class _Climb:
             before[numbers[after != NOBODY]] = after[after != NOBODY]
         if any((before[numbers] != after)[after != NOBODY].any() for numbers, after in known):
             self.reasons.append(f"{_named(node)} copies a channel to several places")
-        self.reach(tensor, before.reshape(shape), node)
+        for tensor, shape, part in zip(
+            tensors, shapes_before, np.split(before, ends[1:-1]), strict=True
+        ):
+            self.reach(tensor, part.reshape(shape or ()), node)
 
     def _apart(self, node: gs.Node, operands: Sequence[gs.Tensor]) -> None:
         """Labels before an operator that keeps channels apart.
@@ -192,6 +197,13 @@ class _Climb:
             if axis < 0 or shape[axis] != len(found.channels):
                 continue
             self.reach(tensor, spread(found.channels, axis, shape), node)
+
+
+def _moved(node: gs.Node) -> list[gs.Tensor]:
+    """The inputs whose elements a movement moves: what Concat joins, each once, or the first."""
+    if node.op == "Concat":
+        return list({tensor.name: tensor for tensor in node.inputs}.values())
+    return [node.inputs[0]]
 
 
 def is_positional(view: View, node: gs.Node) -> bool:

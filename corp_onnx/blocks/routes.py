@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -10,7 +10,15 @@ from jaxtyping import Float64, Int64
 
 from corp_onnx.blocks.blockers import why_blocked
 from corp_onnx.blocks.layouts import Target, find_layout
-from corp_onnx.blocks.movement import AFFINE_OPS, Blocked, Path, climb, element_numbers, move
+from corp_onnx.blocks.movement import (
+    AFFINE_OPS,
+    Blocked,
+    Path,
+    climb,
+    element_numbers,
+    move,
+    pattern,
+)
 from corp_onnx.blocks.operands import Operand
 from corp_onnx.blocks.records import Layout, Linear, Route
 from corp_onnx.blocks.view import OPEN_SIZE, View
@@ -62,7 +70,7 @@ def _trace(view: View, tensor: gs.Tensor, operand: Operand | None, name: str) ->
     linear = view.linears[path.source.name]
     landings = []
     for facts in view.probes:
-        landing = _land(path, linear, facts, view.opset, operand)
+        landing = _land_once(view, path, linear, facts, operand)
         if isinstance(landing, str):
             return f"{name} {landing}"
         landings.append(landing)
@@ -84,6 +92,23 @@ def _trace(view: View, tensor: gs.Tensor, operand: Operand | None, name: str) ->
     return Traced(route, path, tuple(landings))
 
 
+def _land_once(
+    view: View, path: Path, linear: Linear, facts: Facts, operand: Operand | None
+) -> Landing | str:
+    """What `_land` says, from memory where the same movement was run before."""
+    seen_as = None if operand is None else (operand.axis, operand.inner)
+    key = ("landing", pattern(path, facts), linear.axis, seen_as)
+    names = [node.name for node in path.nodes]
+    if key not in view.memory:
+        view.memory[key] = _land(path, linear, facts, view.opset, operand), names
+    landing: Landing | str
+    landing, before = view.memory[key]
+    if isinstance(landing, str) or landing.layout is None or landing.layout.split is None:
+        return landing
+    split = names[before.index(landing.layout.split)]
+    return replace(landing, layout=replace(landing.layout, split=split))
+
+
 def _land(
     path: Path, linear: Linear, facts: Facts, opset: int, operand: Operand | None
 ) -> Landing | str:
@@ -96,6 +121,8 @@ def _land(
     if moved is None or scales is None:
         return "is moved by sizes that depend on the data"
     numbers, width = moved[path.target.name], shape[linear.axis]
+    if not numbers.size:
+        return "holds no channel"
     tokens = tuple(np.delete(shape, linear.axis).tolist())
     if operand is None:
         rows = numbers[..., None, None]
@@ -116,7 +143,7 @@ def _land(
     reason = _unequal(gain, gains, heads) or _unequal(offset, offsets, heads)
     if reason:
         return reason
-    layout = find_layout(_target(numbers, width, table, operand), path, moved, tokens)
+    layout = find_layout(_target(numbers, width, table, operand), path, moved, facts, tokens)
     return Landing(heads, table, gains, offsets, layout)
 
 

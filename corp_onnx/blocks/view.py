@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Set
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -49,6 +50,8 @@ class View:
     """Linear layers by the name of their output."""
     holders: dict[int, gs.Node]
     """For every node inside a body, by its ``id``: the node of the graph that has the body."""
+    memory: dict[Hashable, Any] = field(default_factory=dict)
+    """What was read off movement, by its pattern: it is the same in every layer that repeats."""
 
     def known(self, tensor: gs.Tensor) -> np.ndarray | None:
         """The value of a tensor that is the same for all data and sizes, else None."""
@@ -126,8 +129,11 @@ def constant_value(tensor: gs.Tensor, opset: int) -> np.ndarray | None:
     return shapes.run(node, values, opset)[slot]
 
 
-def serves_only(start: gs.Node, served: set[int]) -> bool:
-    """Whether all that follows from ``start`` is shape arithmetic that ends in ``served`` nodes."""
+def serves_only(start: gs.Node, served: Set[int], asking: Set[int] = frozenset()) -> bool:
+    """Whether all that follows from ``start`` is shape arithmetic that ends in ``served`` nodes.
+
+    Nodes are given by ``id``; those that are ``asking`` need what they read.
+    """
     stack, seen = [start], set()
     while stack:
         node = stack.pop()
@@ -135,7 +141,7 @@ def serves_only(start: gs.Node, served: set[int]) -> bool:
             continue
         seen.add(id(node))
         readers = list(_readers(node))
-        if node.op not in COMPUTED_OPS or not readers:
+        if node.op not in COMPUTED_OPS or not readers or id(node) in asking:
             return False
         stack.extend(readers)
     return True

@@ -24,18 +24,16 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 
 def split_matmul(node: gs.Node, bench: Bench) -> Outputs | None:
     """``FusedMatMul``: its scale and transposition go into a constant, or beside a product."""
-    if node.attrs.get("transBatchA", 0) or node.attrs.get("transBatchB", 0):
-        return None
     left, right = node.inputs[:2]
     shapes, dtype = [bench.shape(tensor) for tensor in (left, right)], bench.dtype(left)
     if dtype is None or any(shape is None or len(shape) < 2 for shape in shapes):
         return None
     ranks = [len(shape or ()) for shape in shapes]
     alpha = float(node.attrs.get("alpha", 1.0))
-    if node.attrs.get("transA", 0):
-        left = bench.turned(left, _last_two_swapped(ranks[0]))
-    if node.attrs.get("transB", 0):
-        right = bench.turned(right, _last_two_swapped(ranks[1]))
+    left, right = (
+        bench.turned(tensor, _order(node, side, rank))
+        for tensor, side, rank in zip((left, right), "AB", ranks, strict=True)
+    )
     if isinstance(right, gs.Constant) and ranks[1] == 2 and alpha != 1.0:
         scaled = (np.asarray(right.values, dtype=np.float64) * alpha).astype(dtype)
         right, alpha = bench.emit.constant("weight", scaled), 1.0
@@ -94,5 +92,15 @@ def _split_activation(node: gs.Node, bench: Bench, op: str, given: list[float]) 
     return [bench.emit.node(str(activation), [product], dtype=dtype, attrs=attrs)]
 
 
-def _last_two_swapped(rank: int) -> list[int]:
-    return [*range(rank - 2), rank - 1, rank - 2]
+def _order(node: gs.Node, side: str, rank: int) -> list[int]:
+    """The order of axes in which a FusedMatMul multiplies an operand.
+
+    ``transBatch`` brings the first axis behind all others but the last, ``trans`` swaps the last
+    two after that.
+    """
+    axes = list(range(rank))
+    if node.attrs.get(f"transBatch{side}", 0):
+        axes = [*axes[1:-1], axes[0], axes[-1]]
+    if node.attrs.get(f"trans{side}", 0):
+        axes = [*axes[:-2], axes[-1], axes[-2]]
+    return axes

@@ -24,7 +24,7 @@ class Calibrate:
     model: Path
     output: Path
     source: Source
-    crops: int
+    crops: int | None
     shard: tuple[int, int]
     resume: bool
     sizes: Sizes
@@ -60,7 +60,7 @@ class Calibrate:
         source = self.source
         request = (
             f"--data {source.data} --samples {source.samples} --seed {source.seed} "
-            f"--crops {self.crops} --shard {self.shard[0]}/{self.shard[1]}"
+            f"--crops {self.crops or 'auto'} --shard {self.shard[0]}/{self.shard[1]}"
         )
         return Partial(self.output.with_name(f"{self.output.name}.partial"), request)
 

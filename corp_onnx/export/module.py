@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from corp_onnx.errors import GraphError
-from corp_onnx.export.backend import first_line, package
+from corp_onnx.export.backend import FAILURES, first_line, package
 from corp_onnx.preprocessing import Preprocessing
+
+MASK = "attention_mask"
+"""What an input is called that says which tokens count, ``[b, t]``: 1 does, 0 is padding."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,21 +62,62 @@ class Module:
         return min(len(example) for example in self.examples.values())
 
     @property
+    def lengths(self) -> dict[int, str]:
+        """What the lengths of sequences are called: ``sequence``, and each that differs anew."""
+        found = dict.fromkeys(len(e[0]) for e in self.examples.values() if is_tokens(e))
+        return {
+            length: f"sequence_{place}" if place > 1 else "sequence"
+            for place, length in enumerate(found, start=1)
+        }
+
+    @property
     def is_variadic(self) -> bool:
         """Whether the module takes ``*inputs``: exporters then count them as one."""
         parameters = inspect.signature(self.module.forward).parameters.values()
         return any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
 
-    def inputs(self, batch: int) -> dict[str, Any]:
-        """Unlike the examples: rows used again up to a batch, one token fewer, rows reversed."""
-        return {name: _varied(example, batch) for name, example in self.examples.items()}
+    def inputs(self, batch: int, *, is_reversed: bool = True) -> dict[str, Any]:
+        """Unlike the examples: rows used again up to a batch, one token fewer.
+
+        Reversed, other tokens are at every place, and padding is on the other side.
+        """
+        return {
+            name: _varied(example, batch, is_reversed=is_reversed)
+            for name, example in self.examples.items()
+        }
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Output arrays by name."""
-        with package("torch").no_grad():
-            result = self.module(*inputs.values())
+        """Output arrays by name.
+
+        Raises:
+            GraphError: If the module does not run on inputs of this batch and length.
+        """
+        try:
+            with package("torch").no_grad():
+                result = self.module(*inputs.values())
+        except FAILURES as error:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+            raise GraphError(
+                f"the module cannot be run on inputs of another batch and length ({shapes}): "
+                f"{first_line(error)}; inputs of whole numbers [b, t] must be free to get shorter"
+            ) from error
         tensors = result if isinstance(result, tuple) else (result,)
         return {name: t.numpy() for name, t in zip(self.outputs, tensors, strict=True)}
+
+    def counted(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Which rows ``[b, t]`` of an output say anything, by its name.
+
+        Those of tokens that `MASK` hides do not. A causal model that is given padding first leaves
+        them nothing to attend to; what then comes out is up to the kernel, and nobody reads it.
+        """
+        if MASK not in self.examples or not is_tokens(self.examples[MASK]):
+            return {}
+        longer, mask = self.run(self.examples), inputs[MASK].numpy().astype(bool)
+        return {
+            name: mask
+            for name, value in self.run(inputs).items()
+            if value.shape[:2] == mask.shape and longer[name].shape[:2] == self.examples[MASK].shape
+        }
 
 
 def is_tokens(example: Any) -> bool:  # noqa: ANN401 (a tensor)
@@ -93,7 +137,7 @@ def positional(source: str, sourced: Sourced) -> Module:
     try:
         with torch.no_grad():
             result = sourced(*examples.values())
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except FAILURES as error:
         raise GraphError(
             f"the module of {source} cannot be run on its example inputs "
             f"({', '.join(examples)}): {first_line(error)}"
@@ -114,10 +158,10 @@ def _example(given: Any) -> Any:  # noqa: ANN401 (tensors)
     return single if len(single) > 1 else package("torch").cat([single, single])
 
 
-def _varied(example: Any, batch: int) -> Any:  # noqa: ANN401 (tensors)
+def _varied(example: Any, batch: int, *, is_reversed: bool) -> Any:  # noqa: ANN401 (tensors)
     rows = package("torch").arange(batch) % len(example)
     shorter = example[:, : max(2, example.shape[1] - 1)] if is_tokens(example) else example
-    return shorter[rows].flip(-1)
+    return shorter[rows].flip(-1) if is_reversed else shorter[rows]
 
 
 def _flat(sourced: Sourced) -> Any:  # noqa: ANN401 (a torch module)

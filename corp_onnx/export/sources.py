@@ -16,7 +16,7 @@ from typing import Any
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError
 from corp_onnx.export.backend import first_line, package
 from corp_onnx.export.checkpoint import few, fill, read_checkpoint
-from corp_onnx.export.module import Module, Sourced, positional
+from corp_onnx.export.module import MASK, Module, Sourced, positional
 from corp_onnx.preprocessing import Preprocessing
 
 _log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 BATCH, TOKENS = 2, 12
 """Size of the example inputs that are made here."""
 
-IMAGE, IDS, MASK = "pixel_values", "input_ids", "attention_mask"
+IMAGE, IDS = "pixel_values", "input_ids"
 
 OTHER_WEIGHTS = "give a file with --checkpoint, or --random-weights for freshly drawn weights"
 

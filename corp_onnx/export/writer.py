@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 
 from corp_onnx.errors import GraphError, PlanError, VerificationError
-from corp_onnx.export.backend import first_line, package
+from corp_onnx.export.backend import FAILURES, first_line, package, root
 from corp_onnx.export.module import Module, is_tokens
 from corp_onnx.export.sources import load_module
 from corp_onnx.graph import LARGEST_PROTOBUF_BYTES, require_writable
@@ -44,7 +45,8 @@ class Export:
         parameters: Number of weights of the module.
         inputs: Shape of every input; dynamic axes by name.
         parity: Largest relative error ``|onnx - torch| / |torch|`` of any output, at two batch
-            sizes that were not traced.
+            sizes that were not traced, with padding first and padding last. Outputs at padding,
+            tokens that an ``attention_mask`` hides, are not compared.
         preprocessing: The recipe for pictures that lies beside the model, if there is one.
     """
 
@@ -72,7 +74,7 @@ def export(
     Sources are ``timm:NAME``; ``hf:FOLDER`` (or a name on the hub), loaded as the class that its
     config names; and ``script.py:function``, where the function returns a module and its example
     inputs, a tuple or a dict of tensors, each with the batch first. Whole-number inputs ``[b, t]``
-    get a dynamic sequence as well.
+    get a dynamic sequence as well; those of another length get one of their own.
 
     Args:
         source: What to export.
@@ -124,7 +126,7 @@ def _opset(exporter: str, opset: int | None) -> int:
 def _write(source: str, module: Module, draft: Path, *, exporter: str, opset: int) -> None:
     """Let torch write the file; its warnings are about its own code, not for our user."""
     torch = package("torch")
-    axes = {name: _input_axes(example) for name, example in module.examples.items()}
+    axes = _input_axes(module)
     dynamic: dict[str, Any]
     if exporter == "dynamo":
         package("onnxscript")
@@ -132,6 +134,7 @@ def _write(source: str, module: Module, draft: Path, *, exporter: str, opset: in
         dynamic = {"dynamic_shapes": (shapes,) if module.is_variadic else shapes, "verbose": False}
     else:
         dynamic = {"dynamic_axes": axes | _output_axes(module)}
+        torch._C._jit_set_onnx_log_output_stream("stderr")  # it prints graphs that it cannot write
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -146,15 +149,18 @@ def _write(source: str, module: Module, draft: Path, *, exporter: str, opset: in
                 external_data=_size_bytes(module) > LARGEST_PROTOBUF_BYTES // 2,
                 **dynamic,
             )
-        except (RuntimeError, TypeError, ValueError) as error:
+        except FAILURES as error:
             raise GraphError(
                 f"the {exporter} exporter of torch {torch.__version__} cannot export {source}: "
-                f"{first_line(error)}; try the other exporter"
+                f"{first_line(root(error))}; try the other exporter"
             ) from error
 
 
-def _input_axes(example: Any) -> dict[int, str]:  # noqa: ANN401 (a tensor)
-    return {0: "batch", 1: "sequence"} if is_tokens(example) else {0: "batch"}
+def _input_axes(module: Module) -> dict[str, dict[int, str]]:
+    return {
+        name: {0: "batch", 1: module.lengths[len(e[0])]} if is_tokens(e) else {0: "batch"}
+        for name, e in module.examples.items()
+    }
 
 
 def _output_axes(module: Module) -> dict[str, dict[int, str]]:
@@ -164,7 +170,9 @@ def _output_axes(module: Module) -> dict[str, dict[int, str]]:
     after = module.run(module.inputs(batch + 1))
     return {
         name: {
-            axis: "batch" if (old, new) == (batch, batch + 1) else "sequence"
+            axis: "batch"
+            if (old, new) == (batch, batch + 1)
+            else module.lengths.get(old, f"{name}_{axis}")
             for axis, (old, new) in enumerate(zip(value.shape, after[name].shape, strict=True))
             if old != new
         }
@@ -191,24 +199,28 @@ def _data(path: Path) -> Path:
 
 
 def _parity(module: Module, draft: Path) -> float:
-    """The largest relative error of an output, over the batch sizes of the comparison."""
+    """The largest relative error of an output: other batches, padding first and padding last."""
     session = open_session(draft)
     worst = 0.0
-    for batch in PARITY_BATCHES:
-        tensors = module.inputs(batch)
+    for batch, is_reversed in product(PARITY_BATCHES, (True, False)):
+        tensors = module.inputs(batch, is_reversed=is_reversed)
         got = session.run({name: tensor.numpy() for name, tensor in tensors.items()})
-        errors = [_error(got[name], value) for name, value in module.run(tensors).items()]
+        counted = module.counted(tensors)
+        errors = [
+            _error(got[name], value, counted.get(name, ...))
+            for name, value in module.run(tensors).items()
+        ]
         worst = float(np.max([worst, *errors]))  # unlike max, it keeps what is not a number
     return worst
 
 
-def _error(got: np.ndarray, wanted: np.ndarray) -> float:
-    """``|got - wanted| / |wanted|``; infinite if the shapes differ."""
+def _error(got: np.ndarray, wanted: np.ndarray, counted: Any) -> float:  # noqa: ANN401 (an index)
+    """``|got - wanted| / |wanted|`` of what counts; infinite if the shapes differ."""
     if got.shape != wanted.shape:
         return float("inf")
-    exact = wanted.astype(np.float64)
+    exact = wanted[counted].astype(np.float64)
     scale = float(np.linalg.norm(exact)) or 1.0
-    return float(np.linalg.norm(got.astype(np.float64) - exact)) / scale
+    return float(np.linalg.norm(got[counted].astype(np.float64) - exact)) / scale
 
 
 def _input_shapes(draft: Path) -> dict[str, tuple[str | int, ...]]:

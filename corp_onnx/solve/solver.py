@@ -33,7 +33,14 @@ from corp_onnx.solve.narrow import (
     truncated_query_key,
     truncated_values,
 )
-from corp_onnx.solve.ranking import channel_energy, column_norms, highest, row_norms, score
+from corp_onnx.solve.ranking import (
+    RANKINGS,
+    channel_energy,
+    column_norms,
+    highest,
+    row_norms,
+    score,
+)
 from corp_onnx.statistics import Statistics
 
 Method = Literal["best", "corp", "mean", "none"]
@@ -71,6 +78,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.ridge < np.inf:
             raise PlanError(f"--ridge {self.ridge:g} is no regularisation; it must be 0 or more")
+        if self.ranking not in {None, ELIMINATION, *RANKINGS}:
+            raise PlanError(
+                f"no ranking is called {self.ranking!r}; choose one of {', '.join(RANKINGS)}, "
+                f"{ELIMINATION}"
+            )
         if self.ranking == ELIMINATION and self.method != "best":
             raise PlanError(
                 f"--ranking {ELIMINATION} belongs to --method best; {self.method} selects by "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import transformers
 
 from tests.zoo_models import TOKENS, VOCABULARY
-from tools.zoo.sample import DEPTH, Sample, full_text
+from tools.zoo.sample import DEPTH, Sample, text
 
 WIDTH, HEADS, KV_HEADS, HIDDEN = 48, 4, 2, 80
 POSITIONS = 4 * TOKENS
@@ -24,7 +24,7 @@ def hf_opt() -> Sample:
         word_embed_proj_dim=WIDTH,
         **MARKS,
     )
-    return transformers.OPTModel(config), full_text()
+    return transformers.OPTModel(config), text()
 
 
 def hf_gpt2() -> Sample:
@@ -38,7 +38,7 @@ def hf_gpt2() -> Sample:
         n_positions=POSITIONS,
         **MARKS,
     )
-    return transformers.GPT2Model(config), full_text()
+    return transformers.GPT2Model(config), text()
 
 
 def hf_gpt_bigcode() -> Sample:
@@ -53,36 +53,42 @@ def hf_gpt_bigcode() -> Sample:
         multi_query=True,
         **MARKS,
     )
-    return transformers.GPTBigCodeModel(config), full_text()
+    return transformers.GPTBigCodeModel(config), text()
 
 
 def hf_llama() -> Sample:
     """Rotated queries and keys, grouped heads, a gated MLP, no biases."""
-    return transformers.LlamaModel(transformers.LlamaConfig(**_sizes())), full_text()
+    return transformers.LlamaModel(transformers.LlamaConfig(**_sizes())), text()
 
 
 def hf_llama_eager() -> Sample:
     """The same with MatMul, mask and Softmax as Python code."""
     config = transformers.LlamaConfig(**_sizes(), attn_implementation="eager")
-    return transformers.LlamaModel(config), full_text()
+    return transformers.LlamaModel(config), text()
 
 
 def hf_mistral() -> Sample:
     """The same with a sliding window."""
     config = transformers.MistralConfig(**_sizes(1), sliding_window=8)
-    return transformers.MistralModel(config), full_text()
+    return transformers.MistralModel(config), text()
 
 
 def hf_qwen3() -> Sample:
     """Queries and keys are normalised, then rotated."""
     config = transformers.Qwen3Config(**_sizes(1), head_dim=16)
-    return transformers.Qwen3Model(config), full_text()
+    return transformers.Qwen3Model(config), text()
 
 
 def hf_smollm3() -> Sample:
     """Every second layer has grouped heads that are not rotated."""
     config = transformers.SmolLM3Config(**_sizes(), no_rope_layers=[1, 0])
-    return transformers.SmolLM3Model(config), full_text()
+    return transformers.SmolLM3Model(config), text()
+
+
+def hf_gemma() -> Sample:
+    """One head of keys and values, heads wider than the stream, a gated GELU."""
+    sizes = _sizes(1) | {"num_key_value_heads": 1}
+    return transformers.GemmaModel(transformers.GemmaConfig(**sizes, head_dim=16)), text()
 
 
 def hf_gemma2() -> Sample:
@@ -91,7 +97,7 @@ def hf_gemma2() -> Sample:
         **_sizes(), head_dim=16, query_pre_attn_scalar=16, sliding_window=8
     )
     config._attn_implementation = "eager"
-    return transformers.Gemma2Model(config), full_text()
+    return transformers.Gemma2Model(config), text()
 
 
 def hf_phi() -> Sample:
@@ -99,7 +105,7 @@ def hf_phi() -> Sample:
     config = transformers.PhiConfig(
         **{**_sizes(1), "num_key_value_heads": HEADS}, partial_rotary_factor=0.5
     )
-    return transformers.PhiModel(config), full_text()
+    return transformers.PhiModel(config), text()
 
 
 def _sizes(depth: int = DEPTH) -> dict[str, int]:

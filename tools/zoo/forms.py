@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -66,16 +67,18 @@ def _write_old(source: str, path: Path) -> None:
         name: {0: "batch", 1: "sequence"} if is_tokens(example) else {0: "batch"}
         for name, example in module.examples.items()
     }
-    torch.onnx.export(
-        module.module,
-        tuple(module.examples.values()),
-        str(path),
-        input_names=list(module.examples),
-        output_names=list(module.outputs),
-        opset_version=11,
-        dynamo=False,
-        dynamic_axes=axes | {name: {0: "batch"} for name in module.outputs},
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module.module,
+            tuple(module.examples.values()),
+            str(path),
+            input_names=list(module.examples),
+            output_names=list(module.outputs),
+            opset_version=11,
+            dynamo=False,
+            dynamic_axes=axes | {name: {0: "batch"} for name in module.outputs},
+        )
 
 
 def _convert(opset: int) -> Step:
@@ -136,10 +139,19 @@ def _four_bits(model: onnx.ModelProto, _: str) -> onnx.ModelProto:
 
 
 def _slim(model: onnx.ModelProto, _: str) -> onnx.ModelProto:
-    """What onnxslim makes of it; it is not among this project's dependencies."""
+    """What onnxslim makes of it."""
     import onnxslim
 
     made: onnx.ModelProto = onnxslim.slim(model)
+    return made
+
+
+def _half(model: onnx.ModelProto, _: str) -> onnx.ModelProto:
+    """Weights and activations in float16; inputs and outputs stay as they are."""
+    from onnxruntime.transformers import float16, onnx_model
+
+    made: onnx.ModelProto = float16.convert_float_to_float16(model, keep_io_types=True)
+    onnx_model.OnnxModel(made).topological_sort()
     return made
 
 
@@ -150,4 +162,5 @@ STEPS: Mapping[str, Step] = {
     "ort": _optimised,
     "nbits": _four_bits,
     "slim": _slim,
+    "fp16": _half,
 }

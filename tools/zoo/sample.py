@@ -36,15 +36,6 @@ def text() -> dict[str, torch.Tensor]:
     return {"input_ids": words(), "attention_mask": mask}
 
 
-def full_text() -> dict[str, torch.Tensor]:
-    """Two texts of one length, with a mask.
-
-    For causal models: where all that a token may see is masked, every attention kernel returns
-    something else, and the comparison of an export with its module turns masks around.
-    """
-    return {"input_ids": words(), "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.int64)}
-
-
 def words() -> torch.Tensor:
     """Two texts of one length."""
     return torch.randint(0, VOCABULARY, (BATCH, TOKENS))

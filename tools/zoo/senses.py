@@ -40,6 +40,24 @@ def hf_dinov2() -> Sample:
     return transformers.Dinov2Model(transformers.Dinov2Config(**_sizes(), mlp_ratio=2)), pixels()
 
 
+def hf_dinov3() -> Sample:
+    """Registers, rotated queries and keys; whether positions are drawn anew is an If."""
+    config = transformers.DINOv3ViTConfig(**_sizes(), num_register_tokens=2)
+    return transformers.DINOv3ViTModel(config), pixels()
+
+
+def hf_sam() -> Sample:
+    """Decomposed relative positions, by Einsum of queries and a table; windows."""
+    config = transformers.SamVisionConfig(
+        **{key: value for key, value in _sizes().items() if key != "intermediate_size"},
+        output_channels=16,
+        window_size=2,
+        global_attn_indexes=[1],
+        mlp_dim=HIDDEN,
+    )
+    return transformers.SamVisionModel(config), pixels()
+
+
 def hf_whisper_encoder() -> Sample:
     """Keys without a bias, two convolutions before."""
     config = transformers.WhisperConfig(

@@ -42,7 +42,7 @@ def _recipe(
 ) -> str | None:
     """How to draw a tensor again: a parameter as it was, transposed, or three side by side."""
     for name in by_size.get(values.size, ()):
-        form = _form(values, parameters[name])
+        form = _form(values, parameters[name].astype(values.dtype))
         if form is not None:
             shape = ",".join(map(str, parameters[name].shape))
             return f"{name}:{shape}{form}"

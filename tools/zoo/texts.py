@@ -15,7 +15,6 @@ from tools.zoo.sample import (
     TRANSFORMERS_HEADS,
     WIDTH,
     Sample,
-    full_text,
     pixels,
     text,
 )
@@ -99,6 +98,11 @@ def hf_t5_gated() -> Sample:
     return _t5("gated-gelu")
 
 
+def hf_t5_gated_eager() -> Sample:
+    """The same with attention as Python code."""
+    return _t5("gated-gelu", attn_implementation="eager")
+
+
 def hf_modernbert() -> Sample:
     """Rotated queries and keys, a packed gated MLP, windows over the sequence."""
     config = transformers.ModernBertConfig(
@@ -119,7 +123,7 @@ def hf_clip_text() -> Sample:
     config = transformers.CLIPTextConfig(
         **_sizes(), projection_dim=NARROW, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
-    return transformers.CLIPTextModel(config), full_text()
+    return transformers.CLIPTextModel(config), text()
 
 
 def hf_whisper_decoder() -> Sample:
@@ -139,7 +143,7 @@ def hf_whisper_decoder() -> Sample:
     )
     module = transformers.models.whisper.modeling_whisper.WhisperDecoder(config)
     return module, {
-        **full_text(),
+        **text(),
         "encoder_hidden_states": torch.randn(BATCH, 10, NARROW),
     }
 
