@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 MODELS = ("fashion", "dinov2")
 PICTURES, TURNS = 256, 3
-CROPS = (1, 2)
+CROPS = (1,)
 
 MOST_TIMES = 6.0
 MOST_BYTES = 3e9

@@ -40,7 +40,6 @@ def in_sequence(subject: Subject, plan: Plan, recipe: Recipe) -> Solution:
     """Block by block, as ``corp-onnx prune`` does it."""
     return fit_in_sequence(
         *(subject.model, subject.catalog, plan, subject.parts(), recipe),
-        crops=subject.samples.crops(subject.crops),
         seed=subject.seed,
     ).solution
 

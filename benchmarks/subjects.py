@@ -33,7 +33,7 @@ CUTS: Mapping[str, dict[Axis, float]] = {
     "both": {"mlp": 0.5, "qk": 0.5},
     "all three": {"mlp": 0.5, "qk": 0.5, "vo": 0.5},
 }
-CROPS = 2
+CROPS = 1
 """Of every picture, as ``corp-onnx prune`` makes them by default."""
 
 FASHION_DRAWN, PICTURES_DRAWN, GLOSSES_DRAWN = 768, 256, 2048

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from corp_onnx.advice import advice
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
 from corp_onnx.latency import Race
 from corp_onnx.pipeline import Pruned
@@ -124,13 +125,14 @@ def pruned_json(result: Pruned, output: str) -> Json:
         "held_out": comparison_json(result.verification.comparison),
         "passed": result.verification.passed,
         "notes": list(result.surgery.model.notes),
+        "advice": list(advice(result.solved.solution, result.solved.samples)),
         "output": output,
     }
 
 
 def pruned_table(result: Pruned, output: str) -> RenderableType:
     """What ``prune`` prints."""
-    table = table_of("block", "axis", "from", "to", "unexplained", "predicted error", "condition")
+    table = table_of("block", "axis", "from", "to", "unexplained", "error", "unseen", "condition")
     for cut in result.plan.cuts:
         evidence = result.solved.solution.of(cut.block, cut.axis).evidence
         table.add_row(
@@ -140,6 +142,7 @@ def pruned_table(result: Pruned, output: str) -> RenderableType:
             str(cut.to),
             f"{evidence.unexplained:.3f}",
             f"{evidence.error:.4f}",
+            "" if evidence.unseen is None else f"{evidence.unseen:.4f}",
             f"{evidence.condition:.1e}",
         )
     before, after = result.surgery.dense, result.surgery.pruned
@@ -154,6 +157,7 @@ def pruned_table(result: Pruned, output: str) -> RenderableType:
         Text(f"held-out relative error {result.verification.comparison.relative_error:.4g}"),
         Text(spent),
         *map(Text, result.surgery.model.notes),
+        *map(Text, advice(result.solved.solution, result.solved.samples)),
         Text(f"written to {output}"),
     )
 
