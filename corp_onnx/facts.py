@@ -23,6 +23,8 @@ class Facts:
     types: dict[str, onnx.TypeProto] = field(default_factory=dict)
     named: Mapping[str, int] = field(default_factory=dict)
     """Sizes of the dimensions of inputs that are not fixed, by their names."""
+    chosen: set[str] = field(default_factory=set)
+    """Values that an If chose by sizes, and what follows from them."""
 
     def value(self, tensor: gs.Tensor) -> np.ndarray | None:
         """The value of a tensor, or None if it depends on the data or is large."""
@@ -48,7 +50,7 @@ class Facts:
     def copy(self) -> Facts:
         """The same facts, to which others can be added."""
         known = dict(self.shapes), dict(self.values), dict(self.types)
-        return Facts(self.sizes, *known, self.named)
+        return Facts(self.sizes, *known, self.named, set(self.chosen))
 
 
 def type_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from corp_onnx.blocks import Attention, Axis, Block, Catalog, Mlp
 from corp_onnx.blocks.records import linears_of
 from corp_onnx.calibrate import gather, require_enough, summed
+from corp_onnx.errors import DataError
 from corp_onnx.extracts import extract
 from corp_onnx.graph import Model
 from corp_onnx.masks import seen_rows
@@ -283,16 +285,27 @@ class _Fitter:
         mask = [self.block.padding.tensor] if self.block.padding else []
         wanted = (features, linear.output, stream.tensor, *mask)
         part = line.cut(self.part, [*self.before, *folds])
-        for batch, tensors in line.run(line.pruned, part, wanted):
-            x = np.moveaxis(tensors[features], linear.axis, -1)
-            rows = self._rows(x, tensors, batch)
-            (dense,) = line.dense.read(batch, [stream.tensor]).values()
-            before = stream.vectors(dense)[rows] - stream.vectors(tensors[stream.tensor])[rows]
-            target = before + stream.gain * stream.vectors(tensors[linear.output])[rows]
-            totals[line.of_part[batch]].add(
-                np.concatenate([x.reshape(-1, x.shape[-1])[rows], target], axis=1, dtype=np.float32)
-            )
-        return [Joint.of(total.moments(), linear.width_in) for total in totals]
+        with self._named(features), np.errstate(over="ignore", invalid="ignore"):
+            for batch, tensors in line.run(line.pruned, part, wanted):
+                x = np.moveaxis(tensors[features], linear.axis, -1)
+                rows = self._rows(x, tensors, batch)
+                (dense,) = line.dense.read(batch, [stream.tensor]).values()
+                before = stream.vectors(dense)[rows] - stream.vectors(tensors[stream.tensor])[rows]
+                target = before + stream.gain * stream.vectors(tensors[linear.output])[rows]
+                totals[line.of_part[batch]].add(
+                    np.concatenate(
+                        [x.reshape(-1, x.shape[-1])[rows], target], axis=1, dtype=np.float32
+                    )
+                )
+            return [Joint.of(total.moments(), linear.width_in) for total in totals]
+
+    @contextmanager
+    def _named(self, features: str) -> Iterator[None]:
+        """Say of an error where it was found."""
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"at {features} of {self.block.id}: {error}") from error
 
     def _rows(self, tokens: np.ndarray, tensors: Batch, batch: int) -> np.ndarray:
         """Which tokens count: no padding, and of many only so many as are needed."""

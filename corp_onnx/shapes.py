@@ -110,7 +110,8 @@ def _record_all(nodes: Sequence[gs.Node], facts: Facts, opsets: Mapping[str, int
 def _record_choice(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> None:
     """Shapes after an If: those of the body that is chosen, or that both bodies agree on.
 
-    Values are not taken over: at other sizes the other body may be chosen.
+    Of values only whole numbers are taken over, which say how data are moved: a factor that is the
+    same at all sizes that are probed may be another where the other body is chosen.
     """
     condition = facts.value(node.inputs[0])
     bodies = [node.attrs["then_branch"], node.attrs["else_branch"]]
@@ -120,12 +121,15 @@ def _record_choice(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> No
     for body in bodies:
         inner = facts.copy()
         _record_all(body.nodes, inner, opsets)
-        ends.append([(inner.shape(t), inner.kind(t)) for t in body.outputs])
+        ends.append([(inner.shape(t), inner.kind(t), inner.value(t)) for t in body.outputs])
     for tensor, *made in zip(node.outputs, *ends, strict=True):
-        shapes = {shape for shape, _ in made}
-        (shape, kind), *_ = made
+        shapes = {shape for shape, *_ in made}
+        (shape, kind, value), *others = made
         if len(shapes) == 1 and shape is not None and kind is not None:
             facts.shapes[tensor.name], facts.types[tensor.name] = shape, kind
+        if value is not None and not others:
+            facts.chosen.add(tensor.name)
+            _record_value(tensor, value, facts)
 
 
 def declared_only(graph: gs.Graph) -> set[str]:
@@ -184,11 +188,20 @@ def _fitting(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tup
 
 
 def _record_values(node: gs.Node, results: tuple[np.ndarray, ...], facts: Facts) -> None:
+    chosen = any(tensor.name in facts.chosen for tensor in node.inputs)
     for tensor, value in zip(node.outputs, results, strict=False):
         facts.shapes[tensor.name] = value.shape
         facts.types[tensor.name] = type_of(value.dtype, value.shape)
-        if value.size <= LARGEST_KNOWN_VALUE:
-            facts.values[tensor.name] = value
+        if chosen:
+            facts.chosen.add(tensor.name)
+        _record_value(tensor, value, facts)
+
+
+def _record_value(tensor: gs.Tensor, value: np.ndarray, facts: Facts) -> None:
+    """Keep a value that is small, and no factor that follows from a choice by sizes."""
+    factor = tensor.name in facts.chosen and value.dtype.kind not in "iub"
+    if value.size <= LARGEST_KNOWN_VALUE and not factor:
+        facts.values[tensor.name] = value
 
 
 def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> None:

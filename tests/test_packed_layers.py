@@ -287,7 +287,7 @@ def test_hidden_channels_that_are_read_beside_are_refused():
     y = net.linear(relu(net, hidden), HIDDEN, WIDTH)
     again = net("Slice", whole, [WIDTH + 2], [WIDTH + 5], [2])
     reason = refusal_of(net, net("Add", y, rest), net("Exp", again))
-    assert "its hidden channels are also read as 'Slice_" in reason
+    assert "its hidden channels are also read as" in reason
 
 
 def test_a_layer_that_is_read_as_a_whole_is_refused():

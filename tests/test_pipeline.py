@@ -236,7 +236,6 @@ def test_nothing_is_written_when_a_request_cannot_be_met(files, tmp_path):
     for options, error, match in [
         ({"shares_removed": {"mlp": 1.5}}, PlanError, "--mlp 1.5"),
         ({"align": 0}, PlanError, "--align 0"),
-        ({"recipe": Recipe("corp", ranking="none")}, PlanError, "no ranking"),
         ({"sizes": {"y": (1, 2)}}, PlanError, "inputs of the model are x"),
         ({"sizes": {"x": (1, 2, 9)}}, PlanError, "does not fit"),
     ]:
