@@ -61,7 +61,8 @@ def _descend(view: View, context: gs.Tensor) -> tuple[Path, Linear] | str:
         linear = linears.get((node.name, tensor.name))
         if linear is not None:
             return Path(context, tensor, tuple(view.in_order(nodes))), linear
-        moves = node.op in (MOVING_OPS | PASSING_OPS) - {"Concat"} and len(node.outputs) == 1
+        joins = node.op == "Concat" and len(node.inputs) > 1
+        moves = node.op in MOVING_OPS | PASSING_OPS and not joins and len(node.outputs) == 1
         if not moves and not (node.op in SCALING_OPS and _is_carried(view, node, tensor)):
             return f"{node.op} ({node.name}) stands between the mixed values and a linear layer"
         nodes.append(node)
