@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,8 +32,6 @@ from corp_onnx.statistics import Batch, Statistics
 from corp_onnx.streams import Stream, stream_behind
 from corp_onnx.surgery import carried_out
 from corp_onnx.tape import Tape
-
-log = logging.getLogger(__name__)
 
 TOKENS_PER_CHANNEL = 48
 """Of more tokens only so many, for every channel that the last layer of a block reads, count."""
@@ -263,6 +260,8 @@ class _Fitter:
         if "vo" not in cuts:
             return [*folds, narrow_output(joints, branch)], bare
         bare.append(self._solver(statistics, Recipe("none")).fold(block, cuts["vo"]))
+        if not self.line.recipe.truncate:
+            return [*folds, solver.fold(block, cuts["vo"])], bare
         heads, width = Heads.of(block.output), cuts["vo"].to
         fold = narrow_values(joints, branch, heads, width, ridge=self.line.recipe.ridge)
         return [*folds, fold], bare
