@@ -70,8 +70,7 @@ class Dataset:
         """How many inputs are made of every picture; 1 where each sample is taken as it is."""
         if not isinstance(self.store, Crops) or not self.samples:
             return 1
-        pictures = len(np.unique(self.indices % len(self.store.pictures)))
-        return -(-self.samples // pictures)
+        return -(-self.samples // len(np.unique(self.indices % len(self.store.pictures))))
 
     @property
     def fixed_batch(self) -> int | None:

@@ -131,7 +131,8 @@ def nodes_of(catalog):
 def is_linear(node):
     """Whether a product has an operand that no input of the model reaches."""
     if node.op == "Conv":
-        return node.attrs.get("group", 1) == 1 and set(node.inputs[1].shape[2:]) == {1}
+        points = node.attrs.get("kernel_shape") or node.inputs[1].shape[2:]
+        return node.attrs.get("group", 1) == 1 and set(points) == {1}
     return node.op in {"MatMul", "Gemm"} and any(map(is_constant, node.inputs[:2]))
 
 

@@ -160,14 +160,14 @@ def test_the_dense_stream_is_the_target(monkeypatch):
     name = "pre_norm"
     parts = [[batch_of(name, seed, 64) for seed in seeds] for seeds in ((0, 1), (2, 3))]
     right = error_of(name, fit(name, parts=parts).solution)
-    fitter = sequential._Line.fit
+    fitter = sequential._fit
 
     def confused(line, segment, plan, given):
         read = line.dense.read
 
         def own(batch, names=None):
             if names is not None and list(names) == [segment.streams[0].tensor]:
-                part = line._part(segment)
+                part = line.part(segment)
                 fed = line.pruned.read(batch, segment.inputs)
                 return open_session(part.model).run(fed, list(names))
             return read(batch, names)
@@ -183,7 +183,7 @@ def test_the_dense_stream_is_the_target(monkeypatch):
             monkeypatch.setattr(type(line.dense), "read", tape_read)
 
     tape_read = sequential.Tape.read
-    monkeypatch.setattr(sequential._Line, "fit", confused)
+    monkeypatch.setattr(sequential, "_fit", confused)
     assert error_of(name, fit(name, parts=parts).solution) > 1.01 * right
 
 

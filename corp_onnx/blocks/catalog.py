@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.attention import attention_of, unshared
@@ -26,7 +24,8 @@ from corp_onnx.blocks.records import (
     Refusal,
     linears_of,
 )
-from corp_onnx.blocks.view import View, constant_value, holders_of
+from corp_onnx.blocks.twins import with_twins
+from corp_onnx.blocks.view import View, holders_of
 from corp_onnx.graph import Model, nodes_of_subgraphs
 from corp_onnx.macs import Counts, count
 from corp_onnx.shapes import Facts, evaluate, tensor_count, usual_facts
@@ -37,9 +36,6 @@ PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)), ((
 
 Last comes a batch of one, which is all that some exporters leave possible.
 """
-
-SAMPLED = 64
-"""Values of a weight that are compared before all of them are."""
 
 SMALL_SHARE = 0.01
 """Linear layers below this share of all MACs go unmentioned."""
@@ -59,7 +55,7 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
     view, unmatched = view_of(model, sizes)
     attentions, refusals = _attentions(view)
     mlps, hidden = _mlps(view, {linear.node for item in attentions for linear in linears_of(item)})
-    blocks = _with_twins(view, _in_order(view, [*attentions, *mlps]))
+    blocks = with_twins(view, _in_order(view, [*attentions, *mlps]))
     taken = {linear.node for block in blocks for linear in linears_of(block)}
     refusals += [item for item in (*hidden, *unmatched) if item.node not in taken]
     said = taken | {item.node for item in refusals}
@@ -198,51 +194,6 @@ def _in_order(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
             mask = block.padding
         result.append(replace(block, padding=mask))
     return tuple(result)
-
-
-def _with_twins(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """Blocks with the names of those that have the same weights (one set for every layer)."""
-    nodes = {node.name: node for node in view.graph.nodes}
-    alike = _grouped(blocks, lambda block: tuple(_weights(view, nodes, block, _sample)))
-    several = [block for group in alike for block in group if len(group) > 1]
-    twins = {
-        block.id: tuple(other.id for other in group)
-        for group in _grouped(several, lambda block: tuple(_weights(view, nodes, block, _digest)))
-        for block in group
-        if len(group) > 1
-    }
-    return tuple(
-        replace(block, twins=twins[block.id]) if block.id in twins else block for block in blocks
-    )
-
-
-def _grouped(blocks: Sequence[Block], key: Callable[[Block], Hashable]) -> list[list[Block]]:
-    """Blocks of the same key, together."""
-    groups: dict[Hashable, list[Block]] = {}
-    for block in blocks:
-        groups.setdefault(key(block), []).append(block)
-    return list(groups.values())
-
-
-def _weights(
-    view: View, nodes: Mapping[str, gs.Node], block: Block, seen: Callable[[np.ndarray], bytes]
-) -> Iterator[Hashable]:
-    """What a block's weights are; not their names, for an exporter may write one many times."""
-    for linear in linears_of(block):
-        for name in filter(None, (linear.node, linear.bias_node)):
-            for tensor in nodes[name].inputs:
-                value = constant_value(tensor, view.opset)
-                if value is not None:
-                    yield value.shape, seen(value)
-
-
-def _sample(values: np.ndarray) -> bytes:
-    """A few of many values: weights that differ mostly differ there, and it costs nothing."""
-    return values.reshape(-1)[:: max(1, values.size // SAMPLED)].tobytes()
-
-
-def _digest(values: np.ndarray) -> bytes:
-    return hashlib.sha256(values.tobytes()).digest()
 
 
 def _left_whole(view: View, attentions: Sequence[Attention]) -> dict[str, str]:
