@@ -97,6 +97,14 @@ def _skip_norm(node: gs.Node, shapes: Shapes) -> list[Made | None]:
     return [Made(first), statistic, statistic, Made(first)]
 
 
+def _comparison(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
+    """A comparison of two tensors, which broadcast."""
+    left, right = shapes[:2]
+    if left is None or right is None:
+        return None
+    return [Made(np.broadcast_shapes(left, right), np.dtype(np.bool_))]
+
+
 def _norm(node: gs.Node, shapes: Shapes) -> list[Made | None]:
     first = shapes[0] or ()
     axis = node.attrs.get("axis", -1) % max(len(first), 1)
@@ -243,13 +251,16 @@ _Rule = Callable[[gs.Node, Shapes], list[Made | None] | None]
 
 _RULES: Mapping[str, _Rule] = {
     **dict.fromkeys(
-        """BiasAdd BiasGelu BiasSoftmax FastGelu Gelu GroupNorm LongformerAttention MoE
+        """BiasAdd BiasGelu BiasSoftmax FastGelu Gelu GroupNorm GroupNormalization
+        LongformerAttention MeanVarianceNormalization MoE
         PagedAttention QMoE QuickGelu RotaryEmbedding SkipGroupNorm SparseAttention
         Trilu""".split(),
         _like_first,
     ),
     "LayerNormalization": _norm,
     "SimplifiedLayerNormalization": _norm,
+    "GreaterOrEqual": _comparison,
+    "LessOrEqual": _comparison,
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
     "EmbedLayerNormalization": _embedding,

@@ -207,8 +207,8 @@ def _record_value(tensor: gs.Tensor, value: np.ndarray, facts: Facts) -> None:
 def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> None:
     proto = _standard(node)
     schema = _schema(proto.op_type, opsets.get(proto.domain, 1), proto.domain)
-    if schema is None:
-        _record_fused(node, facts)
+    if schema is None or not schema.has_type_and_shape_inference_function:
+        _record_fused(node, facts)  # ONNX leaves the rule out for a few of its own operators
         return
     named = [tensor for tensor in node.inputs if tensor.name in proto.input and tensor.name]
     inputs = {t.name: facts.types.get(t.name) or type_of_constant(t) for t in named}

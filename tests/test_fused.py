@@ -54,6 +54,22 @@ def test_operators_on_every_token(op):
     compared(net, y, net("Relu", y))
 
 
+@pytest.mark.parametrize(
+    ("op", "opset", "shapes", "attrs"),
+    [
+        ("GroupNormalization", 21, [(TOKENS,), (TOKENS,)], {"num_groups": 1}),
+        ("MeanVarianceNormalization", 18, [], {"axes": [1]}),
+        ("GreaterOrEqual", 12, [(1, 1, WIDTH)], {}),
+        ("LessOrEqual", 12, [(WIDTH,)], {}),
+    ],
+)
+def test_standard_operators_for_which_onnx_has_no_shape_inference(op, opset, shapes, attrs):
+    net = Net(0, opset=opset)
+    y = net(op, net.x(), *(net.random(*shape) for shape in shapes), **attrs)
+    z = net("Cast", y, to=onnx.TensorProto.FLOAT)
+    compared(net, y, net("Relu", z))
+
+
 def test_the_sum_beside_a_norm():
     net = Net(0)
     y = relu(net, net.x())

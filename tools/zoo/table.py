@@ -93,7 +93,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "hf_dinov3": USUAL,
     "hf_sam": USUAL,
     "hf_whisper_encoder": USUAL,
-    "hf_wav2vec2": USUAL,
+    "hf_wav2vec2": (*USUAL, "dynamo23"),
     "torch_attention": ("dynamo18", "dynamo23"),
     "torch_attention_weights": ("dynamo18",),
     "torch_attention_tokens_first": ("dynamo18",),
