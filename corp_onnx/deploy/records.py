@@ -1,0 +1,143 @@
+"""What a target is, what it builds, and how that is run: one protocol for all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from corp_onnx.data import InputSpec
+from corp_onnx.errors import DataError
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+
+RECORD = "build.json"
+"""The record of a build, beside what was built."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRange:
+    """Smallest, likeliest and largest dimensions of an input, as an optimisation profile has them.
+
+    Raises:
+        ValueError: If they are of different rank, or out of order.
+    """
+
+    smallest: tuple[int, ...]
+    likeliest: tuple[int, ...]
+    largest: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.smallest) == len(self.likeliest) == len(self.largest):
+            raise ValueError(f"shapes of different rank: {self}")
+        for low, middle, high in zip(self.smallest, self.likeliest, self.largest, strict=True):
+            if not low <= middle <= high:
+                raise ValueError(f"dimensions out of order: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What a target made of a model.
+
+    Attributes:
+        target: Its name, as on the command line.
+        precision: Of the model that it was made from, whose types say so.
+        path: The engine: a file, or for some targets the first of several in its folder.
+        seconds: The build took.
+        size_bytes: Of all files of the engine.
+        versions: Of everything that took part, by name.
+        options: What the target was asked for.
+    """
+
+    target: str
+    precision: Precision
+    path: Path
+    seconds: float
+    size_bytes: int
+    versions: Mapping[str, str]
+    options: Mapping[str, Any]
+
+    def write(self) -> Path:
+        """Keep the record beside the engine; a second build into the folder replaces it."""
+        record = self.path.parent / RECORD
+        document = asdict(self) | {"path": self.path.name}
+        record.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+        return record
+
+    @staticmethod
+    def read(folder: Path) -> Build:
+        """The record in a folder.
+
+        Raises:
+            DataError: If there is none, or it is no such record.
+        """
+        record = folder / RECORD
+        try:
+            document = json.loads(record.read_text())
+            return Build(**document | {"path": folder / document["path"]})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{record} is no record of a build: {error}; make one with `corp-onnx build`"
+            ) from error
+
+
+class Engine(Protocol):
+    """A model that is loaded on a target and can be run until it is closed."""
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """Names, types and shapes of what it reads; None where a dimension may vary."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what it gives."""
+
+    @property
+    def device_ms(self) -> float | None:
+        """Time of the last run on the device alone; None where the target does not tell."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One inference, from arrays of the host to arrays of the host.
+
+        Raises:
+            DataError: If an input is missing or does not fit.
+        """
+
+    def close(self) -> None:
+        """Give back what it holds; it cannot run after that."""
+
+
+class Target(Protocol):
+    """Where a model is to run. Its options are fields of its own."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+
+    def require(self, precision: Precision) -> None:
+        """See whether the target is here, and can run a model of these types.
+
+        Raises:
+            BackendUnavailable: If a package, library or device is missing; says how to get it.
+            PlanError: If it cannot compute in this precision; says what it can.
+        """
+
+    def build(self, model: Path, folder: Path, precision: Precision) -> Build:
+        """Make an engine of an ONNX file whose types are those of the precision.
+
+        Raises:
+            GraphError: If the target cannot take the model, with all that its parser says.
+            PlanError: If its options do not fit the model.
+        """
+
+    def load(self, build: Build) -> Engine:
+        """Get an engine ready to run.
+
+        Raises:
+            GraphError: If it cannot be loaded here, as when another version built it.
+        """
