@@ -10,7 +10,7 @@ import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -18,11 +18,14 @@ from corp_onnx import commands, options, screen
 from corp_onnx.checking import Gates
 from corp_onnx.commands import Answer, Source
 from corp_onnx.demo import Demo
+from corp_onnx.deploy.records import PRECISIONS
+from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
 from corp_onnx.errors import CorpError, NothingPrunable, PlanError
+from corp_onnx.latency import RUNS, WARMUP
 from corp_onnx.pipeline import Settings
 from corp_onnx.plan import DEFAULT_ALIGN
-from corp_onnx.session import Runtime
 from corp_onnx.solve import DEFAULT_RIDGE, Recipe
+from corp_onnx.timing import Stopwatch
 
 DONE, UNVERIFIED, UNUSABLE, NOTHING = 0, 1, 2, 3
 
@@ -246,24 +249,56 @@ def verify(
 
 
 @app.command()
+def build(
+    model: options.ModelFile,
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for the engine.")],
+    target: options.TargetName = "ort-cpu",
+    precision: options.PrecisionName = "fp32",
+    graph_level: options.Level = "all",
+    cache: options.Cache = None,
+    custom_op_library: options.CustomOps = None,
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
+) -> None:
+    """Make a model ready for one target: an engine, and the record of how it was built."""
+    asked = TargetOptions(graph_level=graph_level, cache=cache, custom_op_library=custom_op_library)
+    _run(commands.Build(model, folder, open_target(target, asked), precision), as_json, log_level)
+
+
+@app.command()
 def bench(
-    models: Annotated[list[Path], typer.Argument(help="Models; the first is compared with.")],
-    target: Annotated[Literal["ort-cpu"], typer.Option("--target")] = "ort-cpu",
-    precision: Annotated[Literal["fp32"], typer.Option("--precision")] = "fp32",
-    batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Turns not counted.")] = 5,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Turns counted.")] = 50,
+    models: Annotated[
+        list[Path], typer.Argument(help="Models, or folders of engines; the first is the measure.")
+    ],
+    targets: options.TargetNames = "ort-cpu",
+    precisions: options.PrecisionNames = "fp32",
+    batches: options.Batches = "1",
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Turns not counted.")] = WARMUP,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Turns counted.")] = RUNS,
     shapes: options.Shapes = None,
     seed: options.Seed = 0,
     threads: options.Threads = 0,
+    arena: Annotated[bool, typer.Option(help="Let ONNX Runtime keep freed memory.")] = True,
+    graph_level: options.Level = "all",
+    cache: options.Cache = None,
     custom_op_library: options.CustomOps = None,
     as_json: options.AsJson = False,
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Time models turn by turn, so that drift hits all alike."""
-    runtime = Runtime(threads=threads, custom_op_library=custom_op_library)
+    asked = TargetOptions(
+        threads=threads,
+        arena=arena,
+        graph_level=graph_level,
+        cache=cache,
+        custom_op_library=custom_op_library,
+    )
     command = commands.Bench(
-        tuple(models), batch, warmup, runs, options.sizes_of(shapes), seed, runtime
+        tuple(models),
+        tuple(open_target(name, asked) for name in options.names_of(targets, TARGETS, "--target")),
+        options.names_of(precisions, PRECISIONS, "--precision"),
+        options.batches_of(batches),
+        Stopwatch(sizes=options.sizes_of(shapes), warmup=warmup, runs=runs, seed=seed),
     )
     _run(command, as_json, log_level)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
 from corp_onnx.blocks import Axis
 from corp_onnx.budget import Budget, Unit
+from corp_onnx.deploy.records import PRECISIONS, Precision
+from corp_onnx.deploy.targets import TARGETS
 from corp_onnx.errors import PlanError
 from corp_onnx.plan import DEFAULT_SHARES
-from corp_onnx.session import CPU, Runtime
+from corp_onnx.session import CPU, GraphLevel, Runtime
 from corp_onnx.sizes import Sizes
 from corp_onnx.solve.ranking import RANKINGS
 from corp_onnx.solve.solver import ELIMINATION, Method
@@ -90,7 +92,24 @@ Ranking = Annotated[
         help=f"What stays: {ELIMINATION} (best's default), {', '.join(RANKINGS)} (else energy).",
     ),
 ]
+TargetName = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
+TargetNames = Annotated[
+    str, typer.Option("--target", help=f"One or several of {', '.join(TARGETS)}.")
+]
+PrecisionName = Annotated[Precision, typer.Option("--precision", help="Types of the model.")]
+PrecisionNames = Annotated[
+    str, typer.Option("--precision", help=f"One or several of {', '.join(PRECISIONS)}.")
+]
+Batches = Annotated[str, typer.Option("--batch", help="Samples of one inference, such as 1,8,32.")]
+Level = Annotated[
+    GraphLevel, typer.Option("--graph-level", help="How far ONNX Runtime rewrites the graph.")
+]
+Cache = Annotated[
+    Path | None, typer.Option("--cache", help="Folder for what a builder may use again.")
+]
 
+
+Name = TypeVar("Name", bound=str)
 
 Widths = Mapping[Axis, float] | Budget
 """Shares to remove of every axis, or what may stay of the whole."""
@@ -154,6 +173,31 @@ def sizes_of(shapes: list[str] | None) -> Sizes:
             raise PlanError(f"--shapes {text!r} is not of the form NAME:1x3x224x224")
         sizes[name] = tuple(int(number) for number in numbers)
     return sizes
+
+
+def names_of(text: str, known: Iterable[Name], flag: str) -> tuple[Name, ...]:
+    """Names from ``a,b``, each once.
+
+    Raises:
+        PlanError: If one is not known.
+    """
+    by_text = {str(name): name for name in known}
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if unknown := [name for name in names if name not in by_text]:
+        raise PlanError(f"{flag} {unknown[0]!r} is none of {', '.join(by_text)}")
+    return tuple(by_text[name] for name in names)
+
+
+def batches_of(text: str) -> tuple[int, ...]:
+    """Batch sizes from ``1,8,32``.
+
+    Raises:
+        PlanError: If the text is of another form.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise PlanError(f"--batch {text!r} is no list of sizes such as 1,8,32")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def shard_of(text: str) -> tuple[int, int]:

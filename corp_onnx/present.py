@@ -14,7 +14,6 @@ from rich.text import Text
 
 from corp_onnx.advice import advice
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
-from corp_onnx.latency import Race
 from corp_onnx.pipeline import Pruned
 from corp_onnx.statistics import Statistics
 from corp_onnx.verify import Check, Comparison
@@ -200,36 +199,6 @@ def checks_table(checks: Iterable[Check]) -> Table:
     table = table_of("check", "", "found")
     for check in checks:
         table.add_row(check.name, "passed" if check.passed else "FAILED", check.found)
-    return table
-
-
-def race_json(race: Race, models: Sequence[str], **common: object) -> Json:
-    """What ``bench --json`` prints."""
-    return {
-        "runs": [
-            {"model": model, **common, **asdict(latency)}
-            for model, latency in zip(models, race.latencies, strict=True)
-        ],
-        "speedups": [
-            {"model": model, "over": models[0], **asdict(speedup)}
-            for model, speedup in list(zip(models, race.speedups, strict=True))[1:]
-        ],
-    }
-
-
-def race_table(document: Mapping[str, Any]) -> RenderableType:
-    """What ``bench`` prints."""
-    table = table_of("model", "median", "p95", "speed-up", "95 % interval")
-    ratios = {entry["model"]: entry for entry in document["speedups"]}
-    for run in document["runs"]:
-        entry = ratios.get(run["model"])
-        table.add_row(
-            run["model"],
-            f"{run['median_ms']:.2f} ms",
-            f"{run['p95_ms']:.2f} ms",
-            f"{entry['ratio']:.2f}x" if entry else "",
-            f"{entry['low']:.2f} to {entry['high']:.2f}" if entry else "",
-        )
     return table
 
 

@@ -80,9 +80,14 @@ class Build:
         try:
             document = json.loads(record.read_text())
             return Build(**document | {"path": folder / document["path"]})
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{folder} is not a file, and as a folder it holds no engine (no {RECORD}); make "
+                "one with `corp-onnx build`"
+            ) from error
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(
-                f"{record} is no record of a build: {error}; make one with `corp-onnx build`"
+                f"{record} is no record of a build: {error}; build the engine again"
             ) from error
 
 
@@ -128,7 +133,7 @@ class Target(Protocol):
         """
 
     def build(self, model: Path, folder: Path, precision: Precision) -> Build:
-        """Make an engine of an ONNX file whose types are those of the precision.
+        """Make an engine, in a folder that exists, of an ONNX file in the types of a precision.
 
         Raises:
             GraphError: If the target cannot take the model, with all that its parser says.
