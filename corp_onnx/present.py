@@ -14,6 +14,7 @@ from rich.text import Text
 
 from corp_onnx.advice import advice
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
+from corp_onnx.deadline import Kept
 from corp_onnx.pipeline import Pruned
 from corp_onnx.statistics import Statistics
 from corp_onnx.verify import Check, Comparison
@@ -126,6 +127,22 @@ def pruned_json(result: Pruned, output: str) -> Json:
         "notes": list(result.surgery.model.notes),
         "advice": list(advice(result.solved.solution, result.solved.samples)),
         "output": output,
+    } | ({} if result.kept is None else {"latency": latency_json(result.kept)})
+
+
+def latency_json(kept: Kept) -> Json:
+    """How a deadline was kept."""
+    deadline = kept.schedule.deadline
+    dense, cut = kept.race.latencies
+    return {
+        "target": deadline.target.name,
+        "batch": deadline.stopwatch.batch,
+        "asked": {"limit": deadline.limit, "unit": "ms" if deadline.in_ms else "share of dense"},
+        "dense_ms": dense.median_ms,
+        "pruned_ms": cut.median_ms,
+        "share": kept.share,
+        "speedup": asdict(kept.race.speedups[1]),
+        "tries": [asdict(tried) for tried in kept.schedule.tries],
     }
 
 

@@ -41,6 +41,10 @@ class OpenVino:
     threads: int = 0
     name: str = "openvino"
 
+    def versions(self) -> Mapping[str, str]:
+        """Of OpenVINO."""
+        return {"openvino": str(_openvino().get_version())}
+
     def require(self, precision: Precision) -> None:
         """See whether OpenVINO is installed and this processor has these types."""
         able = _openvino().Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
@@ -62,8 +66,7 @@ class OpenVino:
         seconds = perf_counter() - start
         size = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")))
         options = {key: str(value) for key, value in asdict(self).items() if key != "name"}
-        versions = {"openvino": str(openvino.get_version())}
-        build = Build(self.name, precision, path, seconds, size, versions, options)
+        build = Build(self.name, precision, path, seconds, size, self.versions(), options)
         build.write()
         return build
 

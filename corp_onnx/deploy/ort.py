@@ -51,6 +51,10 @@ class OnnxRuntime:
     cache: Path | None = None
     custom_op_library: Path | None = None
 
+    def versions(self) -> Mapping[str, str]:
+        """Of ONNX Runtime."""
+        return {"onnxruntime": version(), "machine": platform.machine()}
+
     def require(self, precision: Precision) -> None:
         """See whether the provider is installed and has kernels for these types."""
         require_providers([PROVIDERS[self.name]])
@@ -73,7 +77,7 @@ class OnnxRuntime:
         files = [path, *folder.glob(f"{ENGINE}.*")]
         build = Build(
             *(self.name, precision, path, seconds, sum(file.stat().st_size for file in files)),
-            versions={"onnxruntime": version(), "machine": platform.machine()},
+            versions=self.versions(),
             options={key: str(value) for key, value in asdict(self).items() if key != "name"},
         )
         build.write()

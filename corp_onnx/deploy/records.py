@@ -124,6 +124,9 @@ class Target(Protocol):
     def name(self) -> str:
         """As on the command line."""
 
+    def versions(self) -> Mapping[str, str]:
+        """Of everything that has a part in how fast an engine is, by name."""
+
     def require(self, precision: Precision) -> None:
         """See whether the target is here, and can run a model of these types.
 
