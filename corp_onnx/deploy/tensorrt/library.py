@@ -1,0 +1,116 @@
+"""The one door to TensorRT: found, of a version that is known, its messages kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from corp_onnx.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+else:
+
+    class _Lazy:
+        """TensorRT, imported when something is asked of it; type checkers see the module."""
+
+        def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the module has)
+            return getattr(_tensorrt(), name)
+
+    trt = _Lazy()
+
+__all__ = ["HOW_TO_GET_IT", "major", "new_logger", "new_profiler", "trt", "version"]
+
+_log = logging.getLogger(__name__)
+
+MAJORS = (10, 11)
+HOW_TO_GET_IT = (
+    "install it with `pip install 'corp_onnx[tensorrt]' --extra-index-url https://pypi.nvidia.com` "
+    "(its libraries are in NVIDIA's own index); on a Jetson it comes with JetPack, so make the "
+    "environment with `python -m venv --system-site-packages`"
+)
+
+
+def version() -> str:
+    """The version of TensorRT that is installed.
+
+    Raises:
+        BackendUnavailable: If there is none, it cannot be loaded, or it is another than 10 or 11.
+    """
+    found = str(trt.__version__)
+    if _major(found) not in MAJORS:
+        raise BackendUnavailable(
+            f"TensorRT {found} is installed, but 10 or 11 is needed; {HOW_TO_GET_IT}"
+        )
+    return found
+
+
+def major() -> int:
+    """The first number of the version.
+
+    Raises:
+        BackendUnavailable: As `version`.
+    """
+    return _major(version())
+
+
+def new_logger(errors: list[str], say: Callable[[str], None] | None = None) -> trt.ILogger:
+    """A logger that keeps errors, and tells all that TensorRT says; it must outlive its users.
+
+    Args:
+        errors: Where errors are added.
+        say: What to do with every line; by default it goes to Python's logging.
+    """
+    severe = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+    levels = {"WARNING": logging.WARNING, "INFO": logging.INFO}
+
+    class Recorder(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+            if severity in severe:
+                errors.append(msg.strip())
+            if say is not None:
+                say(f"[{severity.name}] {msg}")
+            else:
+                level = levels.get(severity.name, logging.DEBUG)
+                _log.log(logging.ERROR if severity in severe else level, "%s", msg)
+
+    return Recorder()
+
+
+def new_profiler(times_ms: dict[str, list[float]]) -> trt.IProfiler:
+    """A profiler that adds the time of every layer, in milliseconds, to those under its name."""
+
+    class Stopwatch(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times_ms.setdefault(layer_name, []).append(ms)
+
+    return Stopwatch()
+
+
+def _major(found: str) -> int:
+    return int(found.partition(".")[0])
+
+
+def _tensorrt() -> ModuleType:
+    """The tensorrt module, or an error that says how to get it."""
+    try:
+        import tensorrt
+    except (ImportError, OSError) as error:
+        raise BackendUnavailable(
+            f"the target tensorrt needs TensorRT, which cannot be imported ({error}); "
+            f"{HOW_TO_GET_IT}"
+        ) from error
+    if not hasattr(tensorrt, "Builder"):
+        raise BackendUnavailable(
+            f"a folder or package called tensorrt is found, but TensorRT is not in it; "
+            f"{HOW_TO_GET_IT}"
+        )
+    return tensorrt
