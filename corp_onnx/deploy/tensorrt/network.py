@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from corp_onnx.deploy.shape_ranges import fitted
@@ -151,9 +150,11 @@ def _add_profile(
         for name, given in ranges.items():
             profile.set_shape(name, given.smallest, given.likeliest, given.largest)
     except ValueError as error:
-        raise PlanError(f"TensorRT does not take the shapes {asdict(options)['shapes']}") from error
+        raise PlanError(
+            f"TensorRT does not take the shapes {options.document()['shapes']}"
+        ) from error
     if config.add_optimization_profile(profile) < 0:
-        raise PlanError(f"TensorRT does not take the shapes {asdict(options)['shapes']}")
+        raise PlanError(f"TensorRT does not take the shapes {options.document()['shapes']}")
 
 
 def _layers(

@@ -58,8 +58,12 @@ class Options:
             raise PlanError(f"a workspace of {self.workspace_bytes} bytes holds nothing")
 
     def document(self) -> dict[str, Any]:
-        """The options as JSON has them."""
-        known = asdict(self)
+        """The options as JSON has them, those of a target too, but for its name."""
+        known = {key: value for key, value in asdict(self).items() if key != "name"}
+        known["shapes"] = {
+            name: {extent: list(dims) for extent, dims in given.items()}
+            for name, given in known["shapes"].items()
+        }
         if self.timing_cache is not None:
             known["timing_cache"] = str(self.timing_cache)
         return known
