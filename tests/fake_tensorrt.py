@@ -237,8 +237,9 @@ class OnnxParser(Logged):
         return self._errors[index]
 
     def parse_from_file(self, model):
+        typed(model, str)
         try:
-            proto = onnx.load(typed(model, str))  # with weights from beside the file
+            proto = onnx.load(model)  # with weights from beside the file
         except Exception as error:
             self._say(ILogger.ERROR, f"no ONNX model: {error}")
             return False

@@ -13,14 +13,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 Extent = Literal["min", "opt", "max"]
 
 _SHAPE = re.compile(
-    r"""(?P<name>\S+?):                          # names may hold colons: input:0
-        (?P<dims>\[\s*(?:\d+\s*(?:,\s*\d+\s*)*)?\]  # polygraphy: [1,3,224,224]
-            |\d+(?:x\d+)*                        # trtexec: 1x3x224x224
-            |\d+(?:,\d+)*                        # onnxslim: 1,3,224,224
+    r"""(?P<name>[^\s,]+?):                            # names may hold colons: input:0
+        (?P<dims>\[\s*(?:\d+\s*(?:,\s*\d+\s*)*)?\]     # polygraphy: [1,3,224,224]
+            |\d+(?:,\d+)+                             # onnxslim: 1,3,224,224
+            |\d+(?:x\d+)*                             # trtexec: 1x3x224x224
             |scalar)
         (?=[,\s]|$)""",
     re.VERBOSE,
 )
+_SEPARATOR = re.compile(r"[,\s]\s*")
 
 SPELLINGS = "NAME:1x3x224x224, NAME:1,3,224,224 or NAME:[1,3,224,224]"
 
@@ -110,7 +111,7 @@ def _parsed(text: str, extent: str) -> Iterable[tuple[str, tuple[int, ...]]]:
             )
         dims = re.findall(r"\d+", match["dims"])
         yield match["name"], tuple(map(int, dims))
-        separator = re.compile(r"\s*[,\s]\s*").match(text, match.end())
+        separator = _SEPARATOR.match(text, match.end())
         place = separator.end() if separator else match.end()
 
 
