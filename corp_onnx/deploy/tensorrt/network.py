@@ -148,7 +148,9 @@ def _add_profile(
     profile = builder.create_optimization_profile()
     try:
         for name, given in ranges.items():
-            profile.set_shape(name, given.smallest, given.likeliest, given.largest)
+            profile.set_shape(
+                name, trt.Dims(given.smallest), trt.Dims(given.likeliest), trt.Dims(given.largest)
+            )
     except ValueError as error:
         raise PlanError(
             f"TensorRT does not take the shapes {options.document()['shapes']}"
