@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -24,6 +24,16 @@ CPU: tuple[str, ...] = ("CPUExecutionProvider",)
 
 LOG_ONLY_FATAL = 4
 """What ONNX Runtime logs of lesser errors it also raises."""
+
+GraphLevel = Literal["none", "basic", "extended", "all"]
+"""How far ONNX Runtime rewrites a graph when it loads it."""
+
+GRAPH_LEVELS: Mapping[GraphLevel, str] = {
+    "none": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
 
 NUMPY_TYPES = {
     "tensor(float)": np.float32,
@@ -53,6 +63,14 @@ class Runtime:
     Models that are timed turn by turn must not: the one that rests would take the other's cores.
     """
     custom_op_library: Path | None = None
+    graph_level: GraphLevel = "all"
+    arena: bool = True
+    """Whether freed memory is kept for the next run."""
+    provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    optimised: Path | None = None
+    """Where ONNX Runtime writes the graph that it made of the model."""
+    profile: Path | None = None
+    """Begin of the name of the file with the time of every operator; made by `Session.close`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +107,10 @@ class Session:
             ) from error
         return dict(zip(names, results, strict=True))
 
+    def profile(self) -> Path:
+        """Stop timing operators: the file with their times, for a `Runtime` that asks for it."""
+        return Path(self._session.end_profiling())
+
 
 def open_session(source: Model | Path, runtime: Runtime | None = None) -> Session:
     """Load a model into ONNX Runtime.
@@ -101,16 +123,15 @@ def open_session(source: Model | Path, runtime: Runtime | None = None) -> Sessio
     """
     runtime = runtime or Runtime()
     ort = _onnxruntime()
-    _require_providers(ort, runtime.providers)
+    require_providers(runtime.providers)
     options = ort.SessionOptions()
     options.log_severity_level = LOG_ONLY_FATAL
-    options.intra_op_num_threads = runtime.threads
-    if not runtime.spinning:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    _set(ort, options, runtime)
     if runtime.custom_op_library is not None:
         _register(ort, options, runtime.custom_op_library)
+    given = [(name, dict(runtime.provider_options.get(name, {}))) for name in runtime.providers]
     try:
-        session = _open(ort, source, options, list(runtime.providers))
+        session = _open(ort, source, options, given)
     except _failures(ort) as error:
         raise GraphError(
             f"ONNX Runtime {ort.__version__} cannot load the model: {str(error)[:500]}; operators "
@@ -124,7 +145,24 @@ def version() -> str:
     return str(_onnxruntime().__version__)
 
 
-def _open(ort: ModuleType, source: Model | Path, options: Any, providers: list[str]) -> Any:  # noqa: ANN401 (ONNX Runtime ships no types)
+def _set(ort: ModuleType, options: Any, runtime: Runtime) -> None:  # noqa: ANN401 (ONNX Runtime ships no types)
+    options.intra_op_num_threads = runtime.threads
+    options.enable_cpu_mem_arena = runtime.arena
+    level = getattr(ort.GraphOptimizationLevel, GRAPH_LEVELS[runtime.graph_level])
+    options.graph_optimization_level = level
+    if not runtime.spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if runtime.optimised is not None:
+        options.optimized_model_filepath = str(runtime.optimised)
+    if runtime.profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(runtime.profile)
+
+
+Providers = list[tuple[str, dict[str, str]]]
+
+
+def _open(ort: ModuleType, source: Model | Path, options: Any, providers: Providers) -> Any:  # noqa: ANN401 (ONNX Runtime ships no types)
     if isinstance(source, Path):
         return ort.InferenceSession(str(source), options, providers=providers)
     proto: onnx.ModelProto = source.proto()
@@ -151,13 +189,18 @@ def _onnxruntime() -> ModuleType:
     return onnxruntime  # type: ignore[no-any-return]
 
 
-def _require_providers(ort: ModuleType, providers: Sequence[str]) -> None:
-    available = ort.get_available_providers()
+def require_providers(providers: Sequence[str]) -> None:
+    """See whether execution providers are installed.
+
+    Raises:
+        BackendUnavailable: If not; it says which are.
+    """
+    available = _onnxruntime().get_available_providers()
     missing = [name for name in providers if name not in available]
     if missing:
         raise BackendUnavailable(
             f"execution provider {', '.join(missing)} is not in the installed ONNX Runtime, which "
-            f"has {', '.join(available)}; choose one of these with --providers"
+            f"has {', '.join(available)}; choose one of these with --providers or --target"
         )
 
 

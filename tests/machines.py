@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,11 +35,13 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     """Have a version of TensorRT, and a GPU as `FakeCuda` takes it; returns the GPU."""
     folder = tmp_path / "site"
     monkeypatch.syspath_prepend(folder)
+    before = {name: sys.modules[name] for name in MODULES if name in sys.modules}
 
     def arrange(version: str = ELEVEN, **facts: object) -> FakeCuda:
         for name in MODULES:
-            monkeypatch.delitem(sys.modules, name, raising=False)
+            sys.modules.pop(name, None)
         for package in ("tensorrt", "cuda", "cuda/bindings"):
+            shutil.rmtree(folder / package / "__pycache__", ignore_errors=True)
             (folder / package).mkdir(parents=True, exist_ok=True)
             (folder / package / "__init__.py").write_text("")
         (folder / "tensorrt" / "__init__.py").write_text(TENSORRT.format(version=version))
@@ -51,3 +54,4 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     yield arrange
     for name in MODULES:
         sys.modules.pop(name, None)
+    sys.modules.update(before)
