@@ -107,7 +107,8 @@ def test_what_is_compiled_gives_what_the_model_gives(runtime, files, tmp_path):
     assert build == Build.read(tmp_path / "out")
     assert build.target == "tensorrt-rtx"
     assert build.size_bytes == build.path.stat().st_size
-    assert build.versions == {"onnxruntime": "1.32.0", "tensorrt-rtx": "0.5.0"}
+    assert build.versions["onnxruntime"] == "1.32.0"
+    assert build.versions["tensorrt-rtx"] == "0.5.0"
     engine = target.load(build)
     x = {"x": activations()[:5].astype(np.float32)}
     assert engine.device_ms is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 
 import numpy as np
 import onnx
@@ -13,7 +14,8 @@ import pytest
 from corp_onnx.deploy import Build, ShapeRange
 from corp_onnx.deploy.shape_ranges import exactly
 from corp_onnx.deploy.tensorrt import Options, TensorRT, building, write_layer_times
-from corp_onnx.deploy.tensorrt.network import ENGINE, LAYERS, construct
+from corp_onnx.deploy.tensorrt.network import construct
+from corp_onnx.deploy.tensorrt.options import ENGINE, LAYERS
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
 from corp_onnx.session import open_session
 from tests.builders import Net
@@ -72,6 +74,7 @@ def test_an_engine_gives_what_the_model_gives(version, machine, files, tmp_path)
     assert build == Build.read(tmp_path / "out")
     assert build.target == "tensorrt"
     assert build.size_bytes == build.path.stat().st_size
+    assert build.versions == target.versions()
     assert build.versions["tensorrt"] == version
     assert build.versions["gpu"] == "Fake GPU (compute capability 8.6)"
     assert (build.versions["driver"], build.versions["cuda"]) == ("13.0", "12.6")
@@ -275,8 +278,6 @@ def test_another_major_version_is_an_error(version, machine):
 
 def test_a_folder_of_that_name_is_not_tensorrt(machine, tmp_path):
     machine()
-    import sys
-
     sys.modules.pop("tensorrt", None)
     (tmp_path / "site" / "tensorrt" / "__init__.py").unlink()
     with pytest.raises(BackendUnavailable, match="TensorRT is not in it"):
@@ -287,11 +288,9 @@ def test_a_folder_of_that_name_is_not_tensorrt(machine, tmp_path):
     ("missing", "remedy"),
     [("tensorrt", r"corp_onnx\[tensorrt\]"), ("cuda.bindings", "pip install cuda-python")],
 )
-def test_a_missing_package_is_an_error_that_says_how_to_get_it(
-    missing, remedy, machine, monkeypatch
-):
+def test_a_missing_package_is_an_error_that_says_how_to_get_it(missing, remedy, machine):
     machine()
-    monkeypatch.setitem(__import__("sys").modules, missing, None)
+    sys.modules[missing] = None
     with pytest.raises(BackendUnavailable, match=remedy):
         TensorRT().require("fp32")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,15 @@ class TensorRTRTX:
     cache: Path | None = None
     name: str = "tensorrt-rtx"
 
+    def versions(self) -> Mapping[str, str]:
+        """Of ONNX Runtime and the provider."""
+        ort, _ = library()
+        return {
+            "onnxruntime": ort.__version__,
+            "tensorrt-rtx": _plugin().__version__,
+            "machine": platform.machine(),
+        }
+
     def require(self, precision: Precision) -> None:
         """See whether the provider and a GPU for it are here; such GPUs have all the types."""
         _devices()
@@ -62,7 +72,7 @@ class TensorRTRTX:
         build = Build(
             *(self.name, precision, path, seconds),
             size_bytes=sum(fact.st_size for fact in facts if fact.st_mtime_ns >= started),
-            versions={"onnxruntime": ort.__version__, "tensorrt-rtx": _plugin().__version__},
+            versions=self.versions(),
             options=asdict(self) | {"cache": None if self.cache is None else str(self.cache)},
         )
         build.write()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from corp_onnx.deploy.tensorrt.cuda import device
 from corp_onnx.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ else:
 
     trt = _Lazy()
 
-__all__ = ["HOW_TO_GET_IT", "major", "new_logger", "new_profiler", "trt", "version"]
+__all__ = ["HOW_TO_GET_IT", "major", "new_logger", "new_profiler", "trt", "version", "versions"]
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +56,22 @@ def major() -> int:
         BackendUnavailable: As `version`.
     """
     return _major(version())
+
+
+def versions() -> dict[str, str]:
+    """Everything that an engine depends on, by name: libraries, driver and GPU.
+
+    Raises:
+        BackendUnavailable: If one of them is missing.
+    """
+    found, gpu = version(), device()
+    return {
+        "tensorrt": found,
+        "cuda": gpu.runtime,
+        "driver": gpu.driver,
+        "gpu": str(gpu),
+        "machine": platform.machine(),
+    }
 
 
 def new_logger(errors: list[str], say: Callable[[str], None] | None = None) -> trt.ILogger:

@@ -10,13 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from corp_onnx.deploy.shape_ranges import fitted
-from corp_onnx.deploy.tensorrt.cuda import device
-from corp_onnx.deploy.tensorrt.library import major, new_logger, trt, version
-from corp_onnx.deploy.tensorrt.options import Options
+from corp_onnx.deploy.tensorrt.library import major, new_logger, trt, version, versions
+from corp_onnx.deploy.tensorrt.options import ENGINE, LAYERS, Options
 from corp_onnx.errors import BackendUnavailable, GraphError, PlanError
-
-ENGINE = "model.engine"
-LAYERS = "layers.json"
 
 Say = Callable[[str], None]
 
@@ -30,8 +26,7 @@ def construct(model: Path, folder: Path, options: Options, say: Say) -> Mapping[
         PlanError: If the options do not fit the model.
     """
     options.check()
-    gpu, errors = device(), list[str]()
-    versions = {"tensorrt": version(), "gpu": str(gpu), "driver": gpu.driver, "cuda": gpu.runtime}
+    here, errors = versions(), list[str]()
     logger = new_logger(errors, say)
     builder = _builder(logger, options, errors)
     network = builder.create_network(_creation_flags())
@@ -46,7 +41,7 @@ def construct(model: Path, folder: Path, options: Options, say: Say) -> Mapping[
     (folder / ENGINE).write_bytes(plan)
     _keep_cache(cache, options.timing_cache)
     (folder / LAYERS).write_text(_layers(plan, logger, options, errors))
-    return versions
+    return here
 
 
 def _builder(logger: trt.ILogger, options: Options, errors: Sequence[str]) -> trt.Builder:

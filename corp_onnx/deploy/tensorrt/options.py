@@ -15,6 +15,9 @@ Verbosity = Literal["none", "names", "detailed"]
 
 HIGHEST_LEVEL = 5
 
+ENGINE, LAYERS = "model.engine", "layers.json"
+"""The engine in its folder, and what TensorRT says of its layers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:

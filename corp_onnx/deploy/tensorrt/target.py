@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ from corp_onnx.deploy.records import Build, Precision
 from corp_onnx.deploy.tensorrt.building import build_apart
 from corp_onnx.deploy.tensorrt.cuda import device
 from corp_onnx.deploy.tensorrt.engine import TensorRTEngine
-from corp_onnx.deploy.tensorrt.library import version
-from corp_onnx.deploy.tensorrt.network import ENGINE
-from corp_onnx.deploy.tensorrt.options import Options
+from corp_onnx.deploy.tensorrt.library import version, versions
+from corp_onnx.deploy.tensorrt.options import ENGINE, Options
 from corp_onnx.errors import GraphError, PlanError
 
 CAPABILITY: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0)}
@@ -42,6 +40,10 @@ class TensorRT(Options):
     cuda_graph: bool = False
     name: str = "tensorrt"
 
+    def versions(self) -> Mapping[str, str]:
+        """Of TensorRT, CUDA, the driver and the GPU."""
+        return versions()
+
     def require(self, precision: Precision) -> None:
         """See whether TensorRT, CUDA and a GPU are here, and it computes in these types."""
         version()
@@ -60,12 +62,12 @@ class TensorRT(Options):
         if precision == "int8":
             _require_quantised(model)
         start = perf_counter()
-        versions = build_apart(model, folder, self)
+        made_by = build_apart(model, folder, self)
         seconds = perf_counter() - start
         path = folder / ENGINE
         build = Build(
             *(self.name, precision, path, seconds, path.stat().st_size),
-            versions={**versions, "machine": platform.machine()},
+            versions=made_by,
             options=self.document(),
         )
         build.write()
