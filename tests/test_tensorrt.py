@@ -303,9 +303,10 @@ def engine(machine, build_here):
     """A loaded engine, and the GPU that it is on; all is given back at the end."""
     loaded = []
 
-    def load(*, cuda_graph=False, model=None, **facts):
+    def load(*, cuda_graph=False, model=None, shapes=SHAPES, **facts):
         gpu = machine(TEN, **facts)
-        build = build_here() if model is None else build_here(model)
+        given = {} if model is None else {"model": model}
+        build = build_here(**given, shapes=shapes)
         loaded.append((TensorRT(cuda_graph=cuda_graph).load(build), gpu))
         return loaded[-1]
 
@@ -386,6 +387,24 @@ def test_inputs_that_do_not_fit_are_refused(given, message, engine):
     with pytest.raises(DataError, match=message):
         made.run(given)
     made.run(feeds())
+
+
+def test_arrays_may_lie_in_any_order(engine, files):
+    made, _ = engine()
+    x = feeds()["x"]
+    turned = np.asfortranarray(x)
+    np.testing.assert_array_equal(*(made.run({"x": a})[made.outputs[0]] for a in (x, turned)))
+
+
+def test_single_numbers_and_fixed_sizes_are_inputs_too(engine, tmp_path):
+    net = Net(0)
+    model = saved(net, tmp_path / "model.onnx", net("Mul", net.x(2, 3), net.input("by")))
+    made, _ = engine(model=model, shapes={})
+    x, by = np.ones((2, 3), np.float32), np.array(3, np.float32)
+    (given,) = made.run({"x": x, "by": by}).values()
+    np.testing.assert_array_equal(given, 3 * x)
+    with pytest.raises(DataError, match=r"takes x as \[2, 3\], not \[2, 4\]"):
+        made.run({"x": np.ones((2, 4), np.float32), "by": by})
 
 
 def test_too_little_memory_is_an_error(engine):

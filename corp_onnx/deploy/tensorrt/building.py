@@ -85,5 +85,5 @@ def _name(status: int) -> str:
 
 def _remedy(status: int) -> str:
     if status == -getattr(signal, "SIGKILL", 9):
-        return "The system most likely ran out of memory: free some, or lower --workspace."
+        return "The system most likely ran out of memory: free some, or allow a smaller workspace."
     return "Build with a lower optimisation level, or with another version of TensorRT."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,16 @@ else:
 
     trt = _Lazy()
 
-__all__ = ["HOW_TO_GET_IT", "major", "new_logger", "new_profiler", "trt", "version", "versions"]
+__all__ = [
+    "HOW_TO_GET_IT",
+    "major",
+    "new_logger",
+    "new_profiler",
+    "told",
+    "trt",
+    "version",
+    "versions",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +120,11 @@ def new_profiler(times_ms: dict[str, list[float]]) -> trt.IProfiler:
             times_ms.setdefault(layer_name, []).append(ms)
 
     return Stopwatch()
+
+
+def told(errors: Sequence[str]) -> str:
+    """What TensorRT said in its log, for a message: its calls only say that they failed."""
+    return "; ".join(errors) or "it does not say why"
 
 
 def _major(found: str) -> int:

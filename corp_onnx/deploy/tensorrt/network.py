@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from corp_onnx.deploy.shape_ranges import fitted
-from corp_onnx.deploy.tensorrt.library import major, new_logger, trt, version, versions
+from corp_onnx.deploy.tensorrt.library import major, new_logger, told, trt, version, versions
 from corp_onnx.deploy.tensorrt.options import ENGINE, LAYERS, Options
 from corp_onnx.errors import BackendUnavailable, GraphError, PlanError
 
@@ -37,7 +37,7 @@ def construct(model: Path, folder: Path, options: Options, say: Say) -> Mapping[
     _add_profile(builder, config, network, options)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise GraphError(f"TensorRT cannot build {model}: {_told(errors)}")
+        raise GraphError(f"TensorRT cannot build {model}: {told(errors)}")
     (folder / ENGINE).write_bytes(plan)
     _keep_cache(cache, options.timing_cache)
     (folder / LAYERS).write_text(_layers(plan, logger, options, errors))
@@ -48,7 +48,7 @@ def _builder(logger: trt.ILogger, options: Options, errors: Sequence[str]) -> tr
     try:
         builder = trt.Builder(logger)
     except (TypeError, RuntimeError) as error:  # what pybind11 makes of a null pointer
-        raise BackendUnavailable(f"TensorRT cannot start here: {_told(errors)}") from error
+        raise BackendUnavailable(f"TensorRT cannot start here: {told(errors)}") from error
     if options.threads:
         builder.max_threads = options.threads
     return builder
@@ -66,7 +66,7 @@ def _parse(parser: trt.OnnxParser, model: Path, errors: Sequence[str]) -> None:
     parsed = parser.parse_from_file(str(model))
     found = [_described(parser.get_error(index)) for index in range(parser.num_errors)]
     if found or not parsed:
-        said = "\n  ".join(found) or _told(errors)
+        said = "\n  ".join(found) or told(errors)
         raise GraphError(f"TensorRT {version()} cannot read {model}:\n  {said}")
 
 
@@ -162,10 +162,6 @@ def _layers(
     runtime.engine_host_code_allowed = options.version_compatible
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise GraphError(f"TensorRT cannot load what it built: {_told(errors)}")
+        raise GraphError(f"TensorRT cannot load what it built: {told(errors)}")
     inspector = engine.create_engine_inspector()
     return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-
-
-def _told(errors: Sequence[str]) -> str:
-    return "; ".join(errors) or "it does not say why"
