@@ -409,12 +409,20 @@ class ICudaEngine:
         return IExecutionContext(self)
 
 
+def start(self):
+    """What pybind11 makes of a null pointer, where CUDA and TensorRT do not fit."""
+    if not cuda().devices:
+        self._say(ILogger.ERROR, "CUDA initialization failure with error: 100")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
 class Runtime(Logged, Closed):
     known = ("engine_host_code_allowed",)
     version = ""
 
     def __init__(self, logger):
         self._listen(logger)
+        start(self)
         self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, serialized_engine):
@@ -492,9 +500,7 @@ class Builder(Logged, Closed):
 
     def __init__(self, logger):
         self._listen(logger)
-        if not cuda().devices:
-            self._say(ILogger.ERROR, "CUDA initialization failure with error: 100")
-            raise TypeError("pybind11::init(): factory function returned nullptr")
+        start(self)
 
     def create_network(self, flags=0):
         typed(flags, int)

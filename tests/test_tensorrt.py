@@ -263,10 +263,13 @@ def test_no_gpu_is_an_error_that_says_so(machine):
 
 def test_a_gpu_that_tensorrt_cannot_use_is_an_error(machine, build_here, monkeypatch):
     gpu = machine()
+    build = build_here()
     monkeypatch.setattr(gpu.module, "cudaGetDeviceCount", lambda: (gpu.module.cudaError_t(0), 1))
     gpu.devices = 0
-    with pytest.raises(BackendUnavailable, match="CUDA initialization failure"):
+    with pytest.raises(BackendUnavailable, match=r"cannot start .*CUDA initialization failure"):
         build_here()
+    with pytest.raises(BackendUnavailable, match=r"cannot start .*CUDA initialization failure"):
+        TensorRT().load(build)
 
 
 @pytest.mark.parametrize("version", ["8.6.1", "9.3.0", "12.0.0"])

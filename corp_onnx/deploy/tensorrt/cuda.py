@@ -19,6 +19,8 @@ else:
         """The CUDA runtime, imported when something is asked of it."""
 
         def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the module has)
+            if name.startswith("__"):  # whoever only looks, such as doctest
+                raise AttributeError(name)
             return getattr(_runtime(), name)
 
     cudart = _Lazy()

@@ -12,7 +12,14 @@ import numpy as np
 from corp_onnx.data import InputSpec
 from corp_onnx.deploy.records import Build
 from corp_onnx.deploy.tensorrt.cuda import device
-from corp_onnx.deploy.tensorrt.library import new_logger, new_profiler, told, trt, version
+from corp_onnx.deploy.tensorrt.library import (
+    new_logger,
+    new_profiler,
+    started,
+    told,
+    trt,
+    version,
+)
 from corp_onnx.deploy.tensorrt.tensors import Tensors
 from corp_onnx.deploy.tensorrt.work import Work
 from corp_onnx.errors import GraphError
@@ -34,13 +41,14 @@ class TensorRTEngine:
         cuda_graph: Whether the kernels of a run are launched at once, as one graph.
 
     Raises:
+        BackendUnavailable: If TensorRT cannot start here.
         GraphError: If it cannot be loaded here, as when another version or GPU built it.
     """
 
     def __init__(self, build: Build, *, cuda_graph: bool = False) -> None:
         self._errors: list[str] = []
         self._logger = new_logger(self._errors)
-        self._runtime = trt.Runtime(self._logger)
+        self._runtime = started(lambda: trt.Runtime(self._logger), self._errors)
         self._engine = _deserialised(self._runtime, build, self._errors)
         self._tensors = Tensors(self._engine)
         self._work = Work(self._engine, self._tensors, self._errors, cuda_graph=cuda_graph)

@@ -6,7 +6,7 @@ import logging
 import platform
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from corp_onnx.deploy.tensorrt.cuda import device
 from corp_onnx.errors import BackendUnavailable
@@ -19,6 +19,10 @@ else:
         """TensorRT, imported when something is asked of it; type checkers see the module."""
 
         def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the module has)
+            if name != "__version__" and name.startswith(
+                "__"
+            ):  # whoever only looks, such as doctest
+                raise AttributeError(name)
             return getattr(_tensorrt(), name)
 
     trt = _Lazy()
@@ -28,6 +32,7 @@ __all__ = [
     "major",
     "new_logger",
     "new_profiler",
+    "started",
     "told",
     "trt",
     "version",
@@ -35,6 +40,8 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 MAJORS = (10, 11)
 HOW_TO_GET_IT = (
@@ -120,6 +127,25 @@ def new_profiler(times_ms: dict[str, list[float]]) -> trt.IProfiler:
             times_ms.setdefault(layer_name, []).append(ms)
 
     return Stopwatch()
+
+
+def started(make: Callable[[], Made], errors: Sequence[str]) -> Made:
+    """A builder or a runtime.
+
+    Args:
+        make: Makes it.
+        errors: What its logger keeps.
+
+    Raises:
+        BackendUnavailable: If TensorRT has none, as where the driver is too old for it.
+    """
+    try:
+        return make()
+    except TypeError as error:  # what pybind11 makes of a null pointer
+        raise BackendUnavailable(
+            f"TensorRT {version()} cannot start on {device()}: {told(errors)}; see whether the "
+            "driver is new enough for it"
+        ) from error
 
 
 def told(errors: Sequence[str]) -> str:

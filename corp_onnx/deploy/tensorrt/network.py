@@ -10,9 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from corp_onnx.deploy.shape_ranges import fitted
-from corp_onnx.deploy.tensorrt.library import major, new_logger, told, trt, version, versions
+from corp_onnx.deploy.tensorrt.library import (
+    major,
+    new_logger,
+    started,
+    told,
+    trt,
+    version,
+    versions,
+)
 from corp_onnx.deploy.tensorrt.options import ENGINE, LAYERS, Options
-from corp_onnx.errors import BackendUnavailable, GraphError, PlanError
+from corp_onnx.errors import GraphError, PlanError
 
 Say = Callable[[str], None]
 
@@ -45,10 +53,7 @@ def construct(model: Path, folder: Path, options: Options, say: Say) -> Mapping[
 
 
 def _builder(logger: trt.ILogger, options: Options, errors: Sequence[str]) -> trt.Builder:
-    try:
-        builder = trt.Builder(logger)
-    except (TypeError, RuntimeError) as error:  # what pybind11 makes of a null pointer
-        raise BackendUnavailable(f"TensorRT cannot start here: {told(errors)}") from error
+    builder = started(lambda: trt.Builder(logger), errors)
     if options.threads:
         builder.max_threads = options.threads
     return builder
@@ -158,7 +163,7 @@ def _layers(
     plan: trt.IHostMemory, logger: trt.ILogger, options: Options, errors: Sequence[str]
 ) -> str:
     """What the engine consists of, as JSON in TensorRT's own form."""
-    runtime = trt.Runtime(logger)
+    runtime = started(lambda: trt.Runtime(logger), errors)
     runtime.engine_host_code_allowed = options.version_compatible
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
