@@ -22,6 +22,7 @@ DOORS = {
     "tensorrt": {"library.py"},
     "cuda": {"cuda.py"},
     "onnxruntime_ep_nv_tensorrt_rtx": {"rtx.py"},
+    "openvino": {"openvino.py"},
 }
 """The only files that may import a heavy package; one that is not listed is imported by none."""
 
