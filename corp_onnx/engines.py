@@ -9,7 +9,7 @@ import typer
 
 from corp_onnx import commands, options, screen
 from corp_onnx.deploy.records import PRECISIONS
-from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
+from corp_onnx.deploy.targets import TARGETS, open_target
 from corp_onnx.latency import RUNS, WARMUP
 from corp_onnx.timing import Stopwatch
 
@@ -20,13 +20,25 @@ def build(
     target: options.TargetName = "ort-cpu",
     precision: options.PrecisionName = "fp32",
     graph_level: options.Level = "all",
+    min_shapes: options.MinShapes = None,
+    opt_shapes: options.OptShapes = None,
+    max_shapes: options.MaxShapes = None,
+    workspace: options.Workspace = None,
+    optimization_level: options.Effort = 3,
     cache: options.Cache = None,
     custom_op_library: options.CustomOps = None,
     as_json: options.AsJson = False,
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Make a model ready for one target: an engine, and the record of how it was built."""
-    asked = TargetOptions(graph_level=graph_level, cache=cache, custom_op_library=custom_op_library)
+    asked = options.target_options(
+        graph_level=graph_level,
+        cache=cache,
+        shapes=(min_shapes, opt_shapes, max_shapes),
+        workspace=workspace,
+        optimization_level=optimization_level,
+        custom_op_library=custom_op_library,
+    )
     screen.run(
         commands.Build(model, folder, open_target(target, asked), precision), as_json, log_level
     )
@@ -46,17 +58,25 @@ def bench(
     threads: options.Threads = 0,
     arena: Annotated[bool, typer.Option(help="Let ONNX Runtime keep freed memory.")] = True,
     graph_level: options.Level = "all",
+    min_shapes: options.MinShapes = None,
+    opt_shapes: options.OptShapes = None,
+    max_shapes: options.MaxShapes = None,
+    workspace: options.Workspace = None,
+    optimization_level: options.Effort = 3,
     cache: options.Cache = None,
     custom_op_library: options.CustomOps = None,
     as_json: options.AsJson = False,
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Time models turn by turn, so that drift hits all alike."""
-    asked = TargetOptions(
+    asked = options.target_options(
         threads=threads,
         arena=arena,
         graph_level=graph_level,
         cache=cache,
+        shapes=(min_shapes, opt_shapes, max_shapes),
+        workspace=workspace,
+        optimization_level=optimization_level,
         custom_op_library=custom_op_library,
     )
     command = commands.Bench(

@@ -12,6 +12,7 @@ from corp_onnx.blocks import Axis
 from corp_onnx.budget import Budget, Unit
 from corp_onnx.deadline import Deadline
 from corp_onnx.deploy.records import PRECISIONS, Precision
+from corp_onnx.deploy.shape_ranges import parse_ranges
 from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
 from corp_onnx.errors import PlanError
 from corp_onnx.plan import DEFAULT_SHARES
@@ -113,6 +114,26 @@ Batches = Annotated[str, typer.Option("--batch", help="Samples of one inference,
 Level = Annotated[
     GraphLevel, typer.Option("--graph-level", help="How far ONNX Runtime rewrites the graph.")
 ]
+MinShapes = Annotated[
+    list[str] | None,
+    typer.Option("--min-shapes", help="Smallest sizes TensorRT builds for: NAME:1x3x224x224."),
+]
+OptShapes = Annotated[
+    list[str] | None, typer.Option("--opt-shapes", help="Sizes TensorRT is tuned for, likewise.")
+]
+MaxShapes = Annotated[
+    list[str] | None, typer.Option("--max-shapes", help="Largest sizes TensorRT builds for.")
+]
+Workspace = Annotated[
+    float | None,
+    typer.Option("--workspace", min=0, help="GiB that a kernel of TensorRT may take."),
+]
+Effort = Annotated[
+    int,
+    typer.Option(
+        "--optimization-level", min=0, max=5, help="How long TensorRT looks for fast kernels."
+    ),
+]
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Folder for what a builder may use again.")
 ]
@@ -211,6 +232,34 @@ def sizes_of(shapes: list[str] | None) -> Sizes:
             raise PlanError(f"--shapes {text!r} is not of the form NAME:1x3x224x224")
         sizes[name] = tuple(int(number) for number in numbers)
     return sizes
+
+
+def target_options(
+    *,
+    threads: int = 0,
+    arena: bool = True,
+    graph_level: GraphLevel = "all",
+    cache: Path | None = None,
+    shapes: tuple[list[str] | None, list[str] | None, list[str] | None] = (None, None, None),
+    workspace: float | None = None,
+    optimization_level: int = 3,
+    custom_op_library: Path | None = None,
+) -> TargetOptions:
+    """What was asked of a target; ``shapes`` are smallest, likeliest and largest.
+
+    Raises:
+        PlanError: If shapes are of another form, or contradict each other.
+    """
+    return TargetOptions(
+        threads=threads,
+        arena=arena,
+        graph_level=graph_level,
+        cache=cache,
+        shapes=parse_ranges(*(texts or () for texts in shapes)),
+        workspace_bytes=None if workspace is None else int(workspace * 2**30),
+        optimization_level=optimization_level,
+        custom_op_library=custom_op_library,
+    )
 
 
 def names_of(text: str, known: Iterable[Name], flag: str) -> tuple[Name, ...]:

@@ -21,8 +21,8 @@ def tidy_reshapes(graph: gs.Graph) -> None:
     """Let every Reshape have a constant target, where one serves all sizes; in place.
 
     Exporters compute targets from shapes at run time, node by node: ``Shape, Gather, Unsqueeze,
-    Concat``. Where a dimension is the same at all sizes that were probed it is written down, where
-    it is that of the input at the same place it is copied, and one more may follow from the rest.
+    Concat``. Where a dimension is that of the input at the same place it is copied, where it is the
+    same at all sizes that were probed it is written down, and one more may follow from the rest.
     Nodes that only served the old target are left to `gs.Graph.cleanup`.
 
     Nothing is done where the sizes that can be probed do not tell all: a graph with pictures of any
@@ -65,5 +65,6 @@ def _target(
     for place in range(len(known[0][1])):
         sizes = {y[place] for _, y in known}
         copied = all(place < len(x) and x[place] == y[place] for x, y in known)
-        target.append(sizes.pop() if len(sizes) == 1 else AS_IT_WAS if copied else WHATEVER_IS_LEFT)
+        fixed = sizes.pop() if len(sizes) == 1 else WHATEVER_IS_LEFT
+        target.append(AS_IT_WAS if copied else fixed)
     return target if target.count(WHATEVER_IS_LEFT) <= 1 else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import onnx
 import onnx_graphsurgeon as gs
 
 from corp_onnx.deploy.records import Build, Engine, Precision, Target
@@ -31,26 +32,27 @@ class Lane:
     precision: Precision = "fp32"
 
     @contextmanager
-    def opened(self) -> Iterator[tuple[Engine, gs.Graph]]:
-        """The engine until it is no longer needed, and a graph with its inputs."""
+    def opened(self, sizes_of: Callable[[gs.Graph], Sizes]) -> Iterator[tuple[Engine, Sizes]]:
+        """The engine until it is no longer needed, and the sizes of its inputs."""
         with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
-            build, graph = self._built(Path(folder))
-            engine = self.target.load(build)
+            if isinstance(self.model, Path) and self.model.is_dir():
+                engine = self.target.load(self._fitting(Build.read(self.model)))
+                sizes = sizes_of(_inputs_of(engine))
+            else:
+                graph = described(self.model) if isinstance(self.model, Path) else self.model.graph
+                sizes = sizes_of(graph)
+                engine = self.target.load(self._built(self.target.sized(sizes), Path(folder)))
             try:
-                yield engine, graph or _inputs_of(engine)
+                yield engine, sizes
             finally:
                 engine.close()
 
-    def _built(self, folder: Path) -> tuple[Build, gs.Graph | None]:
-        model = self.model
-        if isinstance(model, Path) and model.is_dir():
-            return self._fitting(Build.read(model)), None
-        if isinstance(model, Path):
-            graph = readable(model)
-            return self.target.build(model, folder, self.precision), graph
+    def _built(self, target: Target, folder: Path) -> Build:
+        if isinstance(self.model, Path):
+            return target.build(self.model, folder, self.precision)
         path = folder / "typed.onnx"
-        write(model.proto(), path)
-        return self.target.build(path, folder, self.precision), model.graph
+        write(self.model.proto(), path)
+        return target.build(path, folder, self.precision)
 
     def _fitting(self, build: Build) -> Build:
         if (build.target, build.precision) != (self.target.name, self.precision):
@@ -87,8 +89,8 @@ class Stopwatch:
             PlanError: If a model is of another batch, or an input is not to be found.
         """
         with ExitStack() as opened:
-            engines = [opened.enter_context(lane.opened()) for lane in lanes]
-            self._require_known([graph for _, graph in engines])
+            engines = [opened.enter_context(lane.opened(self._sizes_of)) for lane in lanes]
+            self._require_known([engine for engine, _ in engines])
             log.info("timing %d engines at batch %d", len(engines), self.batch)
             return race(
                 [self._inference(*engine) for engine in engines],
@@ -98,8 +100,13 @@ class Stopwatch:
                 seed=self.seed,
             )
 
-    def _inference(self, engine: Engine, graph: gs.Graph) -> Callable[[], object]:
+    def _inference(self, engine: Engine, sizes: Sizes) -> Callable[[], object]:
         """One inference, on inputs made for timing."""
+        feeds = timing_inputs(engine.inputs, sizes, seed=self.seed)
+        return lambda: engine.run(feeds)
+
+    def _sizes_of(self, graph: gs.Graph) -> Sizes:
+        """Dimensions of all inputs: those given, the batch, and what is usual."""
         known = {tensor.name for tensor in graph.inputs}
         given = {name: shape for name, shape in self.sizes.items() if name in known}
         sequence = usual_sequence(graph, given)
@@ -109,11 +116,10 @@ class Stopwatch:
                 f"a model has a fixed batch of {found}, so it cannot be timed at batch "
                 f"{self.batch}; export it with a dynamic one"
             )
-        feeds = timing_inputs(engine.inputs, sizes, seed=self.seed)
-        return lambda: engine.run(feeds)
+        return sizes
 
-    def _require_known(self, graphs: Sequence[gs.Graph]) -> None:
-        known = {tensor.name for graph in graphs for tensor in graph.inputs}
+    def _require_known(self, engines: Sequence[Engine]) -> None:
+        known = {spec.name for engine in engines for spec in engine.inputs}
         if unknown := sorted(self.sizes.keys() - known):
             raise PlanError(
                 f"--shapes names {', '.join(unknown)}, but the inputs are "
@@ -121,8 +127,8 @@ class Stopwatch:
             )
 
 
-def readable(path: Path) -> gs.Graph | None:
-    """The graph of a file; None of a quantised one, which can be run but not be cut.
+def described(path: Path) -> gs.Graph:
+    """The graph of a file; of a quantised one, which can be run but not be cut, its inputs.
 
     Raises:
         GraphError: If it is no ONNX model that can be read.
@@ -130,7 +136,9 @@ def readable(path: Path) -> gs.Graph | None:
     try:
         return load(path).graph
     except QuantisedModel:
-        return None
+        proto = onnx.load(path, load_external_data=False)
+        bare = onnx.helper.make_graph([], "inputs", proto.graph.input, [])
+        return gs.import_onnx(onnx.helper.make_model(bare))
 
 
 def _inputs_of(engine: Engine) -> gs.Graph:

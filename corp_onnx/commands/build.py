@@ -10,7 +10,7 @@ from rich.text import Text
 from corp_onnx.commands.records import Answer, Progress
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.errors import OutputError
-from corp_onnx.timing import readable
+from corp_onnx.timing import described
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Build:
     def __call__(self, progress: Progress) -> Answer:
         """Build the engine, and keep its record beside it."""
         self.target.require(self.precision)
-        readable(self.model)
+        described(self.model)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

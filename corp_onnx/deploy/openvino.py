@@ -14,6 +14,7 @@ import numpy as np
 from corp_onnx.data import InputSpec
 from corp_onnx.deploy.records import Build, Precision
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
+from corp_onnx.sizes import Sizes
 
 DEVICE = "CPU"
 ENGINE = "model.xml"
@@ -51,6 +52,10 @@ class OpenVino:
         if CAPABILITY[precision] not in able:
             has = ", ".join(name for name, capability in CAPABILITY.items() if capability in able)
             raise PlanError(f"OpenVINO has no {precision} on this processor; it has {has}")
+
+    def sized(self, sizes: Sizes) -> OpenVino:
+        """As it is: an engine takes all sizes."""
+        return self
 
     def build(self, model: Path, folder: Path, precision: Precision) -> Build:
         """Translate the model and write the translation, weights in the types that they have."""

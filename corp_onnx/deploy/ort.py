@@ -9,11 +9,17 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
 
 from corp_onnx.data import InputSpec
 from corp_onnx.deploy.records import Build, Precision
+from corp_onnx.deploy.whole import DOMAIN, write_whole
 from corp_onnx.errors import PlanError
+from corp_onnx.graph import write
 from corp_onnx.session import GraphLevel, Runtime, Session, open_session, require_providers, version
+from corp_onnx.sizes import Sizes
 
 PROVIDERS: Mapping[str, str] = {
     "ort-cpu": "CPUExecutionProvider",
@@ -26,7 +32,15 @@ PROVIDERS: Mapping[str, str] = {
 LACKING: Mapping[str, tuple[Precision, ...]] = {"ort-cpu": ("bf16",)}
 """Types without kernels."""
 
-ENGINE = "model.onnx"
+WHOLE: Mapping[str, tuple[Precision, ...]] = {
+    "ort-cpu": ("fp32", "int8"),
+    "ort-cuda": ("fp32", "fp16", "bf16", "int8"),
+    "ort-tensorrt": (),
+    "ort-openvino": (),
+}
+"""Where there are kernels for attention in one piece."""
+
+ENGINE, WRITTEN_WHOLE = "model.onnx", "attention_whole.onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +78,17 @@ class OnnxRuntime:
                 " target: openvino computes bf16 on processors that have it"
             )
 
-    def build(self, model: Path, folder: Path, precision: Precision) -> Build:
-        """Load the model once, and keep the graph that ONNX Runtime made of it.
+    def sized(self, sizes: Sizes) -> OnnxRuntime:
+        """As it is: an engine takes all sizes."""
+        return self
 
-        Only graphs for the processor are written: other providers compile when they load.
-        """
+    def build(self, model: Path, folder: Path, precision: Precision) -> Build:
+        """Write attention whole, load the model, keep the graph that ONNX Runtime made of it."""
         self.require(precision)
         path = folder / ENGINE
         start = perf_counter()
+        if self.graph_level != "none" and precision in WHOLE[self.name]:
+            model = _with_attention_whole(model, folder)
         open_session(model, self._runtime(self.graph_level, optimised=path))
         seconds = perf_counter() - start
         files = [path, *folder.glob(f"{ENGINE}.*")]
@@ -125,6 +142,21 @@ class OrtEngine:
 
     def close(self) -> None:
         """Nothing: the session goes with its last reference."""
+
+
+def _with_attention_whole(model: Path, folder: Path) -> Path:
+    """The file, or one in the folder in which every plain attention is one operator."""
+    try:
+        graph = gs.import_onnx(onnx.load(model))
+    except (DecodeError, OSError):
+        return model  # ONNX Runtime says what is wrong with it
+    if write_whole(graph) == 0:
+        return model
+    proto = gs.export_onnx(graph, do_type_check=False)
+    if all(opset.domain != DOMAIN for opset in proto.opset_import):
+        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    write(proto, folder / WRITTEN_WHOLE)
+    return folder / WRITTEN_WHOLE
 
 
 def _tensorrt_options(cache: Path | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from corp_onnx.data import InputSpec
 from corp_onnx.errors import DataError
+from corp_onnx.sizes import Sizes
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
@@ -134,6 +135,9 @@ class Target(Protocol):
             BackendUnavailable: If a package, library or device is missing; says how to get it.
             PlanError: If it cannot compute in this precision; says what it can.
         """
+
+    def sized(self, sizes: Sizes) -> Target:
+        """The same, ready to build for inputs of these sizes where none were asked for."""
 
     def build(self, model: Path, folder: Path, precision: Precision) -> Build:
         """Make an engine, in a folder that exists, of an ONNX file in the types of a precision.

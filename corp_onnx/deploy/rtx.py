@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +15,10 @@ import numpy as np
 
 from corp_onnx.data import InputSpec
 from corp_onnx.deploy.records import Build, Precision, ShapeRange
+from corp_onnx.deploy.shape_ranges import exactly
 from corp_onnx.errors import BackendUnavailable, GraphError
 from corp_onnx.session import LOG_ONLY_FATAL, Session, library, wrapped
+from corp_onnx.sizes import Sizes
 
 ENGINE = "model.onnx"
 """A model whose nodes hold, or point to, what was compiled."""
@@ -53,6 +55,10 @@ class TensorRTRTX:
     def require(self, precision: Precision) -> None:
         """See whether the provider and a GPU for it are here; such GPUs have all the types."""
         _devices()
+
+    def sized(self, sizes: Sizes) -> TensorRTRTX:
+        """For inputs of these sizes alone, unless it has ranges already."""
+        return self if self.shapes else replace(self, shapes=exactly(sizes))
 
     def build(self, model: Path, folder: Path, precision: Precision) -> Build:
         """Compile the model for the GPUs of this machine."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from corp_onnx.deploy.records import Target
+from corp_onnx.deploy.records import ShapeRange, Target
 from corp_onnx.errors import PlanError
 from corp_onnx.session import GraphLevel
 
@@ -21,6 +21,9 @@ class TargetOptions:
         arena: Whether ONNX Runtime keeps freed memory.
         graph_level: How far ONNX Runtime rewrites the graph.
         cache: Folder for what a builder finds out and may use again.
+        shapes: Ranges of inputs that TensorRT builds for.
+        workspace_bytes: Memory that a kernel of TensorRT may take beside weights.
+        optimization_level: How long TensorRT looks for the fastest kernels, 0 to 5.
         custom_op_library: Of operators that the model needs.
     """
 
@@ -29,6 +32,9 @@ class TargetOptions:
     arena: bool = True
     graph_level: GraphLevel = "all"
     cache: Path | None = None
+    shapes: Mapping[str, ShapeRange] = field(default_factory=dict)
+    workspace_bytes: int | None = None
+    optimization_level: int = 3
     custom_op_library: Path | None = None
 
 
@@ -63,11 +69,31 @@ def _openvino(name: str, options: TargetOptions) -> Target:
     return OpenVino(options.threads)
 
 
+def _tensorrt(name: str, options: TargetOptions) -> Target:
+    from corp_onnx.deploy.tensorrt import TensorRT
+
+    return TensorRT(
+        shapes=options.shapes,
+        workspace_bytes=options.workspace_bytes,
+        optimization_level=options.optimization_level,
+        timing_cache=options.cache and options.cache / "tensorrt.cache",
+        threads=options.threads,
+    )
+
+
+def _tensorrt_rtx(name: str, options: TargetOptions) -> Target:
+    from corp_onnx.deploy.rtx import TensorRTRTX
+
+    return TensorRTRTX(options.shapes, options.workspace_bytes, cache=options.cache)
+
+
 TARGETS: Mapping[str, Callable[[str, TargetOptions], Target]] = {
     "ort-cpu": _onnx_runtime,
     "ort-cuda": _onnx_runtime,
     "ort-tensorrt": _onnx_runtime,
     "ort-openvino": _onnx_runtime,
     "openvino": _openvino,
+    "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt_rtx,
 }
 """Every target, and what makes it."""

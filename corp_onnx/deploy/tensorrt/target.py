@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -11,12 +11,14 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from corp_onnx.deploy.records import Build, Precision
+from corp_onnx.deploy.shape_ranges import exactly
 from corp_onnx.deploy.tensorrt.building import build_apart
 from corp_onnx.deploy.tensorrt.cuda import device
 from corp_onnx.deploy.tensorrt.engine import TensorRTEngine
 from corp_onnx.deploy.tensorrt.library import version, versions
 from corp_onnx.deploy.tensorrt.options import ENGINE, Options
 from corp_onnx.errors import GraphError, PlanError
+from corp_onnx.sizes import Sizes
 
 CAPABILITY: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0)}
 """The first generation of GPUs that computes in a type, where not all do."""
@@ -54,6 +56,10 @@ class TensorRT(Options):
                 f"{gpu} does not compute in {precision}, which begins with compute capability "
                 f"{needed[0]}.{needed[1]}; choose fp16"
             )
+
+    def sized(self, sizes: Sizes) -> TensorRT:
+        """For inputs of these sizes alone, unless it has ranges already."""
+        return self if self.shapes else replace(self, shapes=exactly(sizes))
 
     def build(self, model: Path, folder: Path, precision: Precision) -> Build:
         """Make an engine in a process of its own; what it said and its layers lie beside it."""
