@@ -21,6 +21,7 @@ from corp_onnx.demo import Demo
 from corp_onnx.errors import CorpError, NothingPrunable, PlanError
 from corp_onnx.pipeline import Settings
 from corp_onnx.plan import DEFAULT_ALIGN
+from corp_onnx.precision import Request
 from corp_onnx.session import Runtime
 from corp_onnx.solve import DEFAULT_RIDGE, Recipe
 
@@ -143,6 +144,8 @@ def prune(
     align: options.Align = DEFAULT_ALIGN,
     ridge: options.Ridge = DEFAULT_RIDGE,
     ranking: options.Ranking = None,
+    precision: options.PrecisionName = "fp32",
+    weight_only: options.WeightBits = None,
     max_error: options.MaxError = None,
     min_agreement: options.MinAgreement = None,
     samples: options.Samples = None,
@@ -167,6 +170,7 @@ def prune(
         options.runtime_of(providers, threads, custom_op_library),
         seed,
         crops,
+        Request(precision, weight_only),
     )
     source = None if data is None else Source(data, samples, seed, allow_random)
     wanted = options.widths_of({"mlp": mlp, "qk": qk, "vo": vo}, {"macs": macs, "params": params})

@@ -78,6 +78,14 @@ ParamsList = Annotated[
 StatisticsFile = Annotated[
     Path | None, typer.Option("--stats", help="Statistics of an earlier calibration.")
 ]
+PrecisionName = Annotated[
+    Literal["fp32", "fp16", "bf16", "int8"],
+    typer.Option("--precision", help="What the result computes with; checked against fp32."),
+]
+WeightBits = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option("--weight-only", help="Store weights of linear layers so, compute in fp32."),
+]
 MethodName = Annotated[Method, typer.Option("--method")]
 Align = Annotated[int, typer.Option("--align", help="Widths become multiples of this.")]
 Ridge = Annotated[

@@ -25,7 +25,9 @@ from corp_onnx.session import Runtime
 from corp_onnx.shapes import usual_facts
 from corp_onnx.statistics import Batch
 
-UNMEASURED = "there were no calibration inputs: ranges of weights were looked at, not of activations"
+UNMEASURED = (
+    "there were no calibration inputs: ranges of weights were looked at, not of activations"
+)
 
 
 def halved(

@@ -47,10 +47,7 @@ class Format:
 FORMATS: Mapping[str, Format] = {
     "fp16": Format("float16", onnx.TensorProto.FLOAT16, np.dtype(np.float16), 65504.0),
     "bf16": Format(
-        "bfloat16",
-        onnx.TensorProto.BFLOAT16,
-        np.dtype(ml_dtypes.bfloat16),
-        float(ml_dtypes.finfo(ml_dtypes.bfloat16).max),
+        "bfloat16", onnx.TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16), 2.0**128 - 2.0**120
     ),
 }
 

@@ -121,15 +121,15 @@ def _around_reductions(graph: gs.Graph, types: Types) -> Iterator[tuple[gs.Node,
     for node in sums:
         for tensor in node.inputs:
             if len(tensor.outputs) == 1 and tensor.inputs and tensor.inputs[0].op == "Mul":
-                yield tensor.inputs[0], f"it leads to a sum only ({node.name})"
-    behind = [(reader, node) for node in sums for reader in _readers(node)]
+                yield tensor.inputs[0], "it leads to a sum only"
+    behind = [reader for node in sums for reader in _readers(node)]
     while behind:
-        node, origin = behind.pop()
+        node = behind.pop()
         if node.op not in STEPS:
             continue
-        yield node, f"it works on a sum ({origin.name})"
+        yield node, "it works on a sum"
         if _is_scalar_step(node):
-            behind += [(reader, origin) for reader in _readers(node)]
+            behind += _readers(node)
 
 
 def _from_whole_numbers(graph: gs.Graph, types: Types) -> Iterator[tuple[gs.Node, str]]:

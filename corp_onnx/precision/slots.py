@@ -32,7 +32,7 @@ class Types:
 
     def known(self, tensor: gs.Tensor) -> np.dtype | None:
         """The element type of a tensor; None if neither inference nor the file says it."""
-        found = self.facts.dtype(tensor)
+        found: np.dtype | None = self.facts.dtype(tensor)
         if found is None and tensor.dtype is not None and not isinstance(tensor.dtype, int):
             return np.dtype(tensor.dtype)
         return found

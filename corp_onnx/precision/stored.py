@@ -79,9 +79,7 @@ def _in_bytes(entries: UInt8[np.ndarray, "... n"], bits: int) -> UInt8[np.ndarra
     return joined
 
 
-def _constants(
-    weight: Float32[np.ndarray, "i o"], bits: int, emit: Emitter
-) -> list[gs.Constant]:
+def _constants(weight: Float32[np.ndarray, "i o"], bits: int, emit: Emitter) -> list[gs.Constant]:
     stored, scale, zero = packed(weight, bits)
     return [
         emit.constant("quantised", stored),
