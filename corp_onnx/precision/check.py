@@ -62,10 +62,11 @@ def size_bytes(model: Model) -> int:
 
 def _as_it_computes(draft: Draft, request: Request, runtime: Runtime | None) -> tuple[Session, str]:
     """A session that rounds as the types say, and how it does so; the model itself must load."""
-    session = open_session(draft.model, runtime)
     form = FORMATS.get(request.precision)
     if form is None:
-        return session, "as it is, by ONNX Runtime"
+        return open_session(draft.model, runtime), "as it is, by ONNX Runtime"
+    if request.precision == "fp16":
+        open_session(draft.model, runtime)  # it has to load; on a CPU it does not for bfloat16
     return (
         open_session(rounding(draft.model, form), runtime),
         f"in float32, weights and every result of a {form.name} node rounded to {form.name}",

@@ -20,9 +20,8 @@ from corp_onnx.precision.sensitive import (
     kept_by_structure,
     measured_tensors,
 )
-from corp_onnx.precision.slots import Types
+from corp_onnx.precision.slots import Types, types_of
 from corp_onnx.session import Runtime
-from corp_onnx.shapes import usual_facts
 from corp_onnx.statistics import Batch
 
 UNMEASURED = (
@@ -37,8 +36,8 @@ def halved(
 
     Written-out norms are fused first. Without batches only constants are looked at.
     """
-    whole, fused = fused_norms(model)
-    types = _types(whole, FORMATS[request.precision])
+    whole, fused = fused_norms(model, batches)
+    types = types_of(whole, FORMATS[request.precision], batches)
     kept = kept_by_structure(whole.graph, types)
     if batches:
         measured = measured_tensors(whole.graph, types, kept)
@@ -46,7 +45,7 @@ def halved(
         kept = kept_by_range(whole.graph, types, found) | kept
     ops = {node.name: node for node in whole.graph.nodes}
     return Draft(
-        with_casts(whole, types.format, kept, keep_io_types=request.keep_io_types),
+        with_casts(whole, types, kept, keep_io_types=request.keep_io_types),
         tuple(
             Kept(name, ops[name].op, reason)
             for name, reason in kept.items()
@@ -58,14 +57,14 @@ def halved(
     )
 
 
-def with_casts(model: Model, form: Format, kept: Reasons, *, keep_io_types: bool) -> Model:
+def with_casts(model: Model, types: Types, kept: Reasons, *, keep_io_types: bool) -> Model:
     """The model in a narrow type, but for nodes that are kept.
 
     Constants are rounded once here. A tensor that is read in both types is cast once. Names of
     inputs, outputs and nodes stay.
     """
     graph = model.graph.copy()
-    casts = _Casts(_types(model.with_graph(graph), form), graph, kept)
+    casts = _Casts(types, graph, kept)
     casts.retype(keep_io_types=keep_io_types)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return model.with_graph(graph)
@@ -168,7 +167,8 @@ class _Casts:
         return version
 
     def _rounded(self, tensor: gs.Constant) -> gs.Constant:
-        values = np.asarray(tensor.values).astype(self.types.format.dtype)
+        with np.errstate(over="ignore"):  # where it matters, the reader is kept
+            values = np.asarray(tensor.values).astype(self.types.format.dtype)
         return gs.Constant(self._fresh(f"{tensor.name}_{self.types.format.name}"), values)
 
     def _cast(self, tensor: gs.Tensor, *, narrow: bool) -> gs.Variable:
@@ -185,10 +185,6 @@ class _Casts:
             fresh, number = f"{name}_{number}", number + 1
         self.emit.taken.add(fresh)
         return fresh
-
-
-def _types(model: Model, form: Format) -> Types:
-    return Types(usual_facts(model.graph), model.fingerprint.opset, form)
 
 
 def _set_type(tensor: gs.Tensor, form: Format) -> None:

@@ -6,6 +6,7 @@ is computed in float32 wherever it runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ import onnx_graphsurgeon as gs
 from corp_onnx.emit import Emitter
 from corp_onnx.facts import Facts
 from corp_onnx.graph import Model
-from corp_onnx.shapes import usual_facts
+from corp_onnx.precision.slots import facts_at
+from corp_onnx.statistics import Batch
 
 FIRST_OPSET = 17
 """That has LayerNormalization."""
@@ -31,7 +33,7 @@ class Norm:
     output: gs.Tensor
 
 
-def fused_norms(model: Model) -> tuple[Model, int]:
+def fused_norms(model: Model, batches: Sequence[Batch] = ()) -> tuple[Model, int]:
     """The model with every written-out LayerNorm as one operator, and how many there were.
 
     Before opset 17 there is no such operator, and the model stays as it is.
@@ -39,7 +41,7 @@ def fused_norms(model: Model) -> tuple[Model, int]:
     if model.fingerprint.opset < FIRST_OPSET:
         return model, 0
     graph = model.graph.copy()
-    facts = usual_facts(graph)
+    facts = facts_at(graph, batches)
     taken = set(graph.tensors()) | {node.name for node in graph.nodes}
     count = 0
     for node in list(graph.nodes):

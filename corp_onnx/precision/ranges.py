@@ -37,6 +37,8 @@ def peaks(
     Raises:
         DataError: If a tensor holds NaN.
     """
+    if not tensors:
+        return {}
     reduced, names = _with_peaks(model, tensors)
     session = open_session(reduced, runtime)
     found = dict.fromkeys(tensors, 0.0)

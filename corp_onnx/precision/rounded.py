@@ -12,8 +12,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from corp_onnx.emit import Emitter, replace_readers
+from corp_onnx.facts import Facts
 from corp_onnx.graph import Model
 from corp_onnx.precision.records import Format
+from corp_onnx.shapes import usual_facts
 
 FLOAT = int(onnx.TensorProto.FLOAT)
 
@@ -21,9 +23,10 @@ FLOAT = int(onnx.TensorProto.FLOAT)
 def rounding(model: Model, form: Format) -> Model:
     """The model in float32, where every tensor of the narrow type is rounded to it."""
     graph = model.graph.copy()
+    facts = usual_facts(graph)
     taken = set(graph.tensors()) | {node.name for node in graph.nodes}
     tensors = graph.tensors().values()
-    narrow = [tensor for tensor in tensors if _is(tensor, form)]
+    narrow = [tensor for tensor in tensors if _is(tensor, form, facts)]
     for tensor in narrow:
         if isinstance(tensor, gs.Constant):
             _widen(graph, tensor, taken)
@@ -70,8 +73,9 @@ def _swap(tensor: gs.Tensor, wide: gs.Tensor) -> None:
     last.outputs[0] = tensor
 
 
-def _is(tensor: gs.Tensor, form: Format) -> bool:
+def _is(tensor: gs.Tensor, form: Format, facts: Facts) -> bool:
     """Whether a tensor is of the type, which the library may give by ONNX's number."""
-    if isinstance(tensor.dtype, int):
-        return bool(tensor.dtype == form.code)
-    return tensor.dtype is not None and np.dtype(tensor.dtype) == form.dtype
+    dtype = tensor.dtype if tensor.dtype is not None else facts.dtype(tensor)
+    if isinstance(dtype, int):
+        return bool(dtype == form.code)
+    return dtype is not None and np.dtype(dtype) == form.dtype

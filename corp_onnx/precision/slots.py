@@ -11,7 +11,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from corp_onnx.facts import Facts
+from corp_onnx.graph import Model
 from corp_onnx.precision.records import Format
+from corp_onnx.shapes import evaluate, usual_facts
+from corp_onnx.statistics import Batch
 
 STANDARD = frozenset({"", "ai.onnx", None})
 
@@ -33,9 +36,11 @@ class Types:
     def known(self, tensor: gs.Tensor) -> np.dtype | None:
         """The element type of a tensor; None if neither inference nor the file says it."""
         found: np.dtype | None = self.facts.dtype(tensor)
-        if found is None and tensor.dtype is not None and not isinstance(tensor.dtype, int):
-            return np.dtype(tensor.dtype)
-        return found
+        declared = tensor.dtype
+        if found is not None or declared is None or isinstance(declared, int):
+            return found
+        known: np.dtype = np.dtype(declared)
+        return known
 
     def float_inputs(self, node: gs.Node) -> tuple[int, ...]:
         """Places of inputs that are float32."""
@@ -82,6 +87,18 @@ class Types:
             yield _kind(schema.inputs, slot)
         for slot in self.float_outputs(node):
             yield _kind(schema.outputs, slot)
+
+
+def types_of(model: Model, form: Format, batches: Sequence[Batch] = ()) -> Types:
+    """Types at the sizes of a batch, or without one at the sizes used for counting."""
+    return Types(facts_at(model.graph, batches), model.fingerprint.opset, form)
+
+
+def facts_at(graph: gs.Graph, batches: Sequence[Batch]) -> Facts:
+    """What is known of tensors at the sizes of the first batch, if there is one."""
+    if not batches or any(tensor.name not in batches[0] for tensor in graph.inputs):
+        return usual_facts(graph)
+    return evaluate(graph, {t.name: tuple(batches[0][t.name].shape) for t in graph.inputs})
 
 
 def is_standard(node: gs.Node, opset: int) -> bool:
