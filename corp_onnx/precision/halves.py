@@ -19,6 +19,7 @@ from corp_onnx.precision.sensitive import (
     kept_by_range,
     kept_by_structure,
     measured_tensors,
+    moved_from,
 )
 from corp_onnx.precision.slots import Types, types_of
 from corp_onnx.session import Runtime
@@ -40,9 +41,11 @@ def halved(
     types = types_of(whole, FORMATS[request.precision], batches)
     kept = kept_by_structure(whole.graph, types)
     if batches:
-        measured = measured_tensors(whole.graph, types, kept)
-        found = peaks(whole, measured, batches, runtime)
-        kept = kept_by_range(whole.graph, types, found) | kept
+        origin = moved_from(whole.graph)
+        origins = {n: origin.get(n, n) for n in measured_tensors(whole.graph, types, kept)}
+        found = peaks(whole, list(dict.fromkeys(origins.values())), batches, runtime)
+        reached = {name: found[source] for name, source in origins.items()} | found
+        kept = kept_by_range(whole.graph, types, reached) | kept
     ops = {node.name: node for node in whole.graph.nodes}
     return Draft(
         with_casts(whole, types, kept, keep_io_types=request.keep_io_types),

@@ -29,6 +29,9 @@ STATES = frozenset("GRU LSTM RNN".split())
 STEPS = frozenset("Abs Add Clip Div Max Min Mul Neg Reciprocal Sqrt Sub".split())
 """What is done with a sum, as the root and the quotient of a norm."""
 
+MOVEMENT = frozenset("Flatten Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split())
+"""What makes no number larger, so that the range of its input is enough to know."""
+
 WEIGHTED = frozenset("Conv ConvTranspose Gemm MatMul".split())
 """Operators whose second input holds weights, where it is constant."""
 
@@ -63,6 +66,16 @@ def measured_tensors(graph: gs.Graph, types: Types, kept: Reasons) -> list[str]:
     return list(names)
 
 
+def moved_from(graph: gs.Graph) -> dict[str, str]:
+    """For a tensor that only rearranges another, or a part of it, the name of that other."""
+    origin: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op in MOVEMENT and not isinstance(node.inputs[0], gs.Constant):
+            first = node.inputs[0].name
+            origin |= {tensor.name: origin.get(first, first) for tensor in node.outputs}
+    return origin
+
+
 def kept_by_range(graph: gs.Graph, types: Types, peaks: Mapping[str, float]) -> dict[str, str]:
     """Nodes that make or read a tensor whose values come too close to the end of the type."""
     largest = types.format.largest
@@ -70,10 +83,10 @@ def kept_by_range(graph: gs.Graph, types: Types, peaks: Mapping[str, float]) -> 
     kept = {}
     for node in graph.nodes:
         for tensor in (*node.inputs, *node.outputs):
-            if tensor.name in wide:
+            if tensor.name in wide and node.name not in kept:
                 kept[node.name] = (
-                    f"{tensor.name!r} reaches {peaks[tensor.name]:.3g} on calibration data; "
-                    f"{types.format.name} ends at {largest:.4g}"
+                    f"{tensor.name!r} reaches {peaks[tensor.name]:.3g} on calibration data, beyond "
+                    f"1/{HEADROOM:.0f} of the range of {types.format.name}"
                 )
     return kept
 
