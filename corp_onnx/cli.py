@@ -22,6 +22,7 @@ from corp_onnx.deploy.targets import TargetOptions
 from corp_onnx.errors import CorpError, NothingPrunable, PlanError
 from corp_onnx.pipeline import Settings
 from corp_onnx.plan import DEFAULT_ALIGN
+from corp_onnx.precision import Request
 from corp_onnx.solve import DEFAULT_RIDGE, Recipe
 
 DONE, UNVERIFIED, UNUSABLE, NOTHING = 0, 1, 2, 3
@@ -147,6 +148,8 @@ def prune(
     align: options.Align = DEFAULT_ALIGN,
     ridge: options.Ridge = DEFAULT_RIDGE,
     ranking: options.Ranking = None,
+    precision: options.PrecisionName = "fp32",
+    weight_only: options.WeightBits = None,
     max_error: options.MaxError = None,
     min_agreement: options.MinAgreement = None,
     samples: options.Samples = None,
@@ -171,6 +174,7 @@ def prune(
         options.runtime_of(providers, threads, custom_op_library),
         seed,
         crops,
+        Request(precision, weight_only),
     )
     source = None if data is None else Source(data, samples, seed, allow_random)
     asked = TargetOptions(threads=threads, cache=cache, custom_op_library=custom_op_library)

@@ -87,6 +87,13 @@ ParamsList = Annotated[
 StatisticsFile = Annotated[
     Path | None, typer.Option("--stats", help="Statistics of an earlier calibration.")
 ]
+PrecisionName = Annotated[
+    Precision, typer.Option("--precision", help="What it computes with; checked against fp32.")
+]
+WeightBits = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option("--weight-only", help="Store weights of linear layers so, compute in fp32."),
+]
 MethodName = Annotated[Method, typer.Option("--method")]
 Align = Annotated[int, typer.Option("--align", help="Widths become multiples of this.")]
 Ridge = Annotated[
@@ -103,7 +110,6 @@ TargetName = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TA
 TargetNames = Annotated[
     str, typer.Option("--target", help=f"One or several of {', '.join(TARGETS)}.")
 ]
-PrecisionName = Annotated[Precision, typer.Option("--precision", help="Types of the model.")]
 PrecisionNames = Annotated[
     str, typer.Option("--precision", help=f"One or several of {', '.join(PRECISIONS)}.")
 ]

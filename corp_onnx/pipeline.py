@@ -16,6 +16,7 @@ from corp_onnx.data import Dataset
 from corp_onnx.deadline import Deadline, Kept, against_dense, scheduled
 from corp_onnx.graph import Model, load, require_writable, save
 from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, Plan, uniform
+from corp_onnx.precision import Request, Typed, in_precision, require_convertible
 from corp_onnx.probes import Probe, offered, probe
 from corp_onnx.session import Runtime
 from corp_onnx.sizes import Sizes
@@ -23,10 +24,13 @@ from corp_onnx.solve import Recipe
 from corp_onnx.solved import Solved, from_statistics, in_sequence
 from corp_onnx.statistics import Statistics
 from corp_onnx.surgery import Surgery, operate
-from corp_onnx.verify import Verification
+from corp_onnx.verify import Check, Verification, check_gates
 
 Knowledge = Callable[[Model], Dataset] | Path
 """Opens calibration data for a model, or is the file of earlier statistics."""
+
+DENSE = "dense"
+"""Name of the comparison of a typed model with the dense one."""
 
 PROBED_BATCHES = 2
 """Of calibration samples, for seeing what a cut of one axis does."""
@@ -44,6 +48,20 @@ class Pruned:
     seconds: Mapping[str, float]
     kept: Kept | None = None
     """How a deadline was kept, where one was given."""
+    typed: Typed | None = None
+    """The same in another precision, where one was asked for."""
+    typed_checks: tuple[Check, ...] = ()
+    """The user's limits, held against what is written then."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks hold."""
+        return self.verification.passed and all(check.passed for check in self.typed_checks)
+
+    @property
+    def model(self) -> Model:
+        """What is written."""
+        return self.surgery.model if self.typed is None else self.typed.model
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +90,7 @@ class Settings:
         runtime: How models are run.
         seed: Decides which samples are held out, and what crops show.
         crops: Inputs to calibrate on that are made of every picture; None fills small sets up.
+        request: The precision that the result is written in.
         on_batch: Called after every calibration batch with its number of samples.
         on_block: Called with every block that is done, where they are fitted in sequence.
     """
@@ -83,6 +102,7 @@ class Settings:
     runtime: Runtime | None = None
     seed: int = 0
     crops: int | None = None
+    request: Request = field(default_factory=Request)
     on_batch: Callable[[int], None] = lambda samples: None
     on_block: Callable[[str], None] = lambda block: None
 
@@ -120,8 +140,9 @@ def prune(
         result = work.cut(work.within(budget, work.probed()))
     else:
         result = work.informed(knowledge).calibrated().in_time(path, budget)
+    result = work.typed(result)
     with work.clock.stage("save"):
-        save(result.surgery.model, output)
+        save(result.model, output)
     return result
 
 
@@ -165,6 +186,7 @@ class Work:
         clock = Clock()
         with clock.stage("load"):
             model = load(path)
+        require_convertible(model, settings.request)
         with clock.stage("blocks"):
             catalog = find_blocks(model, settings.sizes)
         if not offered(catalog):
@@ -241,6 +263,24 @@ class Work:
                 runtime=self.settings.runtime,
             )
         return Pruned(self.catalog, plan, solved, surgery, verification, self.clock.seconds)
+
+    def typed(self, result: Pruned) -> Pruned:
+        """The result in the precision asked for, compared with itself before and with the dense."""
+        given = self.settings
+        if given.request.wants_nothing:
+            return result
+        with self.clock.stage("precision"):
+            made = in_precision(
+                *(result.surgery.model, given.request, result.solved.seen, result.solved.held_out),
+                others={DENSE: self.model},
+                runtime=given.runtime,
+            )
+        limits = check_gates(
+            made.against[DENSE],
+            max_error=given.gates.max_error,
+            min_agreement=given.gates.min_agreement,
+        )
+        return replace(result, typed=made, typed_checks=limits)
 
     def _solved(self, plan: Plan) -> Solved:
         """Block by block where the method does so and there are data to run, else in one shot."""

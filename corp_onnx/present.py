@@ -16,6 +16,7 @@ from corp_onnx.advice import advice
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
 from corp_onnx.deadline import Kept
 from corp_onnx.pipeline import Pruned
+from corp_onnx.present_types import typed_json, typed_lines
 from corp_onnx.statistics import Statistics
 from corp_onnx.verify import Check, Comparison
 
@@ -123,7 +124,8 @@ def pruned_json(result: Pruned, output: str) -> Json:
         "seconds": dict(result.seconds),
         "checks": [asdict(check) for check in result.verification.checks],
         "held_out": comparison_json(result.verification.comparison),
-        "passed": result.verification.passed,
+        "precision": result.typed and typed_json(result.typed, result.typed_checks),
+        "passed": result.passed,
         "notes": list(result.surgery.model.notes),
         "advice": list(advice(result.solved.solution, result.solved.samples)),
         "output": output,
@@ -165,12 +167,13 @@ def pruned_table(result: Pruned, output: str) -> RenderableType:
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     return Group(
         table,
-        checks_table(result.verification.checks),
+        checks_table((*result.verification.checks, *result.typed_checks)),
         Text(
             f"{_change('MACs', before.total, after.total, 1e9, 'G')}; "
             f"{_change('parameters', before.params, after.params, 1e6, 'M')}"
         ),
         Text(f"held-out relative error {result.verification.comparison.relative_error:.4g}"),
+        *map(Text, typed_lines(result.typed) if result.typed else ()),
         Text(spent),
         *map(Text, result.surgery.model.notes),
         *map(Text, advice(result.solved.solution, result.solved.samples)),

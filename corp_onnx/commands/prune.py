@@ -49,7 +49,7 @@ class Prune:
         return Answer(
             present.pruned_json(result, str(self.output)),
             present.pruned_table(result, str(self.output)),
-            0 if result.verification.passed else 1,
+            0 if result.passed else 1,
         )
 
 

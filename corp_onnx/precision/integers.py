@@ -1,0 +1,100 @@
+"""Linear layers in eight bits: whole-number weights by channel, activations by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from corp_onnx.emit import Emitter
+from corp_onnx.errors import PlanError
+from corp_onnx.graph import Model
+from corp_onnx.precision.layers import Layer, layers_of
+from corp_onnx.precision.ranges import LEVELS, clips
+from corp_onnx.precision.records import Draft
+from corp_onnx.session import Runtime
+from corp_onnx.statistics import Batch
+
+FIRST_OPSET = 13
+"""That has scales by channel."""
+
+
+def in_integers(model: Model, batches: Sequence[Batch], runtime: Runtime | None = None) -> Draft:
+    """Every linear layer with its input and its weight quantised and dequantised (QDQ).
+
+    ``x ≈ s · round(x / s)``, with one ``s`` for a tensor and one for each output channel of a
+    weight; zero stays zero, as TensorRT wants it. Products inside attention stay in float32.
+
+    Raises:
+        PlanError: If there are no batches, no layers, or the opset has no scales by channel.
+    """
+    if model.fingerprint.opset < FIRST_OPSET:
+        raise PlanError(
+            f"the model is of opset {model.fingerprint.opset}; int8 with scales by channel needs "
+            f"{FIRST_OPSET}: convert it with onnx.version_converter.convert_version"
+        )
+    if not batches:
+        raise PlanError(
+            "int8 needs inputs to take the ranges of activations from, and there are none; give "
+            "calibration data (--data), or quantise the weights alone (--weight-only int8)"
+        )
+    graph = model.graph.copy()
+    layers, kept = layers_of(graph)
+    require_some(layers)
+    sources = list(dict.fromkeys(layer.node.inputs[0].name for layer in layers))
+    _quantise(graph, layers, clips(model, sources, batches, runtime))
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    samples = sum(len(next(iter(batch.values()))) for batch in batches)
+    return Draft(model.with_graph(graph), kept, quantised=len(layers), samples=samples)
+
+
+def require_some(layers: Sequence[Layer]) -> None:
+    """Fail where there is nothing to quantise.
+
+    Raises:
+        PlanError: If there is no layer.
+    """
+    if not layers:
+        raise PlanError("the model has no linear layer with constant float32 weights to quantise")
+
+
+def _quantise(graph: gs.Graph, layers: Sequence[Layer], ranges: Mapping[str, float]) -> None:
+    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    inputs: dict[str, gs.Variable] = {}
+    weights: dict[tuple[int, bool], gs.Variable] = {}
+    for layer in layers:
+        source, weight = layer.node.inputs[:2]
+        if source.name not in inputs:
+            emit = Emitter(graph, source.name, taken)
+            inputs[source.name] = _rounded_input(source, ranges[source.name], emit)
+        key = id(weight), layer.turned
+        if key not in weights:
+            weights[key] = _stored_weight(layer, Emitter(graph, weight.name, taken))
+        layer.node.inputs[0], layer.node.inputs[1] = inputs[source.name], weights[key]
+
+
+def _rounded_input(source: gs.Tensor, reach: float, emit: Emitter) -> gs.Variable:
+    scale = emit.constant("scale", np.array(step(reach), np.float32))
+    zero = emit.constant("zero_point", np.array(0, np.int8))
+    narrow = emit.node("QuantizeLinear", [source, scale, zero], dtype=np.int8)
+    return emit.node("DequantizeLinear", [narrow, scale, zero], dtype=np.float32)
+
+
+def _stored_weight(layer: Layer, emit: Emitter) -> gs.Variable:
+    steps = step(np.abs(layer.weight).max(axis=0))
+    whole = np.clip(np.rint(layer.weight / steps), -LEVELS, LEVELS).astype(np.int8)
+    inputs = [
+        emit.constant("quantised", whole.T if layer.turned else whole),
+        emit.constant("scale", steps.astype(np.float32)),
+        emit.constant("zero_point", np.zeros(len(steps), np.int8)),
+    ]
+    attrs = {"axis": 0 if layer.turned else 1}
+    return emit.node("DequantizeLinear", inputs, dtype=np.float32, attrs=attrs)
+
+
+def step(reach: float | np.ndarray) -> np.ndarray:
+    """The size of one of 127 steps up to a magnitude; 1 where all is zero."""
+    magnitude = np.asarray(reach, np.float64)
+    made: np.ndarray = np.where(magnitude > 0, magnitude, LEVELS) / LEVELS
+    return made
