@@ -16,12 +16,18 @@ from corp_onnx.precision.records import Draft
 from corp_onnx.session import Runtime
 from corp_onnx.statistics import Batch
 
+Rounded = list[gs.Tensor]
+"""A tensor in whole numbers, the size of a step, and its zero."""
+
 FIRST_OPSET = 13
 """That has scales by channel."""
 
 
 def in_integers(model: Model, batches: Sequence[Batch], runtime: Runtime | None = None) -> Draft:
     """Every linear layer with its input and its weight quantised and dequantised (QDQ).
+
+    Layers that read one tensor dequantise it each for itself: ONNX Runtime makes a product of whole
+    numbers only of what nobody else reads.
 
     ``x ≈ s · round(x / s)``, with one ``s`` for a tensor and one for each output channel of a
     weight; zero stays zero, as TensorRT wants it. Products inside attention stay in float32.
@@ -61,7 +67,7 @@ def require_some(layers: Sequence[Layer]) -> None:
 
 def _quantise(graph: gs.Graph, layers: Sequence[Layer], ranges: Mapping[str, float]) -> None:
     taken = set(graph.tensors()) | {node.name for node in graph.nodes}
-    inputs: dict[str, gs.Variable] = {}
+    inputs: dict[str, Rounded] = {}
     weights: dict[tuple[int, bool], gs.Variable] = {}
     for layer in layers:
         source, weight = layer.node.inputs[:2]
@@ -71,14 +77,15 @@ def _quantise(graph: gs.Graph, layers: Sequence[Layer], ranges: Mapping[str, flo
         key = id(weight), layer.turned
         if key not in weights:
             weights[key] = _stored_weight(layer, Emitter(graph, weight.name, taken))
-        layer.node.inputs[0], layer.node.inputs[1] = inputs[source.name], weights[key]
+        emit = Emitter(graph, layer.node.name, taken)
+        widened = emit.node("DequantizeLinear", inputs[source.name], dtype=np.float32)
+        layer.node.inputs[0], layer.node.inputs[1] = widened, weights[key]
 
 
-def _rounded_input(source: gs.Tensor, reach: float, emit: Emitter) -> gs.Variable:
+def _rounded_input(source: gs.Tensor, reach: float, emit: Emitter) -> Rounded:
     scale = emit.constant("scale", np.array(step(reach), np.float32))
     zero = emit.constant("zero_point", np.array(0, np.int8))
-    narrow = emit.node("QuantizeLinear", [source, scale, zero], dtype=np.int8)
-    return emit.node("DequantizeLinear", [narrow, scale, zero], dtype=np.float32)
+    return [emit.node("QuantizeLinear", [source, scale, zero], dtype=np.int8), scale, zero]
 
 
 def _stored_weight(layer: Layer, emit: Emitter) -> gs.Variable:
