@@ -14,10 +14,10 @@ SOURCES = sorted((ROOT / "corp_onnx").rglob("*.py"))
 
 OPTIONAL = (
     *("torch", "torchvision", "timm", "transformers", "onnxscript", "safetensors", "tokenizers"),
-    *("onnxruntime", "tensorrt", "openvino"),
+    *("onnxruntime", "tensorrt", "openvino", "cupy"),
 )
 
-DOORS = {"onnxruntime": {"session.py"}}
+DOORS = {"onnxruntime": {"session.py"}, "cupy": {"device.py"}}
 """The only files that may import a heavy package; one that is not listed is imported by none."""
 
 WITHOUT_OPTIONAL = f"""
