@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +25,19 @@ from corp_onnx.widened import in_float32, is_bfloat16
 _log = logging.getLogger(__name__)
 
 CPU: tuple[str, ...] = ("CPUExecutionProvider",)
+CUDA: tuple[str, ...] = ("CUDAExecutionProvider", *CPU)
+
+PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""Statistics need all digits of float32; TF32, the default there, has three."""
+
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+"""Both hold one package, in one folder."""
+
+TAKE_GPU = "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install 'corp_onnx[gpu]'`"
+CONFLICT = (
+    "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; run "
+    f"{TAKE_GPU} (or [cpu])"
+)
 
 LOG_ONLY_FATAL = 4
 """What ONNX Runtime logs of lesser errors it also raises."""
@@ -96,7 +113,8 @@ def open_session(source: Model | Path, runtime: Runtime | None = None) -> Sessio
     A `Model` in bfloat16, for which many kernels are missing, is run in float32.
 
     Raises:
-        BackendUnavailable: If ONNX Runtime, or an execution provider asked for, is missing.
+        BackendUnavailable: If ONNX Runtime, or an execution provider asked for, is missing or
+            does not start.
         GraphError: If ONNX Runtime cannot load the model.
     """
     runtime = runtime or Runtime()
@@ -110,12 +128,13 @@ def open_session(source: Model | Path, runtime: Runtime | None = None) -> Sessio
     if runtime.custom_op_library is not None:
         _register(ort, options, runtime.custom_op_library)
     try:
-        session = _open(ort, source, options, list(runtime.providers))
+        session = _open(ort, source, options, runtime.providers)
     except _failures(ort) as error:
         raise GraphError(
             f"ONNX Runtime {ort.__version__} cannot load the model: {str(error)[:500]}; operators "
             "that it does not know can be brought with --custom-op-library"
         ) from error
+    _require_started(runtime.providers, session.get_providers())
     inputs = tuple(
         InputSpec(
             value.name,
@@ -132,7 +151,8 @@ def version() -> str:
     return str(_onnxruntime().__version__)
 
 
-def _open(ort: ModuleType, source: Model | Path, options: Any, providers: list[str]) -> Any:  # noqa: ANN401 (ONNX Runtime ships no types)
+def _open(ort: ModuleType, source: Model | Path, options: Any, names: Sequence[str]) -> Any:  # noqa: ANN401 (ONNX Runtime ships no types)
+    providers = [(name, PROVIDER_OPTIONS.get(name, {})) for name in names]
     if isinstance(source, Path):
         return ort.InferenceSession(str(source), options, providers=providers)
     proto: onnx.ModelProto = source.proto()
@@ -153,19 +173,67 @@ def _onnxruntime() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise BackendUnavailable(
-            "ONNX Runtime is not installed; install it with `pip install 'corp_onnx[cpu]'`, or on "
-            "a machine with an NVIDIA GPU with `pip install 'corp_onnx[gpu]'`"
+            CONFLICT
+            if _installed() == DISTRIBUTIONS
+            else "ONNX Runtime is not installed; install it with `pip install 'corp_onnx[cpu]'`, "
+            "or on a machine with an NVIDIA GPU with `pip install 'corp_onnx[gpu]'`"
         ) from error
+    _warn_of_conflict()
     return onnxruntime  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    """The distributions of ONNX Runtime that are installed; looked up once."""
+    found = []
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            metadata.version(name)
+            found.append(name)
+    return tuple(found)
+
+
+@functools.cache
+def _warn_of_conflict() -> None:
+    """Say once that what runs may be either of two, where both are installed."""
+    if _installed() == DISTRIBUTIONS:
+        _log.warning("%s", CONFLICT)
 
 
 def _require_providers(ort: ModuleType, providers: Sequence[str]) -> None:
     available = ort.get_available_providers()
     missing = [name for name in providers if name not in available]
     if missing:
+        advice = "choose one of these with --providers"
+        if CUDA[0] in missing:
+            conflict = _installed() == DISTRIBUTIONS
+            advice += f", or, for a CUDA device: {CONFLICT if conflict else TAKE_GPU}"
         raise BackendUnavailable(
             f"execution provider {', '.join(missing)} is not in the installed ONNX Runtime, which "
-            f"has {', '.join(available)}; choose one of these with --providers"
+            f"has {', '.join(available)}; {advice}"
+        )
+    if CUDA[0] in providers:
+        _load_cuda_libraries(ort)
+
+
+def _load_cuda_libraries(ort: ModuleType) -> None:
+    """Load the CUDA libraries that came as wheels; ONNX Runtime prints what it does not find."""
+    if not hasattr(ort, "preload_dlls"):  # before 1.21
+        return
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        ort.preload_dlls()
+    if said.getvalue():
+        _log.info("%s", said.getvalue().strip())
+
+
+def _require_started(wanted: Sequence[str], started: Sequence[str]) -> None:
+    """Fail where ONNX Runtime has left a provider out, which it does without an error."""
+    idle = [name for name in wanted if name not in started]
+    if idle:
+        raise BackendUnavailable(
+            f"ONNX Runtime could not start {', '.join(idle)} and would run on {', '.join(started)} "
+            "instead; check driver and libraries (`nvidia-smi`; the gpu extra brings CUDA 13 and "
+            "cuDNN 9, --log-level info says what was not found), or choose with --providers"
         )
 
 
