@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from array_api_compat import array_namespace, is_numpy_array
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Shaped
 from scipy.linalg import blas
 
 from corp_onnx.device import HOST, Array, Device, to_host
@@ -241,7 +241,7 @@ class Collector:
             self._total.add(np.concatenate(waiting))
 
 
-def read_only(values: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+def read_only(values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     """The array as a record may hold it: not writable, and nobody else's memory."""
     if values.flags.writeable or values.base is not None:
         values = np.array(values)
