@@ -1,10 +1,13 @@
-"""Unequal widths: as little harm as possible for the multiply-adds or parameters that must go."""
+"""Unequal widths: as little harm as possible for what must go of a model's cost."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+from jaxtyping import Float64
 
 from corp_onnx.blocks import Catalog
 from corp_onnx.errors import PlanError
@@ -30,24 +33,22 @@ class Budget:
             )
 
 
+Costs = Sequence[Float64[np.ndarray, " w1"]]
+"""Of every probe, what each width 0, 1, … ``width`` of it costs; never less for more."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     """One axis made narrower, from one corner of its curve to the next."""
 
     probe: int
     to: int
-    saved: float
     price: float
-    """Harm for each multiply-add or parameter saved."""
+    """Harm for what is saved."""
 
 
 def within(catalog: Catalog, probes: Sequence[Probe], budget: Budget, *, align: int) -> Plan:
     """The plan that keeps a budget and does the least harm, as far as harms add up.
-
-    Of every axis only the widths on the lower convex hull of its curve, harm over cost, are worth
-    having. From these the cheapest step is taken, again and again, until the budget is kept: for
-    convex curves that add up this is the optimum at every budget that it stops at. The last step
-    is taken only as far as it has to be.
 
     Args:
         catalog: The blocks.
@@ -59,61 +60,91 @@ def within(catalog: Catalog, probes: Sequence[Probe], budget: Budget, *, align: 
         PlanError: If the budget cannot be kept, with the least that can be.
     """
     dense = catalog.macs if budget.unit == "macs" else catalog.params
+    channels = [probe.macs if budget.unit == "macs" else probe.params for probe in probes]
+    costs = [
+        np.arange(probe.width + 1) * max(one, 0.0)
+        for probe, one in zip(probes, channels, strict=True)
+    ]
     needed = dense * (1.0 - budget.kept)
+    widths, missing = least_harm(probes, costs, needed, align=align)
+    if missing > 0:
+        least = 1.0 - (needed - missing) / dense
+        raise PlanError(
+            f"--{budget.unit} {budget.kept:g} cannot be kept: with every axis as narrow as it can "
+            f"be, {least:.2f} of the {budget.unit} remain; ask for that or more"
+        )
+    return plan_of(catalog, probes, widths)
+
+
+def least_harm(
+    probes: Sequence[Probe], costs: Costs, needed: float, *, align: int
+) -> tuple[list[int], float]:
+    """Widths that save what is needed, and how much of that cannot be saved.
+
+    Of every axis only the widths on the lower convex hull of its curve, harm over cost, are worth
+    having. From these the cheapest step is taken, again and again, until enough is saved: for
+    convex curves that add up this is the optimum at every cost that it stops at. The last step
+    is taken only as far as it has to be.
+
+    Args:
+        probes: What every axis is worth.
+        costs: What it costs.
+        needed: How much less all of them must cost together.
+        align: Widths are multiples of this.
+    """
     widths = [probe.width for probe in probes]
     steps = sorted(
         (
             step
             for place, probe in enumerate(probes)
-            for step in _steps(place, probe, budget, align)
+            for step in _steps(place, probe, costs[place], align)
         ),
         key=lambda step: step.price,
     )
     for step in steps:
         if needed <= 0:
             break
-        cost = _cost(probes[step.probe], budget)
-        width = _only_as_far_as_needed(widths[step.probe], step.to, needed / cost, align)
-        needed -= (widths[step.probe] - width) * cost
+        cost, here = costs[step.probe], widths[step.probe]
+        width = _only_as_far_as_needed(cost, here, step.to, needed, align)
+        needed -= float(cost[here] - cost[width])
         widths[step.probe] = width
-    if needed > 0:
-        least = 1.0 - (dense * (1.0 - budget.kept) - needed) / dense
-        raise PlanError(
-            f"--{budget.unit} {budget.kept:g} cannot be kept: with every axis as narrow as it can "
-            f"be, {least:.2f} of the {budget.unit} remain; ask for that or more"
-        )
-    return _plan(catalog, probes, widths)
+    return widths, max(needed, 0.0)
 
 
-def _cost(probe: Probe, budget: Budget) -> float:
-    return probe.macs if budget.unit == "macs" else probe.params
-
-
-def _steps(place: int, probe: Probe, budget: Budget, align: int) -> Iterator[_Step]:
+def _steps(
+    place: int, probe: Probe, cost: Float64[np.ndarray, " w1"], align: int
+) -> Iterator[_Step]:
     """From the dense width down along the hull; prices rise from one step to the next."""
-    cost = _cost(probe, budget)
-    least = least_width(probe.width, align)
-    aligned = range((probe.width - 1) // align * align, least - 1, -align)
-    widths = [probe.width, *(width for width in aligned if width < probe.width)]
+    widths = [probe.width, *_aligned(probe.width, least_width(probe.width, align), align)]
     at = 0
-    while cost > 0 and at + 1 < len(widths):
-        here = widths[at]
-        prices = [
-            (probe.harm[width] - probe.harm[here]) / ((here - width) * cost)
-            for width in widths[at + 1 :]
-        ]
-        best = min(range(len(prices)), key=lambda index: (prices[index], index))
+    while at + 1 < len(widths):
+        here, below = widths[at], np.array(widths[at + 1 :])
+        saved = cost[here] - cost[below]
+        if not (saved > 0).any():
+            return
+        with np.errstate(divide="ignore", invalid="ignore"):
+            prices = np.where(saved > 0, (probe.harm[below] - probe.harm[here]) / saved, np.inf)
+        best = int(np.argmin(prices))
         at += best + 1
-        yield _Step(place, widths[at], (here - widths[at]) * cost, prices[best])
+        yield _Step(place, widths[at], float(prices[best]))
 
 
-def _only_as_far_as_needed(width: int, to: int, channels: float, align: int) -> int:
-    """The widest multiple of ``align`` from ``to`` on that gives up enough channels."""
-    enough = int((width - channels) // align) * align
-    return min(max(to, enough), width) if enough < width else to
+def _aligned(width: int, least: int, align: int) -> range:
+    """The multiples of ``align`` below a width, the widest first."""
+    return range((width - 1) // align * align, least - 1, -align)
 
 
-def _plan(catalog: Catalog, probes: Sequence[Probe], widths: Sequence[int]) -> Plan:
+def _only_as_far_as_needed(
+    cost: Float64[np.ndarray, " w1"], width: int, to: int, needed: float, align: int
+) -> int:
+    """The widest multiple of ``align`` from ``to`` on that saves enough."""
+    for between in _aligned(width, to, align):
+        if cost[width] - cost[between] >= needed:
+            return between
+    return to
+
+
+def plan_of(catalog: Catalog, probes: Sequence[Probe], widths: Sequence[int]) -> Plan:
     """Every axis in the order of the graph, also those that keep their width."""
     found = {
         (block, probe.axis): Cut(block, probe.axis, probe.width, width)

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from corp_onnx import commands, options, screen
+from corp_onnx import commands, engines, options, screen
 from corp_onnx.checking import Gates
-from corp_onnx.commands import Answer, Source
+from corp_onnx.commands import Source
 from corp_onnx.demo import Demo
+from corp_onnx.deploy.targets import TargetOptions
 from corp_onnx.device import device_of
 from corp_onnx.errors import CorpError, NothingPrunable, PlanError
 from corp_onnx.pipeline import Settings
 from corp_onnx.plan import DEFAULT_ALIGN
-from corp_onnx.session import Runtime
 from corp_onnx.solve import DEFAULT_RIDGE, Recipe
 
 DONE, UNVERIFIED, UNUSABLE, NOTHING = 0, 1, 2, 3
@@ -48,7 +48,7 @@ def demo(
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Prune the bundled model on the bundled images and print the evidence."""
-    _run(Demo(run_dir), as_json, log_level)
+    screen.run(Demo(run_dir), as_json, log_level)
 
 
 @app.command()
@@ -68,7 +68,7 @@ def export(
 ) -> None:
     """Write an ONNX file with a dynamic batch, its preprocessing beside it (needs torch)."""
     command = commands.Export(source, output, checkpoint, random_weights, exporter, opset)
-    _run(command, as_json, log_level)
+    screen.run(command, as_json, log_level)
 
 
 @app.command()
@@ -79,7 +79,7 @@ def inspect(
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Show what can be cut, why the rest cannot, and where the MACs are."""
-    _run(commands.Inspect(model, options.sizes_of(shapes)), as_json, log_level)
+    screen.run(commands.Inspect(model, options.sizes_of(shapes)), as_json, log_level)
 
 
 @app.command()
@@ -117,7 +117,7 @@ def calibrate(
         options.runtime_of(providers, threads, custom_op_library, device),
         device_of(device),
     )
-    _run(command, as_json, log_level)
+    screen.run(command, as_json, log_level)
 
 
 @app.command()
@@ -128,7 +128,7 @@ def merge(
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Add up statistics that were gathered in shards."""
-    _run(commands.Merge(tuple(files), output), as_json, log_level)
+    screen.run(commands.Merge(tuple(files), output), as_json, log_level)
 
 
 @app.command()
@@ -143,6 +143,10 @@ def prune(
     vo: options.ValueShare = None,
     macs: options.MacsKept = None,
     params: options.ParamsKept = None,
+    latency: options.LatencyKept = None,
+    target: options.TargetName = "ort-cpu",
+    batch: options.Batch = 1,
+    cache: options.Cache = None,
     align: options.Align = DEFAULT_ALIGN,
     ridge: options.Ridge = DEFAULT_RIDGE,
     ranking: options.Ranking = None,
@@ -173,8 +177,14 @@ def prune(
         crops,
     )
     source = None if data is None else Source(data, samples, seed, allow_random)
-    wanted = options.widths_of({"mlp": mlp, "qk": qk, "vo": vo}, {"macs": macs, "params": params})
-    _run(commands.Prune(model, output, source, stats, wanted, settings), as_json, log_level)
+    asked = TargetOptions(threads=threads, cache=cache, custom_op_library=custom_op_library)
+    sizes = options.sizes_of(shapes)
+    wanted = options.widths_of(
+        {"mlp": mlp, "qk": qk, "vo": vo},
+        {"macs": macs, "params": params},
+        options.deadline_of(latency, target, batch, asked, sizes),
+    )
+    screen.run(commands.Prune(model, output, source, stats, wanted, settings), as_json, log_level)
 
 
 @app.command()
@@ -212,7 +222,7 @@ def sweep(
         crops,
     )
     source, budgets = Source(data, samples, seed, allow_random), options.budgets_of(macs, params)
-    _run(commands.Sweep(model, folder, source, budgets, settings), as_json, log_level)
+    screen.run(commands.Sweep(model, folder, source, budgets, settings), as_json, log_level)
 
 
 @app.command()
@@ -247,30 +257,11 @@ def verify(
         Gates(max_error, min_agreement),
         options.runtime_of(providers, threads, custom_op_library),
     )
-    _run(command, as_json, log_level)
+    screen.run(command, as_json, log_level)
 
 
-@app.command()
-def bench(
-    models: Annotated[list[Path], typer.Argument(help="Models; the first is compared with.")],
-    target: Annotated[Literal["ort-cpu"], typer.Option("--target")] = "ort-cpu",
-    precision: Annotated[Literal["fp32"], typer.Option("--precision")] = "fp32",
-    batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Turns not counted.")] = 5,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Turns counted.")] = 50,
-    shapes: options.Shapes = None,
-    seed: options.Seed = 0,
-    threads: options.Threads = 0,
-    custom_op_library: options.CustomOps = None,
-    as_json: options.AsJson = False,
-    log_level: options.LogLevel = "warning",
-) -> None:
-    """Time models turn by turn, so that drift hits all alike."""
-    runtime = Runtime(threads=threads, custom_op_library=custom_op_library)
-    command = commands.Bench(
-        tuple(models), batch, warmup, runs, options.sizes_of(shapes), seed, runtime
-    )
-    _run(command, as_json, log_level)
+app.command()(engines.build)
+app.command()(engines.bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,10 +277,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CorpError as error:
         return screen.complain(error, UNUSABLE)
     return DONE
-
-
-def _run(command: Callable[[commands.Progress], Answer], as_json: bool, log_level: str) -> None:
-    raise typer.Exit(screen.show(command, as_json=as_json, log_level=log_level))
 
 
 if __name__ == "__main__":

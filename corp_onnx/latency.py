@@ -13,17 +13,32 @@ from corp_onnx.data import InputSpec
 from corp_onnx.sizes import Sizes
 
 WARMUP = 5
+MOST_WARMUPS = 10
+SETTLED = 0.05
 RUNS = 50
 RESAMPLES = 2000
+
+NOISY = 0.3
+"""Spread of the first engine's times, 5th to 95th percentile over the median, that is reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Time of one engine over ``iterations`` runs, in milliseconds."""
+    """Time of one engine over ``iterations`` runs, in milliseconds.
+
+    Attributes:
+        median_ms: From arrays of the host to arrays of the host.
+        p95_ms: Of the same.
+        iterations: Runs that counted.
+        p5_ms: Of the same.
+        device_ms: Median on the device alone; None where the engine does not tell.
+    """
 
     median_ms: float
     p95_ms: float
     iterations: int
+    p5_ms: float
+    device_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,43 +56,103 @@ class Speedup:
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """What a race showed, in the order of the engines."""
+    """What a race showed, in the order of the engines.
+
+    Attributes:
+        latencies: Of every engine.
+        speedups: Of every engine over the first.
+        warmup: Turns that did not count.
+        spread: Of the first engine, 5th to 95th percentile over the median.
+    """
 
     latencies: tuple[Latency, ...]
     speedups: tuple[Speedup, ...]
+    warmup: int
+    spread: float
+
+
+Run = Callable[[], object]
+DeviceTime = Callable[[], float | None]
 
 
 def race(
-    engines: Sequence[Callable[[], object]],
+    engines: Sequence[Run],
     *,
+    devices: Sequence[DeviceTime] = (),
     warmup: int = WARMUP,
     runs: int = RUNS,
     seed: int = 0,
 ) -> Race:
     """Run all engines in turn, in an order drawn anew for every turn.
 
+    Turns are thrown away until the times of every engine have settled: the medians of the last
+    ``warmup`` turns and of those before differ by 5 % at most. After ten times ``warmup`` it
+    begins all the same.
+
     Args:
         engines: What to time; each call is one inference.
-        warmup: Turns that do not count.
+        devices: Of every engine, the time of its last run on the device alone.
+        warmup: Turns that do not count, at the least.
         runs: Turns that count.
         seed: Decides the order within turns and the bootstrap.
     """
     rng = np.random.default_rng(seed)
-    times_ms = np.empty((warmup + runs, len(engines)))
-    for turn in times_ms:
+
+    def turn() -> list[float]:
+        times_ms = [0.0] * len(engines)
         for lane in rng.permutation(len(engines)):
             start = perf_counter_ns()
             engines[lane]()
-            turn[lane] = (perf_counter_ns() - start) / 1e6
-    counted = times_ms[warmup:]
+            times_ms[lane] = (perf_counter_ns() - start) / 1e6
+        return times_ms
+
+    warm: list[list[float]] = []
+    while len(warm) < warmup or not _settled(warm, warmup):
+        warm.append(turn())
+    on_device: list[list[float | None]] = []
+    counted = []
+    for _ in range(runs):
+        counted.append(turn())
+        on_device.append([time() for time in devices])
+    return _race(np.array(counted), on_device, len(warm), rng)
+
+
+def _settled(turns: Sequence[Sequence[float]], warmup: int) -> bool:
+    """Whether the last turns took as long as those before, or patience ends."""
+    if warmup == 0 or len(turns) >= MOST_WARMUPS * warmup:
+        return True
+    half = max(1, warmup // 2)
+    if len(turns) < 2 * half:
+        return False
+    before = np.median(turns[-2 * half : -half], axis=0)
+    last = np.median(turns[-half:], axis=0)
+    return bool((np.abs(last - before) <= SETTLED * before).all())
+
+
+def _race(
+    times_ms: Float64[np.ndarray, "n engines"],
+    on_device: Sequence[Sequence[float | None]],
+    warmup: int,
+    rng: np.random.Generator,
+) -> Race:
+    columns = times_ms.T
+    of_device: list[Sequence[float | None]] = list(zip(*on_device, strict=True))
+    devices = of_device or [()] * len(columns)
+    latencies = tuple(_latency(*each) for each in zip(columns, devices, strict=True))
+    first = latencies[0]
     return Race(
-        tuple(_latency(column) for column in counted.T),
-        tuple(_speedup(counted[:, 0] / column, rng) for column in counted.T),
+        latencies,
+        tuple(_speedup(columns[0] / column, rng) for column in columns),
+        warmup,
+        (first.p95_ms - first.p5_ms) / first.median_ms if first.median_ms else 0.0,
     )
 
 
-def _latency(times_ms: Float64[np.ndarray, " n"]) -> Latency:
-    return Latency(float(np.median(times_ms)), float(np.percentile(times_ms, 95)), len(times_ms))
+def _latency(times_ms: Float64[np.ndarray, " n"], device: Sequence[float | None]) -> Latency:
+    low, middle, high = (float(found) for found in np.percentile(times_ms, [5, 50, 95]))
+    told = [time for time in device if time is not None]
+    on_device = float(np.median(told)) if told else None
+    return Latency(middle, high, len(times_ms), low, on_device)
 
 
 def _speedup(ratios: Float64[np.ndarray, " n"], rng: np.random.Generator) -> Speedup:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
 from corp_onnx.blocks import Axis
 from corp_onnx.budget import Budget, Unit
+from corp_onnx.deadline import Deadline
+from corp_onnx.deploy.records import PRECISIONS, Precision
+from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
 from corp_onnx.device import DeviceName
 from corp_onnx.errors import PlanError
 from corp_onnx.plan import DEFAULT_SHARES
-from corp_onnx.session import CPU, CUDA, Runtime
+from corp_onnx.providers import CPU, CUDA, EXACT
+from corp_onnx.session import GraphLevel, Runtime
 from corp_onnx.sizes import Sizes
 from corp_onnx.solve.ranking import RANKINGS
 from corp_onnx.solve.solver import ELIMINATION, Method
+from corp_onnx.timing import Stopwatch
 
 Exporter = Literal["torchscript", "dynamo"]
 ModelFile = Annotated[Path, typer.Argument(help="An ONNX file.", metavar="MODEL")]
@@ -77,6 +82,10 @@ MacsKept = Annotated[
 ParamsKept = Annotated[
     float | None, typer.Option("--params", help="Share of all parameters to keep.")
 ]
+LatencyKept = Annotated[
+    str | None,
+    typer.Option("--latency", help="Share of the dense time to keep on --target, or such as 5ms."),
+]
 MacsList = Annotated[
     str | None, typer.Option("--macs", help="Shares of all MACs to keep, such as 0.8,0.6,0.4.")
 ]
@@ -98,28 +107,77 @@ Ranking = Annotated[
         help=f"What stays: {ELIMINATION} (best's default), {', '.join(RANKINGS)} (else energy).",
     ),
 ]
+TargetName = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
+TargetNames = Annotated[
+    str, typer.Option("--target", help=f"One or several of {', '.join(TARGETS)}.")
+]
+PrecisionName = Annotated[Precision, typer.Option("--precision", help="Types of the model.")]
+PrecisionNames = Annotated[
+    str, typer.Option("--precision", help=f"One or several of {', '.join(PRECISIONS)}.")
+]
+Batch = Annotated[
+    int, typer.Option("--batch", min=1, help="Samples of one inference, for --latency.")
+]
+Batches = Annotated[str, typer.Option("--batch", help="Samples of one inference, such as 1,8,32.")]
+Level = Annotated[
+    GraphLevel, typer.Option("--graph-level", help="How far ONNX Runtime rewrites the graph.")
+]
+Cache = Annotated[
+    Path | None, typer.Option("--cache", help="Folder for what a builder may use again.")
+]
 
 
-Widths = Mapping[Axis, float] | Budget
-"""Shares to remove of every axis, or what may stay of the whole."""
+Name = TypeVar("Name", bound=str)
+
+Widths = Mapping[Axis, float] | Budget | Deadline
+"""Shares to remove of every axis, or what may stay of the whole, or how long it may take."""
 
 DEFAULT_BUDGETS = "0.8,0.6,0.5,0.4"
 
 
-def widths_of(shares: Mapping[Axis, float | None], kept: Mapping[Unit, float | None]) -> Widths:
+def widths_of(
+    shares: Mapping[Axis, float | None],
+    kept: Mapping[Unit, float | None],
+    deadline: Deadline | None = None,
+) -> Widths:
     """How wide a model shall be, from the flags that were given.
 
     Raises:
         PlanError: If they contradict each other.
     """
     removed = {axis: share for axis, share in shares.items() if share is not None}
-    budgets = [Budget(unit, share) for unit, share in kept.items() if share is not None]
+    budgets: list[Budget | Deadline] = [
+        Budget(unit, share) for unit, share in kept.items() if share is not None
+    ]
+    budgets += [] if deadline is None else [deadline]
     if len(budgets) > 1 or (budgets and removed):
         raise PlanError(
             "give either shares to remove (--mlp, --qk, --vo), or one share to keep of the whole "
-            "(--macs or --params), from which all widths follow"
+            "(--macs, --params or --latency), from which all widths follow"
         )
     return budgets[0] if budgets else removed or DEFAULT_SHARES
+
+
+def deadline_of(
+    latency: str | None, target: str, batch: int, asked: TargetOptions, sizes: Sizes
+) -> Deadline | None:
+    """How long a model may take, from ``0.6`` or ``5ms``.
+
+    Raises:
+        PlanError: If the text is neither, or names an unknown target.
+    """
+    if latency is None:
+        return None
+    in_ms = latency.endswith("ms")
+    try:
+        limit = float(latency.removesuffix("ms"))
+    except ValueError as error:
+        raise PlanError(
+            f"--latency {latency!r} is neither a share to keep such as 0.6 nor a time such as 5ms"
+        ) from error
+    return Deadline(
+        *(limit, in_ms, open_target(target, asked), Stopwatch(batch, sizes)), cache=asked.cache
+    )
 
 
 def budgets_of(macs: str | None, params: str | None) -> tuple[Budget, ...]:
@@ -149,7 +207,7 @@ def runtime_of(
     names = DEFAULT_PROVIDERS[device]
     if providers is not None:
         names = tuple(name.strip() for name in providers.split(","))
-    return Runtime(names, threads, custom_op_library=custom_op_library)
+    return Runtime(names, threads, custom_op_library=custom_op_library, provider_options=EXACT)
 
 
 def sizes_of(shapes: list[str] | None) -> Sizes:
@@ -166,6 +224,31 @@ def sizes_of(shapes: list[str] | None) -> Sizes:
             raise PlanError(f"--shapes {text!r} is not of the form NAME:1x3x224x224")
         sizes[name] = tuple(int(number) for number in numbers)
     return sizes
+
+
+def names_of(text: str, known: Iterable[Name], flag: str) -> tuple[Name, ...]:
+    """Names from ``a,b``, each once.
+
+    Raises:
+        PlanError: If one is not known.
+    """
+    by_text = {str(name): name for name in known}
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if unknown := [name for name in names if name not in by_text]:
+        raise PlanError(f"{flag} {unknown[0]!r} is none of {', '.join(by_text)}")
+    return tuple(by_text[name] for name in names)
+
+
+def batches_of(text: str) -> tuple[int, ...]:
+    """Batch sizes from ``1,8,32``.
+
+    Raises:
+        PlanError: If the text is of another form.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise PlanError(f"--batch {text!r} is no list of sizes such as 1,8,32")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def shard_of(text: str) -> tuple[int, int]:

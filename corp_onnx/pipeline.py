@@ -13,6 +13,7 @@ from corp_onnx.budget import Budget, within
 from corp_onnx.calibrate import calibrate
 from corp_onnx.checking import Gates, verify
 from corp_onnx.data import Dataset
+from corp_onnx.deadline import Deadline, Kept, against_dense, scheduled
 from corp_onnx.graph import Model, load, require_writable, save
 from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, Plan, uniform
 from corp_onnx.probes import Probe, offered, probe
@@ -41,6 +42,8 @@ class Pruned:
     surgery: Surgery
     verification: Verification
     seconds: Mapping[str, float]
+    kept: Kept | None = None
+    """How a deadline was kept, where one was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def prune(
     knowledge: Knowledge,
     *,
     shares_removed: Mapping[Axis, float] = DEFAULT_SHARES,
-    budget: Budget | None = None,
+    budget: Budget | Deadline | None = None,
     settings: Settings | None = None,
 ) -> Pruned:
     """Cut a model and write the result to ``output``.
@@ -100,7 +103,8 @@ def prune(
         output: Where the smaller one goes; it appears whole or not at all.
         knowledge: Opens calibration data for the model, or the file of earlier statistics.
         shares_removed: By axis, the share of its width to remove, the same in every block.
-        budget: What may stay of the whole, instead of shares: widths are then chosen by block.
+        budget: What may stay of the whole, or how long it may take, instead of shares: widths
+            are then chosen by block.
         settings: How models are cut.
 
     Raises:
@@ -110,11 +114,12 @@ def prune(
     work = Work.begun(path, settings or Settings())
     if budget is None:
         plan = uniform(work.catalog, shares_removed, align=work.settings.align)
-        work = work.informed(knowledge)
-    else:
+        result = work.informed(knowledge).cut(plan)
+    elif isinstance(budget, Budget):
         work = work.informed(knowledge).calibrated()
-        plan = work.within(budget, work.probed())
-    result = work.cut(plan)
+        result = work.cut(work.within(budget, work.probed()))
+    else:
+        result = work.informed(knowledge).calibrated().in_time(path, budget)
     with work.clock.stage("save"):
         save(result.surgery.model, output)
     return result
@@ -208,6 +213,21 @@ class Work:
     def within(self, budget: Budget, probes: Sequence[Probe]) -> Plan:
         """Widths that keep a budget."""
         return within(self.catalog, probes, budget, align=self.settings.align)
+
+    def in_time(self, path: Path, deadline: Deadline) -> Pruned:
+        """Widths that keep a deadline, cut and timed once more."""
+        assert self.statistics is not None, "calibrated before"
+        with self.clock.stage("schedule"):
+            schedule = scheduled(
+                *(path, self.model, self.catalog, self.statistics, self.probed(), deadline),
+                align=self.settings.align,
+            )
+        result = self.cut(schedule.plan)
+        with self.clock.stage("latency"):
+            kept = Kept(schedule, against_dense(path, result.surgery.model, deadline))
+        checks = (*result.verification.checks, kept.check())
+        verification = replace(result.verification, checks=checks)
+        return replace(result, verification=verification, kept=kept)
 
     def cut(self, plan: Plan) -> Pruned:
         """Solve a plan, carry it out, and verify the result."""

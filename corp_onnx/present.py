@@ -14,7 +14,7 @@ from rich.text import Text
 
 from corp_onnx.advice import advice
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
-from corp_onnx.latency import Race
+from corp_onnx.deadline import Kept
 from corp_onnx.pipeline import Pruned
 from corp_onnx.statistics import Statistics
 from corp_onnx.verify import Check, Comparison
@@ -127,6 +127,22 @@ def pruned_json(result: Pruned, output: str) -> Json:
         "notes": list(result.surgery.model.notes),
         "advice": list(advice(result.solved.solution, result.solved.samples)),
         "output": output,
+    } | ({} if result.kept is None else {"latency": latency_json(result.kept)})
+
+
+def latency_json(kept: Kept) -> Json:
+    """How a deadline was kept."""
+    deadline = kept.schedule.deadline
+    dense, cut = kept.race.latencies
+    return {
+        "target": deadline.target.name,
+        "batch": deadline.stopwatch.batch,
+        "asked": {"limit": deadline.limit, "unit": "ms" if deadline.in_ms else "share of dense"},
+        "dense_ms": dense.median_ms,
+        "pruned_ms": cut.median_ms,
+        "share": kept.share,
+        "speedup": asdict(kept.race.speedups[1]),
+        "tries": [asdict(tried) for tried in kept.schedule.tries],
     }
 
 
@@ -200,36 +216,6 @@ def checks_table(checks: Iterable[Check]) -> Table:
     table = table_of("check", "", "found")
     for check in checks:
         table.add_row(check.name, "passed" if check.passed else "FAILED", check.found)
-    return table
-
-
-def race_json(race: Race, models: Sequence[str], **common: object) -> Json:
-    """What ``bench --json`` prints."""
-    return {
-        "runs": [
-            {"model": model, **common, **asdict(latency)}
-            for model, latency in zip(models, race.latencies, strict=True)
-        ],
-        "speedups": [
-            {"model": model, "over": models[0], **asdict(speedup)}
-            for model, speedup in list(zip(models, race.speedups, strict=True))[1:]
-        ],
-    }
-
-
-def race_table(document: Mapping[str, Any]) -> RenderableType:
-    """What ``bench`` prints."""
-    table = table_of("model", "median", "p95", "speed-up", "95 % interval")
-    ratios = {entry["model"]: entry for entry in document["speedups"]}
-    for run in document["runs"]:
-        entry = ratios.get(run["model"])
-        table.add_row(
-            run["model"],
-            f"{run['median_ms']:.2f} ms",
-            f"{run['p95_ms']:.2f} ms",
-            f"{entry['ratio']:.2f}x" if entry else "",
-            f"{entry['low']:.2f} to {entry['high']:.2f}" if entry else "",
-        )
     return table
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 
+import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -41,6 +42,11 @@ def show(command: Callable[[Report], Answer], *, as_json: bool, log_level: str) 
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(answer.table)
     return answer.status
+
+
+def run(command: Callable[[Report], Answer], as_json: bool, log_level: str) -> None:
+    """Carry a command out, and end with its exit status."""
+    raise typer.Exit(show(command, as_json=as_json, log_level=log_level))
 
 
 def complain(error: object, status: int) -> int:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import metadata
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -20,27 +16,32 @@ import onnx
 from corp_onnx.data import InputSpec
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError
 from corp_onnx.graph import Model, is_large, write
+from corp_onnx.providers import (
+    CONFLICT,
+    CPU,
+    MISSING,
+    in_conflict,
+    load_libraries,
+    require_available,
+    require_started,
+    warn_of_conflict,
+)
 from corp_onnx.widened import in_float32, is_bfloat16
 
 _log = logging.getLogger(__name__)
 
-CPU: tuple[str, ...] = ("CPUExecutionProvider",)
-CUDA: tuple[str, ...] = ("CUDAExecutionProvider", *CPU)
-
-PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
-"""Statistics need all digits of float32; TF32, the default there, has three."""
-
-DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
-"""Both hold one package, in one folder."""
-
-TAKE_GPU = "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install 'corp_onnx[gpu]'`"
-CONFLICT = (
-    "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; run "
-    f"{TAKE_GPU} (or [cpu])"
-)
-
 LOG_ONLY_FATAL = 4
 """What ONNX Runtime logs of lesser errors it also raises."""
+
+GraphLevel = Literal["none", "basic", "extended", "all"]
+"""How far ONNX Runtime rewrites a graph when it loads it."""
+
+GRAPH_LEVELS: Mapping[GraphLevel, str] = {
+    "none": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
 
 NUMPY_TYPES = {
     "tensor(float)": np.float32,
@@ -70,6 +71,14 @@ class Runtime:
     Models that are timed turn by turn must not: the one that rests would take the other's cores.
     """
     custom_op_library: Path | None = None
+    graph_level: GraphLevel = "all"
+    arena: bool = True
+    """Whether freed memory is kept for the next run."""
+    provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    optimised: Path | None = None
+    """Where ONNX Runtime writes the graph that it made of the model."""
+    profile: Path | None = None
+    """Begin of the name of the file with the time of every operator; made by `Session.close`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,6 +115,10 @@ class Session:
             ) from error
         return dict(zip(names, results, strict=True))
 
+    def profile(self) -> Path:
+        """Stop timing operators: the file with their times, for a `Runtime` that asks for it."""
+        return Path(self._session.end_profiling())
+
 
 def open_session(source: Model | Path, runtime: Runtime | None = None) -> Session:
     """Load a model into ONNX Runtime.
@@ -119,22 +132,22 @@ def open_session(source: Model | Path, runtime: Runtime | None = None) -> Sessio
     """
     runtime = runtime or Runtime()
     ort = _onnxruntime()
-    _require_providers(ort, runtime.providers)
+    require_available(ort, runtime.providers)
+    load_libraries(ort, runtime.providers)
     options = ort.SessionOptions()
     options.log_severity_level = LOG_ONLY_FATAL
-    options.intra_op_num_threads = runtime.threads
-    if not runtime.spinning:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    _set(ort, options, runtime)
     if runtime.custom_op_library is not None:
         _register(ort, options, runtime.custom_op_library)
+    given = [(name, dict(runtime.provider_options.get(name, {}))) for name in runtime.providers]
     try:
-        session = _open(ort, source, options, runtime.providers)
+        session = _open(ort, source, options, given)
     except _failures(ort) as error:
         raise GraphError(
             f"ONNX Runtime {ort.__version__} cannot load the model: {str(error)[:500]}; operators "
             "that it does not know can be brought with --custom-op-library"
         ) from error
-    _require_started(runtime.providers, session.get_providers())
+    require_started(runtime.providers, session.get_providers())
     inputs = tuple(
         InputSpec(
             value.name,
@@ -151,8 +164,24 @@ def version() -> str:
     return str(_onnxruntime().__version__)
 
 
-def _open(ort: ModuleType, source: Model | Path, options: Any, names: Sequence[str]) -> Any:  # noqa: ANN401 (ONNX Runtime ships no types)
-    providers = [(name, PROVIDER_OPTIONS.get(name, {})) for name in names]
+def _set(ort: ModuleType, options: Any, runtime: Runtime) -> None:  # noqa: ANN401 (ONNX Runtime ships no types)
+    options.intra_op_num_threads = runtime.threads
+    options.enable_cpu_mem_arena = runtime.arena
+    level = getattr(ort.GraphOptimizationLevel, GRAPH_LEVELS[runtime.graph_level])
+    options.graph_optimization_level = level
+    if not runtime.spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if runtime.optimised is not None:
+        options.optimized_model_filepath = str(runtime.optimised)
+    if runtime.profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(runtime.profile)
+
+
+Providers = list[tuple[str, dict[str, str]]]
+
+
+def _open(ort: ModuleType, source: Model | Path, options: Any, providers: Providers) -> Any:  # noqa: ANN401 (ONNX Runtime ships no types)
     if isinstance(source, Path):
         return ort.InferenceSession(str(source), options, providers=providers)
     proto: onnx.ModelProto = source.proto()
@@ -172,69 +201,18 @@ def _onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendUnavailable(
-            CONFLICT
-            if _installed() == DISTRIBUTIONS
-            else "ONNX Runtime is not installed; install it with `pip install 'corp_onnx[cpu]'`, "
-            "or on a machine with an NVIDIA GPU with `pip install 'corp_onnx[gpu]'`"
-        ) from error
-    _warn_of_conflict()
+        raise BackendUnavailable(CONFLICT if in_conflict() else MISSING) from error
+    warn_of_conflict()
     return onnxruntime  # type: ignore[no-any-return]
 
 
-@functools.cache
-def _installed() -> tuple[str, ...]:
-    """The distributions of ONNX Runtime that are installed; looked up once."""
-    found = []
-    for name in DISTRIBUTIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            metadata.version(name)
-            found.append(name)
-    return tuple(found)
+def require_providers(providers: Sequence[str]) -> None:
+    """See whether execution providers are installed.
 
-
-@functools.cache
-def _warn_of_conflict() -> None:
-    """Say once that what runs may be either of two, where both are installed."""
-    if _installed() == DISTRIBUTIONS:
-        _log.warning("%s", CONFLICT)
-
-
-def _require_providers(ort: ModuleType, providers: Sequence[str]) -> None:
-    available = ort.get_available_providers()
-    missing = [name for name in providers if name not in available]
-    if missing:
-        advice = "choose one of these with --providers"
-        if CUDA[0] in missing:
-            conflict = _installed() == DISTRIBUTIONS
-            advice += f", or, for a CUDA device: {CONFLICT if conflict else TAKE_GPU}"
-        raise BackendUnavailable(
-            f"execution provider {', '.join(missing)} is not in the installed ONNX Runtime, which "
-            f"has {', '.join(available)}; {advice}"
-        )
-    if CUDA[0] in providers:
-        _load_cuda_libraries(ort)
-
-
-def _load_cuda_libraries(ort: ModuleType) -> None:
-    """Load the CUDA libraries that came as wheels; ONNX Runtime prints what it does not find."""
-    if not hasattr(ort, "preload_dlls"):  # before 1.21
-        return
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        ort.preload_dlls()
-    if said.getvalue():
-        _log.info("%s", said.getvalue().strip())
-
-
-def _require_started(wanted: Sequence[str], started: Sequence[str]) -> None:
-    """Fail where ONNX Runtime has left a provider out, which it does without an error."""
-    idle = [name for name in wanted if name not in started]
-    if idle:
-        raise BackendUnavailable(
-            f"ONNX Runtime could not start {', '.join(idle)} and would run on {', '.join(started)} "
-            "instead; check driver and libraries (`nvidia-smi`; the gpu extra brings CUDA 13 and "
-            "cuDNN 9, --log-level info says what was not found), or choose with --providers"
-        )
+    Raises:
+        BackendUnavailable: If not; it says which are.
+    """
+    require_available(_onnxruntime(), providers)
 
 
 def _register(ort: ModuleType, options: Any, library: Path) -> None:  # noqa: ANN401 (ONNX Runtime ships no types)

@@ -22,7 +22,7 @@ from tests.builders import HEAD, HIDDEN, TINY, Net, mlp
 from tests.conftest import Files
 from tests.inputs import activations, sentences
 
-VERBS = ("demo", "export", "inspect", "calibrate", "merge", "prune", "verify", "bench")
+VERBS = ("demo", "export", "inspect", "calibrate", "merge", "prune", "verify", "build", "bench")
 HALF = ("--mlp", 0.5, "--qk", 0.5, "--align", 1)
 
 
@@ -204,6 +204,51 @@ def test_bench_gives_runs_and_speedups_over_the_first(command, files, pruned):
     for speedup in found["speedups"]:
         assert (speedup["model"], speedup["over"]) == (str(pruned), str(files.model))
         assert 0 < speedup["low"] <= speedup["ratio"] <= speedup["high"]
+
+
+def test_bench_takes_several_targets_precisions_and_batches(command, files, pruned):
+    ended = command(
+        *("bench", files.model, pruned, "--target", "ort-cpu,openvino", "--batch", "1,3"),
+        *("--runs", 3, "--json"),
+    )
+    found = document(ended)
+    engines = [(run["batch"], run["target"], run["model"]) for run in found["runs"]]
+    models = (str(files.model), str(pruned))
+    assert engines == [
+        (batch, target, model)
+        for batch in (1, 3)
+        for target in ("ort-cpu", "openvino")
+        for model in models
+    ]
+    told = [run["device_ms"] is not None for run in found["runs"]]
+    assert told == [run["target"] == "openvino" for run in found["runs"]]
+    assert {entry["over"] for entry in found["speedups"]} == {str(files.model)}
+    assert len(found["speedups"]) == 6
+    assert found["conditions"]["cores"] >= 1
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "openvino"])
+def test_what_was_built_can_be_timed_where_it_was_built_for(command, files, tmp_path, target):
+    folder = tmp_path / "engine"
+    built = document(command("build", files.model, "--target", target, "-o", folder, "--json"))
+    assert built["size_bytes"] == sum(
+        file.stat().st_size for file in folder.iterdir() if file.name != "build.json"
+    )
+    assert Path(built["path"]).parent == folder
+    assert command("bench", folder, "--target", target, "--runs", 2).status == 0
+    other = {"ort-cpu": "openvino", "openvino": "ort-cpu"}[target]
+    assert_refused(command("bench", folder, "--target", other), f"was built for {target} in fp32")
+
+
+def test_a_model_of_one_batch_is_not_timed_at_another(command, tmp_path):
+    net = Net(0)
+    fixed = net.build(net("Mul", net.x(), 2.0))
+    for dim, size in zip(fixed.graph.input[0].type.tensor_type.shape.dim, (1, 7, 10), strict=True):
+        dim.dim_value = size
+    onnx.save(fixed, tmp_path / "fixed.onnx")
+    assert command("bench", tmp_path / "fixed.onnx", "--runs", 2).status == 0
+    ended = command("bench", tmp_path / "fixed.onnx", "--batch", 2)
+    assert_refused(ended, "a model has a fixed batch of 1")
 
 
 def test_bench_takes_sizes_by_input_name(command, files):
@@ -434,6 +479,8 @@ def test_a_model_without_anything_to_prune_is_exit_status_3(command, files, tmp_
     assert not (tmp_path / "out").exists()
 
 
+QUANTISED = "is quantised already"
+
 BAD_MODELS = {
     "not ONNX": (lambda f: text(f / "m.onnx", "not onnx"), "is not an ONNX model"),
     "empty": (lambda f: text(f / "m.onnx", ""), "holds no ONNX graph"),
@@ -441,7 +488,7 @@ BAD_MODELS = {
     "a folder": (lambda f: f, "is not a file"),
     "opset too old": (lambda f: saved(f / "m.onnx", with_opset(9)), "opset 11 or later"),
     "opset unknown": (lambda f: saved(f / "m.onnx", with_opset(99)), "upgrade it with"),
-    "quantised": (lambda f: saved(f / "m.onnx", quantised()), "is quantised already"),
+    "quantised": (lambda f: saved(f / "m.onnx", quantised()), QUANTISED),
     "no external data": (
         lambda f: without_external_data(f / "m.onnx"),
         "put the external data file back",
@@ -470,7 +517,7 @@ def results(tmp_path):
 
 
 @pytest.mark.parametrize(("make", "words"), BAD_MODELS.values(), ids=BAD_MODELS)
-@pytest.mark.parametrize("verb", ["inspect", "prune", "verify", "bench"])
+@pytest.mark.parametrize("verb", ["inspect", "prune", "verify", "build", "bench"])
 def test_a_model_that_cannot_be_used_is_exit_status_2(
     command, files, tmp_path, results, verb, make, words
 ):
@@ -479,9 +526,14 @@ def test_a_model_that_cannot_be_used_is_exit_status_2(
         "inspect": (),
         "prune": ("-o", results / "out.onnx", "--data", files.data),
         "verify": (files.model, "--data", files.data),
+        "build": ("-o", tmp_path / "engine"),
         "bench": ("--runs", 1),
     }[verb]
-    assert_refused(command(verb, model, *options, "--json"), words)
+    ended = command(verb, model, *options, "--json")
+    if verb in {"build", "bench"} and words == QUANTISED:
+        assert ended.status == 0  # it can be run, if not cut
+    else:
+        assert_refused(ended, words)
 
 
 def test_a_truncated_model_is_exit_status_2(command, files, tmp_path, results):
@@ -723,7 +775,10 @@ def test_bench_refuses_sizes_of_inputs_that_are_not_there(command, files):
         (("export", "timm:vit_tiny_patch16_224"), "Missing option '--output'"),
         (("inspect",), "Missing argument 'MODEL'"),
         (("merge", "-o", "out.npz"), "Missing argument 'FILE...'"),
-        (("bench", "model.onnx", "--target", "abacus"), "is not"),
+        (("bench", "model.onnx", "--target", "abacus"), "is none of ort-cpu, "),
+        (("bench", "model.onnx", "--precision", "fp4"), "is none of fp32, "),
+        (("bench", "model.onnx", "--batch", "0"), "is no list of sizes"),
+        (("build", "model.onnx", "-o", "out", "--target", "abacus"), "is none of"),
     ],
 )
 def test_a_command_that_is_not_complete_is_exit_status_2(command, arguments, words):

@@ -61,13 +61,41 @@ def test_the_seed_decides_the_order(clock):
 def test_warm_up_does_not_count(clock):
     times = [1000.0] * 5 + [2.0] * 20
     result = race([clock.engine("a", times)], warmup=5, runs=20)
-    assert result.latencies == (Latency(2.0, 2.0, 20),)
+    assert result.latencies == (Latency(2.0, 2.0, 20, 2.0),)
+
+
+def test_warm_up_goes_on_until_times_settle(clock):
+    times = [1000.0, 500.0, 250.0, 120.0, 60.0, 30.0, 15.0, 8.0] + [2.0] * 30
+    result = race([clock.engine("a", times)], warmup=4, runs=20)
+    assert result.warmup > 8
+    assert result.latencies[0].p95_ms == 2.0
+
+
+def test_warm_up_of_an_engine_that_never_settles_ends(clock):
+    result = race([clock.engine("a", 2.0 ** np.arange(40))], warmup=3, runs=5)
+    assert result.warmup == 30
+
+
+def test_time_on_the_device_is_the_median_of_what_the_engine_tells(clock):
+    told = iter([9.0, 1.0, 2.0, 30.0])
+    lanes = [clock.engine(name, [5.0] * 3) for name in "ab"]
+    devices = [lambda: next(told), lambda: None]
+    result = race(lanes, devices=devices, warmup=0, runs=3)
+    assert [latency.device_ms for latency in result.latencies] == [2.0, None]
+
+
+def test_the_spread_of_the_first_engine_is_told(clock):
+    calm, wild = [4.0] * 40, [1.0, 7.0] * 20
+    engines = {"calm": calm, "wild": wild}
+    for first, second, spread in (("calm", "wild", 0.0), ("wild", "calm", 1.5)):
+        lanes = [clock.engine(name, engines[name]) for name in (first, second)]
+        assert race(lanes, warmup=0, runs=40).spread == pytest.approx(spread)
 
 
 def test_median_and_95th_percentile_are_in_milliseconds(clock):
     times = np.arange(1.0, 22.0)
     result = race([clock.engine("a", times)], warmup=0, runs=21)
-    assert result.latencies == (Latency(11.0, 20.0, 21),)
+    assert result.latencies == (Latency(11.0, 20.0, 21, 2.0),)
 
 
 def test_an_engine_twice_as_fast_has_ratio_two_whatever_the_load(clock):

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import onnxruntime
 import pytest
 
-from corp_onnx import options, session
+from corp_onnx import options, providers
 from corp_onnx.errors import BackendUnavailable
-from corp_onnx.session import CPU, CUDA, Runtime, open_session
+from corp_onnx.providers import CPU, CUDA
+from corp_onnx.session import Runtime, open_session
 
 MENDED = "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install 'corp_onnx[gpu]'`"
 
@@ -20,7 +21,7 @@ MENDED = "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install 'cor
 @pytest.fixture
 def installed(monkeypatch):
     """Pretend that just these distributions are installed."""
-    cached = (session._installed, session._warn_of_conflict)
+    cached = (providers.in_conflict, providers.warn_of_conflict)
     looked_up = []
 
     def pretend(*names):
@@ -30,7 +31,7 @@ def installed(monkeypatch):
                 raise metadata.PackageNotFoundError(name)
             return "1.31"
 
-        monkeypatch.setattr(session.metadata, "version", version)
+        monkeypatch.setattr(providers.metadata, "version", version)
         for function in cached:
             function.cache_clear()
         return looked_up
@@ -121,7 +122,7 @@ def pretend_cuda(monkeypatch, *, starts):
 
 def test_cuda_computes_float32_as_float32(monkeypatch, files, capsys):
     opened = pretend_cuda(monkeypatch, starts=True)
-    open_session(files.model, Runtime(CUDA))
+    open_session(files.model, options.runtime_of(None, 0, None, "cuda"))
     assert opened == [[(CUDA[0], {"use_tf32": "0"}), (CPU[0], {})]]
     assert capsys.readouterr().out == ""  # ONNX Runtime prints there, where a document belongs
 

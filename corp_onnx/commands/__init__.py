@@ -1,6 +1,7 @@
 """Every command as a record of its arguments; calling it does the work and gives the answer."""
 
 from corp_onnx.commands.bench import Bench
+from corp_onnx.commands.build import Build
 from corp_onnx.commands.calibrate import Calibrate, Merge
 from corp_onnx.commands.export import Export
 from corp_onnx.commands.inspect import Inspect
@@ -12,6 +13,7 @@ from corp_onnx.commands.verify import Verify
 __all__ = [
     "Answer",
     "Bench",
+    "Build",
     "Calibrate",
     "Export",
     "Inspect",

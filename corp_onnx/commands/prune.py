@@ -11,6 +11,7 @@ from corp_onnx.blocks import Axis
 from corp_onnx.budget import Budget
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.data import Dataset
+from corp_onnx.deadline import Deadline
 from corp_onnx.graph import Model
 from corp_onnx.pipeline import Knowledge, Settings, prune
 from corp_onnx.preprocessing import Preprocessing
@@ -26,7 +27,7 @@ class Prune:
     source: Source | None
     """Inputs to calibrate on; None takes the statistics."""
     statistics: Path | None
-    widths: Mapping[Axis, float] | Budget
+    widths: Mapping[Axis, float] | Budget | Deadline
     settings: Settings
 
     def __call__(self, progress: Progress) -> Answer:
@@ -40,8 +41,8 @@ class Prune:
             self.model,
             self.output,
             knowledge,
-            shares_removed={} if isinstance(self.widths, Budget) else self.widths,
-            budget=self.widths if isinstance(self.widths, Budget) else None,
+            shares_removed=self.widths if isinstance(self.widths, Mapping) else {},
+            budget=None if isinstance(self.widths, Mapping) else self.widths,
             settings=telling(given, progress),
         )
         keep_preprocessing(self.model, self.output)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from corp_onnx import points, present
 from corp_onnx.budget import Budget
 from corp_onnx.commands.prune import keep_preprocessing, opener, telling
 from corp_onnx.commands.records import Answer, Progress, Source
+from corp_onnx.deploy.targets import TargetOptions, open_target
 from corp_onnx.errors import OutputError
-from corp_onnx.graph import load, whole
-from corp_onnx.latency import Race, race, timing_inputs
+from corp_onnx.graph import whole
+from corp_onnx.latency import Race
 from corp_onnx.pipeline import Settings, sweep
 from corp_onnx.plot import curve
-from corp_onnx.session import open_session
-from corp_onnx.shapes import usual_sequence
-from corp_onnx.sizes import input_sizes
+from corp_onnx.session import Runtime
+from corp_onnx.timing import Lane, Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +59,7 @@ class Sweep:
 
     def _raced(self, paths: list[Path]) -> Race:
         """The dense model and all others, timed turn by turn on one sample."""
-        return race([self._engine(path) for path in (self.model, *paths)])
-
-    def _engine(self, path: Path) -> Callable[[], object]:
-        graph = load(path).graph
-        runtime = self.settings.runtime
-        session = open_session(path, None if runtime is None else replace(runtime, spinning=False))
-        sizes = input_sizes(
-            graph, sequence=usual_sequence(graph), given=self.settings.sizes or None
-        )
-        feeds = timing_inputs(session.inputs, sizes)
-        return lambda: session.run(feeds)
+        runtime = self.settings.runtime or Runtime()
+        asked = TargetOptions(runtime.threads, custom_op_library=runtime.custom_op_library)
+        lanes = [Lane(path, open_target("ort-cpu", asked)) for path in (self.model, *paths)]
+        return Stopwatch(sizes=self.settings.sizes or {}).race(lanes)

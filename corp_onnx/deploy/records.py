@@ -80,9 +80,14 @@ class Build:
         try:
             document = json.loads(record.read_text())
             return Build(**document | {"path": folder / document["path"]})
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{folder} is not a file, and as a folder it holds no engine (no {RECORD}); make "
+                "one with `corp-onnx build`"
+            ) from error
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(
-                f"{record} is no record of a build: {error}; make one with `corp-onnx build`"
+                f"{record} is no record of a build: {error}; build the engine again"
             ) from error
 
 
@@ -119,6 +124,9 @@ class Target(Protocol):
     def name(self) -> str:
         """As on the command line."""
 
+    def versions(self) -> Mapping[str, str]:
+        """Of everything that has a part in how fast an engine is, by name."""
+
     def require(self, precision: Precision) -> None:
         """See whether the target is here, and can run a model of these types.
 
@@ -128,7 +136,7 @@ class Target(Protocol):
         """
 
     def build(self, model: Path, folder: Path, precision: Precision) -> Build:
-        """Make an engine of an ONNX file whose types are those of the precision.
+        """Make an engine, in a folder that exists, of an ONNX file in the types of a precision.
 
         Raises:
             GraphError: If the target cannot take the model, with all that its parser says.

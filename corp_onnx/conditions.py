@@ -1,0 +1,107 @@
+"""What the machine is, and what else it is doing, while engines are timed on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from types import ModuleType
+
+import psutil
+
+WATCHED_S = 0.5
+BUSY = 0.1
+"""Share of the processor that others may use before it is mentioned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """An NVIDIA device: what it is, clock, power and temperature."""
+
+    name: str
+    clock_mhz: int
+    power_w: float
+    temperature_c: int
+    memory_bytes: int
+    """In use, by all processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """A machine at one moment; None where it does not tell.
+
+    Attributes:
+        processor: As it names itself.
+        cores: That this process may use.
+        busy: Share of the processor that was in use while this process waited.
+        clock_mhz: Of the processor.
+        temperature_c: The highest that is told.
+        gpus: NVIDIA devices, where `nvidia-ml-py` is installed.
+    """
+
+    processor: str
+    cores: int
+    busy: float
+    clock_mhz: float | None
+    temperature_c: float | None
+    gpus: tuple[Gpu, ...]
+
+
+def read() -> Conditions:
+    """The machine now; takes half a second, in which this process rests."""
+    busy = psutil.cpu_percent(WATCHED_S) / 100
+    clock = psutil.cpu_freq()
+    told = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    heat = [sensor.current for group in told.values() for sensor in group]
+    return Conditions(
+        processor(),
+        len(psutil.Process().cpu_affinity() or ()) or os.cpu_count() or 1,
+        busy,
+        clock.current if clock else None,
+        max(heat, default=None),
+        _gpus(),
+    )
+
+
+def processor() -> str:
+    """The processor, as it names itself."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 (no file of ours)
+            names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    nvml = _nvml()
+    if nvml is None:
+        return ()
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return ()  # no driver
+    try:
+        devices = [nvml.nvmlDeviceGetHandleByIndex(at) for at in range(nvml.nvmlDeviceGetCount())]
+        return tuple(_gpu(nvml, device) for device in devices)
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _gpu(nvml: ModuleType, device: object) -> Gpu:
+    return Gpu(
+        str(nvml.nvmlDeviceGetName(device)),
+        int(nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)),
+        nvml.nvmlDeviceGetPowerUsage(device) / 1000,
+        int(nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)),
+        int(nvml.nvmlDeviceGetMemoryInfo(device).used),
+    )
+
+
+def _nvml() -> ModuleType | None:
+    """NVIDIA's management library, where the extra ``gpu`` brought it."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    return pynvml  # type: ignore[no-any-return]

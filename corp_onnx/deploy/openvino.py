@@ -1,0 +1,149 @@
+"""OpenVINO on the processor as a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from corp_onnx.data import InputSpec
+from corp_onnx.deploy.records import Build, Precision
+from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
+
+DEVICE = "CPU"
+ENGINE = "model.xml"
+
+CAPABILITY: Mapping[Precision, str] = {
+    "fp32": "FP32",
+    "fp16": "FP16",
+    "bf16": "BF16",
+    "int8": "INT8",
+}
+"""What a device must say of itself."""
+
+COMPUTED: Mapping[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
+"""What is computed in between; left alone, OpenVINO computes fp32 models in bf16 where it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVino:
+    """OpenVINO on the processor: builds its intermediate representation.
+
+    Attributes:
+        threads: Of one inference; 0 takes all cores.
+    """
+
+    threads: int = 0
+    name: str = "openvino"
+
+    def versions(self) -> Mapping[str, str]:
+        """Of OpenVINO."""
+        return {"openvino": str(_openvino().get_version())}
+
+    def require(self, precision: Precision) -> None:
+        """See whether OpenVINO is installed and this processor has these types."""
+        able = _openvino().Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+        if CAPABILITY[precision] not in able:
+            has = ", ".join(name for name, capability in CAPABILITY.items() if capability in able)
+            raise PlanError(f"OpenVINO has no {precision} on this processor; it has {has}")
+
+    def build(self, model: Path, folder: Path, precision: Precision) -> Build:
+        """Translate the model and write the translation, weights in the types that they have."""
+        self.require(precision)
+        openvino = _openvino()
+        path = folder / ENGINE
+        start = perf_counter()
+        try:
+            translated = openvino.Core().read_model(model)
+        except RuntimeError as error:
+            raise GraphError(f"OpenVINO cannot read {model}: {str(error).strip()}") from error
+        openvino.save_model(translated, path, compress_to_fp16=False)
+        seconds = perf_counter() - start
+        size = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")))
+        options = {key: str(value) for key, value in asdict(self).items() if key != "name"}
+        build = Build(self.name, precision, path, seconds, size, self.versions(), options)
+        build.write()
+        return build
+
+    def load(self, build: Build) -> OpenVinoEngine:
+        """Compile it for this processor, to answer one request as soon as possible."""
+        core = _openvino().Core()
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": COMPUTED[build.precision],
+        }
+        if self.threads:
+            settings["INFERENCE_NUM_THREADS"] = str(self.threads)
+        try:
+            compiled = core.compile_model(core.read_model(build.path), DEVICE, settings)
+        except RuntimeError as error:
+            raise GraphError(
+                f"OpenVINO cannot load {build.path}: {str(error).strip()}; build it again if "
+                "another version made it"
+            ) from error
+        return OpenVinoEngine(compiled, compiled.create_infer_request())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenVinoEngine:
+    """A compiled model and its one request."""
+
+    compiled: Any
+    request: Any
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """As the compiled model has them."""
+        return tuple(
+            InputSpec(
+                tensor.any_name,
+                tensor.element_type.to_dtype(),
+                tuple(dim.get_length() if dim.is_static else None for dim in tensor.partial_shape),
+            )
+            for tensor in self.compiled.inputs
+        )
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """As the compiled model has them."""
+        return tuple(tensor.any_name for tensor in self.compiled.outputs)
+
+    @property
+    def device_ms(self) -> float | None:
+        """Of the last request, without the copies from and to Python."""
+        return float(self.request.latency)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One inference."""
+        missing = [spec.name for spec in self.inputs if spec.name not in feeds]
+        if missing:
+            raise DataError(f"the model also reads {', '.join(missing)}; got {', '.join(feeds)}")
+        taken = {spec.name: feeds[spec.name] for spec in self.inputs}
+        try:
+            results = self.request.infer(taken)
+        except RuntimeError as error:
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in taken.items())
+            raise DataError(
+                f"OpenVINO cannot run the model on inputs of shape {shapes}: {str(error).strip()}"
+            ) from error
+        return {name: results[name] for name in self.outputs}
+
+    def close(self) -> None:
+        """Nothing: the request goes with its last reference."""
+
+
+def _openvino() -> ModuleType:
+    """The openvino module, or an error that says how to get it."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendUnavailable(
+            "the target openvino needs OpenVINO; install it with "
+            "`pip install 'corp_onnx[openvino]'`"
+        ) from error
+    return openvino  # type: ignore[no-any-return]

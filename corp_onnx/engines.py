@@ -1,0 +1,69 @@
+"""The verbs that make models run somewhere: `build` and `bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from corp_onnx import commands, options, screen
+from corp_onnx.deploy.records import PRECISIONS
+from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
+from corp_onnx.latency import RUNS, WARMUP
+from corp_onnx.timing import Stopwatch
+
+
+def build(
+    model: options.ModelFile,
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for the engine.")],
+    target: options.TargetName = "ort-cpu",
+    precision: options.PrecisionName = "fp32",
+    graph_level: options.Level = "all",
+    cache: options.Cache = None,
+    custom_op_library: options.CustomOps = None,
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
+) -> None:
+    """Make a model ready for one target: an engine, and the record of how it was built."""
+    asked = TargetOptions(graph_level=graph_level, cache=cache, custom_op_library=custom_op_library)
+    screen.run(
+        commands.Build(model, folder, open_target(target, asked), precision), as_json, log_level
+    )
+
+
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(help="Models, or folders of engines; the first is the measure.")
+    ],
+    targets: options.TargetNames = "ort-cpu",
+    precisions: options.PrecisionNames = "fp32",
+    batches: options.Batches = "1",
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Turns not counted.")] = WARMUP,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Turns counted.")] = RUNS,
+    shapes: options.Shapes = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = 0,
+    arena: Annotated[bool, typer.Option(help="Let ONNX Runtime keep freed memory.")] = True,
+    graph_level: options.Level = "all",
+    cache: options.Cache = None,
+    custom_op_library: options.CustomOps = None,
+    as_json: options.AsJson = False,
+    log_level: options.LogLevel = "warning",
+) -> None:
+    """Time models turn by turn, so that drift hits all alike."""
+    asked = TargetOptions(
+        threads=threads,
+        arena=arena,
+        graph_level=graph_level,
+        cache=cache,
+        custom_op_library=custom_op_library,
+    )
+    command = commands.Bench(
+        tuple(models),
+        tuple(open_target(name, asked) for name in options.names_of(targets, TARGETS, "--target")),
+        options.names_of(precisions, PRECISIONS, "--precision"),
+        options.batches_of(batches),
+        Stopwatch(sizes=options.sizes_of(shapes), warmup=warmup, runs=runs, seed=seed),
+    )
+    screen.run(command, as_json, log_level)

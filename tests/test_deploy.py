@@ -1,0 +1,159 @@
+"""Every target that can run here keeps the protocol; each says what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from corp_onnx import example
+from corp_onnx.deploy.records import Build, ShapeRange
+from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
+from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
+from corp_onnx.session import open_session
+
+HERE = ("ort-cpu", "openvino")
+"""Targets that need no device."""
+
+
+@pytest.fixture(scope="module")
+def images():
+    with np.load(example.TEST) as file:
+        return {"image": file["image"][:5].astype(np.float32)}
+
+
+@pytest.fixture(scope="module", params=HERE)
+def built(request, tmp_path_factory):
+    target = open_target(request.param)
+    return target, target.build(example.MODEL, tmp_path_factory.mktemp("engine"), "fp32")
+
+
+def test_an_engine_computes_what_the_model_computes(built, images):
+    target, build = built
+    engine = target.load(build)
+    wanted = open_session(example.MODEL).run(images)
+    found = engine.run(images)
+    engine.close()
+    assert found.keys() == wanted.keys() == set(engine.outputs)
+    for name, array in wanted.items():
+        assert np.abs(found[name] - array).max() < 1e-4 * np.abs(array).max()
+
+
+def test_an_engine_knows_its_inputs(built):
+    target, build = built
+    (spec,) = target.load(build).inputs
+    assert (spec.name, spec.dtype, spec.shape) == ("image", np.float32, (None, 1, 28, 28))
+
+
+def test_an_engine_says_which_input_is_missing(built):
+    target, build = built
+    with pytest.raises(DataError, match="also reads image"):
+        target.load(build).run({"picture": np.zeros((1, 1, 28, 28), np.float32)})
+
+
+def test_an_engine_says_which_shape_does_not_fit(built):
+    target, build = built
+    with pytest.raises(DataError, match=r"image \[1, 1, 27, 28\]"):
+        target.load(build).run({"image": np.zeros((1, 1, 27, 28), np.float32)})
+
+
+def test_the_record_of_a_build_can_be_read_again(built):
+    _, build = built
+    again = Build.read(build.path.parent)
+    assert again == build
+    assert again.seconds > 0
+    assert again.size_bytes > 800_000
+    assert set(again.versions) & {"onnxruntime", "openvino"}
+
+
+def test_an_engine_that_is_damaged_is_an_error(built, tmp_path):
+    target, build = built
+    path = tmp_path / build.path.name
+    path.write_bytes(b"no engine")
+    with pytest.raises(GraphError, match="cannot load"):
+        target.load(replace(build, path=path))
+
+
+def test_a_model_that_the_target_cannot_read_is_an_error(built, tmp_path):
+    target, _ = built
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(GraphError, match="cannot"):
+        target.build(path, tmp_path, "fp32")
+
+
+def test_fp32_is_computed_in_fp32_where_bf16_would_be_faster(images, tmp_path):
+    """Left alone, OpenVINO takes bf16 on processors that have it: 8 bits of mantissa."""
+    target = open_target("openvino")
+    build = target.build(example.MODEL, tmp_path, "fp32")
+    wanted = open_session(example.MODEL).run(images)["logits"]
+    error = {}
+    for precision in ("fp32", "bf16"):
+        found = target.load(replace(build, precision=precision)).run(images)["logits"]
+        error[precision] = float(np.square(found - wanted).sum() / np.square(wanted).sum())
+    assert error["fp32"] < 1e-10
+    if _has_bf16(target):
+        assert 1e-7 < error["bf16"] < 1e-2
+
+
+def _has_bf16(target):
+    try:
+        target.require("bf16")
+    except PlanError:
+        return False
+    return True
+
+
+def test_the_threads_and_the_graph_level_reach_onnx_runtime(tmp_path):
+    sizes = {}
+    for level in ("none", "all"):
+        target = open_target("ort-cpu", TargetOptions(threads=1, graph_level=level))
+        folder = tmp_path / level
+        folder.mkdir()
+        build = target.build(example.MODEL, folder, "fp32")
+        assert build.options["graph_level"] == level
+        assert build.options["threads"] == "1"
+        sizes[level] = build.path.read_bytes().count(b"BiasGelu")
+    assert sizes["none"] == 0 < sizes["all"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_is_here_or_says_why_not(name):
+    target = open_target(name)
+    assert target.name == name
+    if name in HERE:
+        target.require("fp32")
+    else:
+        with pytest.raises(BackendUnavailable) as caught:
+            target.require("fp32")
+        assert "install" in str(caught.value) or "choose" in str(caught.value)
+
+
+def test_onnx_runtime_has_no_bf16_on_the_processor():
+    with pytest.raises(PlanError, match="no kernels for bf16"):
+        open_target("ort-cpu").require("bf16")
+
+
+def test_an_unknown_target_is_an_error():
+    with pytest.raises(PlanError, match="'abacus' is none of ort-cpu, "):
+        open_target("abacus")
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", json.dumps({"path": "x"})])
+def test_a_folder_without_a_whole_record_is_an_error(tmp_path, text):
+    if text is not None:
+        (tmp_path / "build.json").write_text(text)
+    with pytest.raises(DataError, match=r"corp-onnx build|build the engine again"):
+        Build.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [(((1,), (2, 2), (3,)), "different rank"), (((4,), (2,), (8,)), "out of order")],
+)
+def test_shapes_of_a_profile_are_in_order(shapes, words):
+    ShapeRange((1, 3), (2, 3), (8, 3))
+    with pytest.raises(ValueError, match=words):
+        ShapeRange(*shapes)
