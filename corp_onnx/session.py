@@ -148,15 +148,7 @@ def open_session(source: Model | Path, runtime: Runtime | None = None) -> Sessio
             "that it does not know can be brought with --custom-op-library"
         ) from error
     require_started(runtime.providers, session.get_providers())
-    inputs = tuple(
-        InputSpec(
-            value.name,
-            np.dtype(NUMPY_TYPES.get(value.type, np.float32)),
-            tuple(size if isinstance(size, int) else None for size in value.shape),
-        )
-        for value in session.get_inputs()
-    )
-    return Session(inputs, tuple(value.name for value in session.get_outputs()), session)
+    return wrapped(session)
 
 
 def version() -> str:
@@ -241,3 +233,26 @@ def _failures(ort: ModuleType) -> tuple[type[Exception], ...]:
         state.EPFail,
         state.RuntimeException,
     )
+
+
+def wrapped(session: Any) -> Session:  # noqa: ANN401 (ONNX Runtime ships no types)
+    """What ONNX Runtime opened, as the rest of the program takes it."""
+    inputs = tuple(
+        InputSpec(
+            value.name,
+            np.dtype(NUMPY_TYPES.get(value.type, np.float32)),
+            tuple(size if isinstance(size, int) else None for size in value.shape),
+        )
+        for value in session.get_inputs()
+    )
+    return Session(inputs, tuple(value.name for value in session.get_outputs()), session)
+
+
+def library() -> tuple[ModuleType, tuple[type[Exception], ...]]:
+    """ONNX Runtime, for targets that open sessions in ways of their own, and what it raises.
+
+    Raises:
+        BackendUnavailable: If it is not installed.
+    """
+    ort = _onnxruntime()
+    return ort, _failures(ort)

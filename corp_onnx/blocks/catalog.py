@@ -108,10 +108,10 @@ def view_of(model: Model, sizes: Sizes | None = None) -> tuple[View, tuple[Refus
             linears[linear.output] = linear
         elif isinstance(linear, Refusal):
             refusals.append(linear)
-    return View(graph, opset, _probe(graph, sizes), order, linears, holders), tuple(refusals)
+    return View(graph, opset, probed(graph, sizes), order, linears, holders), tuple(refusals)
 
 
-def _probe(graph: gs.Graph, sizes: Sizes | None) -> tuple[Facts, ...]:
+def probed(graph: gs.Graph, sizes: Sizes | None = None) -> tuple[Facts, ...]:
     """Facts at two batch and two sequence sizes: the pair at which most shapes can be inferred.
 
     Dimensions that the caller gives are those of his data; only their first axis varies.

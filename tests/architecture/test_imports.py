@@ -14,10 +14,17 @@ SOURCES = sorted((ROOT / "corp_onnx").rglob("*.py"))
 
 OPTIONAL = (
     *("torch", "torchvision", "timm", "transformers", "onnxscript", "safetensors", "tokenizers"),
-    *("onnxruntime", "tensorrt", "openvino", "cupy"),
+    *("onnxruntime", "tensorrt", "cuda", "onnxruntime_ep_nv_tensorrt_rtx", "openvino", "cupy"),
 )
 
-DOORS = {"onnxruntime": {"session.py"}, "cupy": {"device.py"}}
+DOORS = {
+    "onnxruntime": {"session.py"},
+    "tensorrt": {"library.py"},
+    "cuda": {"cuda.py"},
+    "onnxruntime_ep_nv_tensorrt_rtx": {"rtx.py"},
+    "openvino": {"openvino.py"},
+    "cupy": {"device.py"},
+}
 """The only files that may import a heavy package; one that is not listed is imported by none."""
 
 WITHOUT_OPTIONAL = f"""

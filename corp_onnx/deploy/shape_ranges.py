@@ -1,0 +1,161 @@
+"""Smallest, likeliest and largest dimensions of inputs, from the text of flags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from corp_onnx.deploy.records import ShapeRange
+from corp_onnx.errors import PlanError
+
+Shapes = Mapping[str, tuple[int, ...]]
+Extent = Literal["min", "opt", "max"]
+
+_SHAPE = re.compile(
+    r"""(?P<name>[^\s,]+?):                            # names may hold colons: input:0
+        (?P<dims>\[\s*(?:\d+\s*(?:,\s*\d+\s*)*)?\]     # polygraphy: [1,3,224,224]
+            |\d+(?:,\d+)+                             # onnxslim: 1,3,224,224
+            |\d+(?:x\d+)*                             # trtexec: 1x3x224x224
+            |scalar)
+        (?=[,\s]|$)""",
+    re.VERBOSE,
+)
+_SEPARATOR = re.compile(r"[,\s]\s*")
+
+SPELLINGS = "NAME:1x3x224x224, NAME:1,3,224,224 or NAME:[1,3,224,224]"
+
+
+def parse_ranges(
+    smallest: Sequence[str] = (), likeliest: Sequence[str] = (), largest: Sequence[str] = ()
+) -> Mapping[str, ShapeRange]:
+    """The ranges that ``--min-shapes``, ``--opt-shapes`` and ``--max-shapes`` say.
+
+    Each text may name several inputs, with commas or spaces between. An input with only likeliest
+    dimensions gets no others; one without a smallest or largest has its likeliest there.
+
+    Raises:
+        PlanError: If a text is of another form, an input has no likeliest dimensions, or those of
+            an input are of different number or out of order.
+
+    >>> parse_ranges(["x:1x8,y:1x2"], ["x:4x8,y:1x2"], ["x:16x8"])["x"]
+    ShapeRange(smallest=(1, 8), likeliest=(4, 8), largest=(16, 8))
+    """
+    low, middle, high = (
+        _shapes(texts, extent)
+        for texts, extent in ((smallest, "min"), (likeliest, "opt"), (largest, "max"))
+    )
+    for name in (low | high).keys() - middle.keys():
+        raise PlanError(
+            f"{name!r} has --min-shapes or --max-shapes, but nothing says which dimensions are "
+            f"likeliest: give --opt-shapes {name}:... too"
+        )
+    return {
+        name: _range(name, low.get(name, dims), dims, high.get(name, dims))
+        for name, dims in middle.items()
+    }
+
+
+def exactly(shapes: Shapes) -> Mapping[str, ShapeRange]:
+    """Ranges of one size each, as for timing."""
+    return {name: ShapeRange(dims, dims, dims) for name, dims in shapes.items()}
+
+
+def fitted(
+    ranges: Mapping[str, ShapeRange], inputs: Mapping[str, tuple[int | None, ...]]
+) -> Mapping[str, ShapeRange]:
+    """A range for every input of a model, None being a dimension that may vary.
+
+    Inputs whose dimensions are all fixed need none. A range of an input of other dimensions, or of
+    one that the model does not have, is a mistake of the request.
+
+    Raises:
+        PlanError: If so, or if an input with dimensions that vary has no range.
+    """
+    unknown = ranges.keys() - inputs.keys()
+    if unknown:
+        raise PlanError(
+            f"shapes are given for {', '.join(sorted(unknown))}, which the model does not read; "
+            f"its inputs are {_listed(inputs)}"
+        )
+    missing = {name: dims for name, dims in inputs.items() if None in dims and name not in ranges}
+    if missing:
+        raise PlanError(
+            f"the model takes inputs of different sizes, {_listed(missing)}: say which are "
+            f"likeliest with --opt-shapes {_example(missing)}, and how far they go with "
+            "--min-shapes and --max-shapes"
+        )
+    return {
+        name: _fitting(name, ranges[name], dims) if name in ranges else _fixed(dims)
+        for name, dims in inputs.items()
+    }
+
+
+def _shapes(texts: Sequence[str], extent: str) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        for name, dims in _parsed(text, extent):
+            if found.setdefault(name, dims) != dims:
+                raise PlanError(f"--{extent}-shapes gives {name!r} twice, with different sizes")
+    return found
+
+
+def _parsed(text: str, extent: str) -> Iterable[tuple[str, tuple[int, ...]]]:
+    place = 0
+    while place < len(text):
+        match = _SHAPE.match(text, place)
+        if match is None:
+            raise PlanError(
+                f"--{extent}-shapes {text!r} is not of the form {SPELLINGS}; several inputs with "
+                "commas between"
+            )
+        dims = re.findall(r"\d+", match["dims"])
+        yield match["name"], tuple(map(int, dims))
+        separator = _SEPARATOR.match(text, match.end())
+        place = separator.end() if separator else match.end()
+
+
+def _range(
+    name: str, low: tuple[int, ...], middle: tuple[int, ...], high: tuple[int, ...]
+) -> ShapeRange:
+    try:
+        return ShapeRange(low, middle, high)
+    except ValueError as error:
+        raise PlanError(
+            f"the shapes of {name!r}, from {_written(low)} by {_written(middle)} to "
+            f"{_written(high)}, are not in order: give each as many dimensions, none of which "
+            "falls from --min-shapes to --opt-shapes to --max-shapes"
+        ) from error
+
+
+def _fitting(name: str, given: ShapeRange, dims: tuple[int | None, ...]) -> ShapeRange:
+    for shape in (given.smallest, given.likeliest, given.largest):
+        if len(shape) != len(dims):
+            raise PlanError(
+                f"{name} has {len(dims)} dimensions, {_written(dims)}, but {_written(shape)} is "
+                f"given, which has {len(shape)}"
+            )
+        if any(fixed not in (None, size) for fixed, size in zip(dims, shape, strict=True)):
+            raise PlanError(
+                f"{name} is {_written(dims)} in the model; {_written(shape)} changes a dimension "
+                "that is fixed there: give it as it is, or export it as one that may vary"
+            )
+    return given
+
+
+def _fixed(dims: tuple[int | None, ...]) -> ShapeRange:
+    sizes = tuple(size for size in dims if size is not None)
+    return ShapeRange(sizes, sizes, sizes)
+
+
+def _listed(inputs: Mapping[str, tuple[int | None, ...]]) -> str:
+    return ", ".join(f"{name} [{_written(dims)}]" for name, dims in inputs.items())
+
+
+def _example(inputs: Mapping[str, tuple[int | None, ...]]) -> str:
+    first, dims = next(iter(inputs.items()))
+    return f"{first}:{_written(tuple(1 if size is None else size for size in dims))}"
+
+
+def _written(dims: Sequence[int | None]) -> str:
+    return "x".join("?" if size is None else str(size) for size in dims)

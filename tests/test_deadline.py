@@ -1,0 +1,227 @@
+"""Widths for a latency, on a target whose times are known exactly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from corp_onnx import deadline as deadlines
+from corp_onnx import example, latency_table
+from corp_onnx.blocks import find_blocks
+from corp_onnx.calibrate import gather
+from corp_onnx.commands import Source
+from corp_onnx.deadline import Deadline, scheduled
+from corp_onnx.errors import PlanError
+from corp_onnx.graph import load
+from corp_onnx.latency_table import LatencyTable, kind_of
+from corp_onnx.pipeline import Settings, prune
+from corp_onnx.plan import uniform
+from corp_onnx.probes import Probe, probe
+from corp_onnx.session import open_session
+from corp_onnx.solve import Recipe
+from corp_onnx.timing import Lane, Stopwatch
+from tests.fake_target import Abacus, Clock
+
+ALIGN = 8
+
+
+def data(_):
+    session = open_session(example.MODEL)
+    return Source(str(example.CALIBRATION), samples=64).open(example.MODEL, session)
+
+
+@pytest.fixture(scope="module")
+def known():
+    """The bundled model, calibrated and probed."""
+    model = load(example.MODEL)
+    catalog = find_blocks(model)
+    batches = list(data(model).batches(32))
+    statistics = gather(model, catalog, batches)
+    probes = probe(model, catalog, statistics, batches[:1], Recipe(), align=ALIGN)
+    return model, catalog, statistics, probes
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Tables are the same for all tests: the target's times are."""
+    return tmp_path_factory.mktemp("tables")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock().install(monkeypatch)
+
+
+def schedule(known, limit, target, folder, *, in_ms=False, batch=1):
+    asked = Deadline(limit, in_ms, target, Stopwatch(batch, warmup=0, runs=1), folder)
+    return scheduled(example.MODEL, *known, asked, align=ALIGN)
+
+
+def alone(width, *, macs=1.0, axis="mlp"):
+    return Probe((f"{axis}.0",), axis, width, np.zeros(width + 1), macs, macs)
+
+
+# The table
+
+
+def test_costs_are_linear_between_the_widths_that_were_timed():
+    one = alone(10)
+    (cost,) = LatencyTable(8.0, {kind_of(one): {2: 4.0, 6: 7.0}}).costs([one])
+    saved = cost[-1] - cost
+    assert saved[[10, 8, 6, 4, 2]] == pytest.approx([0.0, 0.5, 1.0, 2.5, 4.0])
+    assert saved[0] == saved[2]  # below what was timed nothing is promised
+
+
+def test_axes_of_one_kind_share_what_is_saved():
+    two, other = [alone(4), alone(4)], alone(4, axis="vo")
+    table = LatencyTable(8.0, {kind_of(two[0]): {2: 4.0}, kind_of(other): {2: 6.0}})
+    saved = [cost[-1] - cost[2] for cost in table.costs([*two, other])]
+    assert saved == pytest.approx([2.0, 2.0, 2.0])
+
+
+def test_a_wider_variant_that_looked_faster_counts_as_no_slower():
+    one = alone(8)
+    (cost,) = LatencyTable(8.0, {kind_of(one): {2: 5.0, 4: 4.5, 6: 9.0}}).costs([one])
+    assert (np.diff(cost) >= 0).all()
+    assert cost[4] == cost[2]
+
+
+def test_the_table_has_what_the_clock_says(known, clock, tmp_path):
+    *_, probes = known
+    target = Abacus(clock)
+    trial = deadlines._Trial(
+        example.MODEL, *known, Deadline(0.5, False, target, Stopwatch(), tmp_path), ALIGN
+    )
+    table = latency_table.measured(probes, trial.shrunk, target, Stopwatch(), align=ALIGN)
+    for one, cost in zip(probes, table.costs(probes), strict=True):
+        saved_ns = (cost[-1] - cost[one.width // 2]) * 1e6
+        assert saved_ns == pytest.approx(_weights(one) * one.width / 2, rel=0.02)
+
+
+def _weights(one):
+    """Weights of one channel: a row or column in each of two matrices, in every head."""
+    width_in, heads = {"mlp": (64, 1), "qk": (64, 2), "vo": (64, 2)}[one.axis]
+    return 2 * width_in * heads * len(one.blocks)
+
+
+def test_a_table_is_measured_once_for_all_that_it_depends_on(known, clock, tmp_path):
+    schedule(known, 0.7, Abacus(clock), tmp_path)
+    first = clock.runs
+    schedule(known, 0.6, Abacus(clock), tmp_path)
+    second = clock.runs - first
+    assert second < first / 3
+    for other in ({"batch": 2}, {"tile": 2}):
+        before = clock.runs
+        target = Abacus(clock, tile=other.pop("tile", 1))
+        schedule(known, 0.6, target, tmp_path, **other)
+        assert clock.runs - before > first / 2
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# The deadline
+
+
+@pytest.mark.parametrize("limit", [0.9, 0.7, 0.5])
+def test_the_time_that_was_asked_for_is_met(known, clock, tables, limit):
+    found = schedule(known, limit, Abacus(clock, fixed_ns=20_000), tables)
+    assert 0.95 * limit <= found.tries[-1].measured <= limit
+    assert len({(cut.axis, cut.to) for cut in found.plan.cuts}) > 3  # widths of their own
+
+
+def test_milliseconds_are_met_too(known, clock, tables):
+    target = Abacus(clock, fixed_ns=20_000)
+    race = Stopwatch(warmup=0, runs=1).race([Lane(example.MODEL, target)])
+    dense_ms = race.latencies[0].median_ms
+    found = schedule(known, 0.6 * dense_ms, target, tables, in_ms=True)
+    assert 0.95 * 0.6 <= found.tries[-1].measured <= 0.6
+    assert found.limit == pytest.approx(0.6)
+
+
+def test_the_clock_corrects_a_table_that_is_wrong(known, clock, tables, monkeypatch):
+    """Everything seems to save twice what it does; one try would miss the limit."""
+    honest = LatencyTable.costs
+    monkeypatch.setattr(
+        LatencyTable, "costs", lambda table, probes: [2 * c for c in honest(table, probes)]
+    )
+    target = Abacus(clock, fixed_ns=20_000)
+    found = schedule(known, 0.6, target, tables)
+    assert len(found.tries) > 1
+    assert 0.95 * 0.6 <= found.tries[-1].measured <= 0.6
+    monkeypatch.setattr(deadlines, "TRIES", 1)
+    assert schedule(known, 0.6, target, tables).tries[-1].measured > 0.6
+
+
+def test_it_does_less_harm_than_cutting_alike_to_the_same_time(known, clock, tables):
+    _, catalog, _, probes = known
+    target = Abacus(clock)
+    found = schedule(known, 0.6, target, tables)
+    alike = uniform(catalog, dict.fromkeys(("mlp", "qk", "vo"), 0.5), align=ALIGN)
+
+    def harm(plan):
+        to = {(cut.block, cut.axis): cut.to for cut in plan.cuts}
+        return sum(float(one.harm[to[one.blocks[0], one.axis]]) for one in probes)
+
+    trial = deadlines._Trial(
+        example.MODEL, *known, Deadline(0.5, False, target, Stopwatch(), tables), ALIGN
+    )
+    to = {(cut.block, cut.axis): cut.to for cut in alike.cuts}
+    widths = {place: to[one.blocks[0], one.axis] for place, one in enumerate(probes)}
+    share = 1 / trial._raced(widths).speedups[1].ratio
+    same = schedule(known, share, target, tables)
+    assert same.tries[-1].measured <= share
+    assert harm(same.plan) < 0.8 * harm(alike)
+    assert harm(found.plan) > 0
+
+
+def test_a_time_that_cannot_be_reached_gives_the_nearest_and_says_so(clock, tables, tmp_path):
+    target = Abacus(clock, fixed_ns=10_000_000)
+    asked = Deadline(0.3, False, target, Stopwatch(warmup=0, runs=3), tables)
+    result = prune(
+        *(example.MODEL, tmp_path / "out.onnx", data),
+        budget=asked,
+        settings=Settings(recipe=Recipe("corp")),
+    )
+    (check,) = (check for check in result.verification.checks if check.name == "latency")
+    assert not check.passed
+    assert "asked for 0.300; nothing nearer was found" in check.found
+    assert not result.verification.passed
+    assert (tmp_path / "out.onnx").is_file()
+
+
+def test_the_finished_model_is_timed_once_more(clock, tables, tmp_path):
+    target = Abacus(clock, fixed_ns=20_000)
+    asked = Deadline(0.7, False, target, Stopwatch(warmup=0, runs=3), tables)
+    result = prune(
+        *(example.MODEL, tmp_path / "out.onnx", data),
+        budget=asked,
+        settings=Settings(recipe=Recipe("corp")),
+    )
+    assert result.kept is not None
+    assert 0.95 * 0.7 <= result.kept.share <= 0.7
+    slower = replace(result.kept.race, speedups=(result.kept.race.speedups[0],) * 2)
+    assert not replace(result.kept, race=slower).check().passed
+
+
+@pytest.mark.parametrize(("limit", "in_ms"), [(0, False), (1.5, False), (-1, True)])
+def test_a_limit_that_is_none_is_refused(limit, in_ms):
+    with pytest.raises(PlanError, match="--latency"):
+        Deadline(limit, in_ms, Abacus())
+
+
+def test_tables_that_cannot_be_kept_are_measured_all_the_same(tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    table = LatencyTable(1.0, {"mlp": {2: 0.5}})
+    assert latency_table.kept(lambda: table, {"a": 1}, blocked / "cache") == table
+    assert "cannot be kept" in caplog.text
+
+
+def test_a_kept_table_is_read_as_it_was(tmp_path):
+    table = LatencyTable(1.25, {"mlp 8 1 1": {2: 0.5, 4: 0.75}})
+    assert latency_table.kept(lambda: table, {"a": 1}, tmp_path) == table
+    assert latency_table.kept(lambda: pytest.fail("again"), {"a": 1}, tmp_path) == table
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["whole_ms"] == 1.25

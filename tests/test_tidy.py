@@ -1,0 +1,124 @@
+"""Targets of Reshape that always come to the same become constants; no other does."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx.parser
+import onnx_graphsurgeon as gs
+import pytest
+
+from corp_onnx import tidy
+from corp_onnx.blocks.catalog import probed
+from corp_onnx.graph import from_proto
+from corp_onnx.session import open_session
+
+HEAD = '<ir_version: 8, opset_import: ["" : 17]>\n'
+CONSTANTS = (
+    "<int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[2] rest = {4, -1}, "
+    "int64[1] last = {12}, int64[1] three = {3}>"
+)
+
+
+def model(inputs, outputs, body):
+    text = f"{HEAD} g ({inputs}) => ({outputs}) {CONSTANTS} {{ {body} }}"
+    return from_proto(onnx.parser.parse_model(text))
+
+
+def tidied(before):
+    graph = before.graph.copy()
+    tidy.tidy_reshapes(graph)
+    graph.cleanup(remove_unused_graph_inputs=False)
+    return before.with_graph(graph)
+
+
+def targets(one):
+    return [
+        node.inputs[1].values.tolist() if isinstance(node.inputs[1], gs.Constant) else None
+        for node in one.graph.nodes
+        if node.op == "Reshape"
+    ]
+
+
+def same(one, other, **shapes):
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    (x,), (y,) = (tuple(open_session(each).run(feeds).values()) for each in (one, other))
+    return x.shape == y.shape and np.array_equal(x, y)
+
+
+SPLIT_HEADS = """
+    s = Shape(x)
+    b = Slice(s, zero, one)
+    n = Slice(s, one, two)
+    t = Concat<axis = 0>(b, n, rest)
+    y = Reshape(x, t)
+"""
+
+
+def test_a_target_that_follows_batch_and_sequence_is_copied_from_the_input():
+    before = model("float[B,N,12] x", "float[B,N,4,3] y", SPLIT_HEADS)
+    after = tidied(before)
+    assert targets(before) == [None]
+    assert targets(after) == [[0, 0, 4, 3]]
+    assert [node.op for node in after.graph.nodes] == ["Reshape"]
+    for batch, sequence in ((1, 1), (4, 9), (7, 300)):
+        assert same(before, after, x=(batch, sequence, 12))
+
+
+def test_one_dimension_may_follow_from_the_rest():
+    body = """
+        s = Shape(x)
+        b = Slice(s, zero, one)
+        n = Slice(s, one, two)
+        m = Mul(b, n)
+        t = Concat<axis = 0>(m, last)
+        y = Reshape(x, t)
+    """
+    before = model("float[B,N,12] x", "float[M,12] y", body)
+    after = tidied(before)
+    assert targets(after) == [[-1, 12]]
+    assert same(before, after, x=(3, 5, 12))
+
+
+def test_two_dimensions_that_change_with_the_sizes_stay_computed():
+    body = """
+        s = Shape(x)
+        b = Slice(s, zero, one)
+        n = Slice(s, one, two)
+        twice = Mul(b, two)
+        more = Mul(n, two)
+        t = Concat<axis = 0>(twice, more, three)
+        y = Reshape(x, t)
+    """
+    before = model("float[B,N,12] x", "float[P,Q,3] y", body)
+    after = tidied(before)
+    assert targets(after) == [None]
+    assert same(before, after, x=(3, 4, 12))
+
+
+def test_one_probe_would_write_down_what_changes(monkeypatch):
+    """The twin: from one set of sizes, batch and sequence look fixed."""
+    before = model("float[B,N,12] x", "float[B,N,4,3] y", SPLIT_HEADS)
+    monkeypatch.setattr(tidy, "_varies", lambda tensor, probes: True)
+    monkeypatch.setattr(tidy, "probed", lambda graph: probed(graph)[:1])
+    monkeypatch.setattr(tidy, "usual_facts", lambda graph: probed(graph)[0])
+    assert targets(tidied(before)) == [[2, 5, 4, 3]]
+
+
+def test_pictures_of_any_size_are_left_alone():
+    body = "s = Shape(x) b = Slice(s, zero, two) t = Concat<axis = 0>(b, minus) y = Reshape(x, t)"
+    text = (
+        f"{HEAD} g (float[B,3,H,W] x) => (float[B,3,P] y) <int64[1] zero = {{0}}, "
+        f"int64[1] two = {{2}}, int64[1] minus = {{-1}}> {{ {body} }}"
+    )
+    before = from_proto(onnx.parser.parse_model(text))
+    assert targets(tidied(before)) == [None]
+
+
+@pytest.mark.parametrize("fixed", [(2, 5), (1, 7)])
+def test_sizes_that_are_fixed_are_written_down(fixed):
+    batch, sequence = fixed
+    before = model(f"float[{batch},{sequence},12] x", "float[A,C,4,3] y", SPLIT_HEADS)
+    after = tidied(before)
+    assert targets(after) == [[batch, sequence, 4, 3]]
+    assert same(before, after, x=(batch, sequence, 12))

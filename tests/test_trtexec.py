@@ -1,0 +1,77 @@
+"""Times that trtexec wrote, in the form that it writes."""
+
+from __future__ import annotations
+
+import pytest
+
+from corp_onnx.deploy.trtexec import read_times
+from corp_onnx.errors import DataError
+
+KEYS = (
+    *("startEnqMs", "endEnqMs", "startH2dMs", "endH2dMs", "startComputeMs", "endComputeMs"),
+    *("startD2hMs", "endD2hMs", "h2dMs", "computeMs", "d2hMs", "latencyMs"),
+)
+
+TIMES = """[
+  { "startEnqMs" : 0.0, "endEnqMs" : 0.4, "startH2dMs" : 0.1, "endH2dMs" : 0.2, "startComputeMs" : \
+0.2, "endComputeMs" : 4.2, "startD2hMs" : 4.2, "endD2hMs" : 4.3, "h2dMs" : 0.1, "computeMs" : 4.0, \
+"d2hMs" : 0.1, "latencyMs" : 4.2 }
+, { "startEnqMs" : 5.0, "endEnqMs" : 5.4, "startH2dMs" : 5.1, "endH2dMs" : 5.2, "startComputeMs" : \
+5.2, "endComputeMs" : 8.2, "startD2hMs" : 8.2, "endD2hMs" : 8.3, "h2dMs" : 0.1, "computeMs" : 3.0, \
+"d2hMs" : 0.1, "latencyMs" : 3.2 }
+]
+"""
+
+
+@pytest.fixture
+def times(tmp_path):
+    def written(text=TIMES):
+        path = tmp_path / "times.json"
+        path.write_text(text)
+        return path
+
+    return written
+
+
+def test_every_inference_has_its_times(times):
+    assert all(f'"{key}"' in TIMES for key in KEYS)
+    found = read_times(times())
+    assert found.latency_ms.tolist() == [4.2, 3.2]
+    assert found.device_ms.tolist() == [4.0, 3.0]
+    with pytest.raises(ValueError, match="read-only"):
+        found.latency_ms[0] = 0.0
+
+
+def test_a_warm_up_can_be_left_out(times):
+    assert read_times(times(), after_ms=1.0).latency_ms.tolist() == [3.2]
+    with pytest.raises(DataError, match="no inference after 100 ms"):
+        read_times(times(), after_ms=100.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "none",
+        "{}",
+        "3",
+        "[3]",
+        '[{"name": "layer", "timeMs": 3}]',
+        '[{"latencyMs": null, "computeMs": 1, "startComputeMs": 0}]',
+        '{"a": 1}',
+        '[["latencyMs"]]',
+    ],
+)
+def test_other_files_are_refused(text, times):
+    with pytest.raises(DataError, match=r"no inference|trtexec --exportTimes=FILE"):
+        read_times(times(text))
+
+
+def test_files_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        read_times(tmp_path / "times.json")
+
+
+def test_times_that_are_no_numbers_are_refused(times):
+    with pytest.raises(DataError, match="no numbers"):
+        read_times(times('[{"latencyMs": NaN, "computeMs": 1, "startComputeMs": 0}]'))
