@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from corp_onnx.blocks import Catalog, axes_of
 from corp_onnx.data import Dataset
+from corp_onnx.device import HOST, Device
 from corp_onnx.errors import DataError, NothingPrunable, TooFewSamples
 from corp_onnx.extracts import exposed
 from corp_onnx.graph import Model
@@ -44,6 +45,7 @@ def calibrate(
     seed: int = 0,
     crops: int | None = 1,
     partial: Partial | None = None,
+    device: Device = HOST,
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> Statistics:
     """Moments of every axis that can be cut, over all samples but those held out.
@@ -63,6 +65,7 @@ def calibrate(
         crops: Inputs to make of every picture that is not held out, `enriched`. One of as
             many tokens counts, so that only running the model takes longer.
         partial: Keeps what is summed so far, and what an interrupted run has summed before.
+        device: Where it is summed.
         on_batch: Called after every batch with its number of samples.
 
     Raises:
@@ -83,6 +86,7 @@ def calibrate(
         seed=seed,
         earlier=earlier,
         keep=partial.keep if partial else None,
+        device=device,
         on_batch=on_batch,
     )
     require_enough(statistics)
@@ -106,6 +110,7 @@ def gather(
     seed: int = 0,
     earlier: Statistics | None = None,
     keep: Callable[[Callable[[], Statistics]], None] | None = None,
+    device: Device = HOST,
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> Statistics:
     """Moments over exactly these batches, none held out and none too few.
@@ -118,7 +123,7 @@ def gather(
         DataError: If there are no batches, or an activation holds NaN or infinity.
         NothingPrunable: If no block has an axis that statistics are needed for.
     """
-    sites = tuple(Site(block) for block in catalog.blocks if axes_of(block))
+    sites = tuple(Site(block, device=device) for block in catalog.blocks if axes_of(block))
     if not sites:
         raise NothingPrunable(
             "no block of the model has an axis to calibrate; `corp-onnx inspect` says why"

@@ -19,6 +19,7 @@ from corp_onnx.checking import Gates
 from corp_onnx.commands import Source
 from corp_onnx.demo import Demo
 from corp_onnx.deploy.targets import TargetOptions
+from corp_onnx.device import device_of
 from corp_onnx.errors import CorpError, NothingPrunable, PlanError
 from corp_onnx.pipeline import Settings
 from corp_onnx.plan import DEFAULT_ALIGN
@@ -98,7 +99,8 @@ def calibrate(
         bool, typer.Option("--resume", help="Go on from OUT.partial, and keep one.")
     ] = False,
     shapes: options.Shapes = None,
-    providers: options.Providers = options.DEFAULT_PROVIDERS,
+    device: options.Device = "cpu",
+    providers: options.Providers = None,
     threads: options.Threads = 0,
     custom_op_library: options.CustomOps = None,
     as_json: options.AsJson = False,
@@ -113,7 +115,8 @@ def calibrate(
         options.shard_of(shard),
         resume,
         options.sizes_of(shapes),
-        options.runtime_of(providers, threads, custom_op_library),
+        options.runtime_of(providers, threads, custom_op_library, device),
+        device_of(device),
     )
     screen.run(command, as_json, log_level)
 
@@ -157,7 +160,8 @@ def prune(
     crops: options.Crops = None,
     allow_random: options.AllowRandom = False,
     shapes: options.Shapes = None,
-    providers: options.Providers = options.DEFAULT_PROVIDERS,
+    device: options.Device = "cpu",
+    providers: options.Providers = None,
     threads: options.Threads = 0,
     custom_op_library: options.CustomOps = None,
     as_json: options.AsJson = False,
@@ -168,10 +172,10 @@ def prune(
         raise PlanError("give either --data (inputs to calibrate on) or --stats (a file of them)")
     settings = Settings(
         align,
-        Recipe(method, ranking, ridge),
+        Recipe(method, ranking, ridge, device=device_of(device)),
         Gates(max_error, min_agreement),
         options.sizes_of(shapes),
-        options.runtime_of(providers, threads, custom_op_library),
+        options.runtime_of(providers, threads, custom_op_library, device),
         seed,
         crops,
         Request(precision, weight_only),
@@ -204,7 +208,8 @@ def sweep(
     crops: options.Crops = None,
     allow_random: options.AllowRandom = False,
     shapes: options.Shapes = None,
-    providers: options.Providers = options.DEFAULT_PROVIDERS,
+    device: options.Device = "cpu",
+    providers: options.Providers = None,
     threads: options.Threads = 0,
     custom_op_library: options.CustomOps = None,
     as_json: options.AsJson = False,
@@ -213,10 +218,10 @@ def sweep(
     """Error, MACs and latency over several budgets; picks the smallest that keeps your limits."""
     settings = Settings(
         align,
-        Recipe(method, None, ridge),
+        Recipe(method, None, ridge, device=device_of(device)),
         Gates(max_error, min_agreement),
         options.sizes_of(shapes),
-        options.runtime_of(providers, threads, custom_op_library),
+        options.runtime_of(providers, threads, custom_op_library, device),
         seed,
         crops,
     )
@@ -240,7 +245,7 @@ def verify(
     samples: options.Samples = None,
     seed: options.Seed = 0,
     allow_random: options.AllowRandom = False,
-    providers: options.Providers = options.DEFAULT_PROVIDERS,
+    providers: options.Providers = None,
     threads: options.Threads = 0,
     custom_op_library: options.CustomOps = None,
     as_json: options.AsJson = False,

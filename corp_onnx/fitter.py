@@ -54,9 +54,11 @@ class Fitter:
         solver = self._solver(statistics)
         kept = solver.channels(block, cut.to, merged(joints).features)
         branch = solver.branch(block.id, block.down, self.stream.gain)
-        ridge = self.line.recipe.ridge
-        fold = narrow_mlp(joints, branch, cut.to, ridge=ridge, kept=kept)
-        return [fold], [self._solver(statistics, Recipe("none")).fold(block, cut)]
+        recipe = self.line.recipe
+        fold = narrow_mlp(
+            joints, branch, cut.to, ridge=recipe.ridge, kept=kept, device=recipe.device
+        )
+        return [fold], [self._solver(statistics, self._bare).fold(block, cut)]
 
     def _attention(self, block: Attention, cuts: Mapping[Axis, Cut]) -> Folds:
         """Queries and keys first: what is mixed then follows the narrower logits."""
@@ -65,26 +67,28 @@ class Fitter:
         if "qk" in cuts:
             statistics = self._query_key(block)
             folds.append(self._solver(statistics).fold(block, cuts["qk"]))
-            bare.append(self._solver(statistics, Recipe("none")).fold(block, cuts["qk"]))
+            bare.append(self._solver(statistics, self._bare).fold(block, cuts["qk"]))
         if block.output is None:
             return folds, bare
-        linear = block.output.linear
+        line, linear = self.line, block.output.linear
         joints = self._joints(folds, linear.input)
         statistics = self._statistics({"context": merged(joints).features})
         solver = self._solver(statistics)
         branch = solver.branch(block.id, linear, self.stream.gain)
         if "vo" not in cuts:
-            return [*folds, narrow_output(joints, branch)], bare
-        bare.append(self._solver(statistics, Recipe("none")).fold(block, cuts["vo"]))
-        if not self.line.recipe.truncate:
+            return [*folds, narrow_output(joints, branch, device=line.recipe.device)], bare
+        bare.append(self._solver(statistics, self._bare).fold(block, cuts["vo"]))
+        if not line.recipe.truncate:
             return [*folds, solver.fold(block, cuts["vo"])], bare
         heads, width = Heads.of(block.output), cuts["vo"].to
-        fold = narrow_values(joints, branch, heads, width, ridge=self.line.recipe.ridge)
+        fold = narrow_values(
+            joints, branch, heads, width, ridge=line.recipe.ridge, device=line.recipe.device
+        )
         return [*folds, fold], bare
 
     def _query_key(self, block: Attention) -> Statistics:
         """What queries and keys are, behind the blocks that are cut."""
-        site = Site(block, ("qk",))
+        site = Site(block, ("qk",), device=self.line.recipe.device)
         part = self.line.cut(self.part, self.before)
         for _, tensors in self.line.run(self.line.pruned, part, site.tensors()):
             site.add(tensors)
@@ -95,7 +99,8 @@ class Fitter:
         stream, line, linear = self.stream, self.line, self.stream.linear
         assert linear is not None, "a block whose last layer is known"
         totals = [
-            Collector((linear.width_in + linear.width_out,)) for _ in range(max(line.of_part) + 1)
+            Collector((linear.width_in + linear.width_out,), line.recipe.device)
+            for _ in range(max(line.of_part) + 1)
         ]
         mask = [self.block.padding.tensor] if self.block.padding else []
         wanted = (features, linear.output, stream.tensor, *mask)
@@ -140,6 +145,10 @@ class Fitter:
 
     def _solver(self, statistics: Statistics, recipe: Recipe | None = None) -> Solver:
         return Solver.of(self.line.model, statistics, recipe or self.line.recipe)
+
+    @property
+    def _bare(self) -> Recipe:
+        return Recipe("none", device=self.line.recipe.device)
 
     @property
     def _sha256(self) -> str:

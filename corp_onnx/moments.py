@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float64
+from array_api_compat import array_namespace, is_numpy_array
+from jaxtyping import Float, Float64, Shaped
 from scipy.linalg import blas
 
+from corp_onnx.device import HOST, Array, Device, to_host
 from corp_onnx.errors import DataError
 
 ROWS_PER_CHANNEL, LEAST_ROWS = 2, 4096
@@ -134,7 +137,7 @@ class Accumulator:
 
     The one mutable object of the statistics, because a record would copy its
     ``d²`` sums for every batch. Only one triangle of the scatter is summed;
-    `moments` mirrors it.
+    `moments` mirrors it. The sums, and the products that go into them, are on a device.
 
     >>> accumulator = Accumulator((2,))
     >>> for batch in (np.array([[0.0, 1.0]]), np.array([[2.0, 5.0], [4.0, 3.0]])):
@@ -143,13 +146,14 @@ class Accumulator:
     array([2., 3.])
     """
 
-    __slots__ = ("_count", "_mean", "_upper")
+    __slots__ = ("_count", "_device", "_mean", "_upper")
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], device: Device = HOST) -> None:
         """Start with no vector, for batches of shape ``(n, *shape)``, ``shape = (*h, d)``."""
         self._count = 0
-        self._mean = np.zeros(shape)
-        self._upper = np.zeros((*shape, shape[-1]))
+        self._device = device
+        self._mean = device.xp.zeros(shape, dtype=device.xp.float64)
+        self._upper = device.xp.zeros((*shape, shape[-1]), dtype=device.xp.float64)
 
     def add(self, x: Float[np.ndarray, "n *h d"]) -> None:
         """Merge a batch of ``n`` vectors in.
@@ -159,7 +163,7 @@ class Accumulator:
         float64. In float32 the scatter is good to about 1e-6 of its norm.
 
         Args:
-            x: Activations; axes between the first and the last are kept apart.
+            x: Activations, on the host; axes between the first and the last are kept apart.
 
         Raises:
             DataError: If ``x`` holds NaN or infinity, or values whose products
@@ -169,28 +173,34 @@ class Accumulator:
             raise ValueError(f"batch of shape {x.shape} for moments of shape {self._mean.shape}")
         if len(x) == 0:
             return
+        xp = self._device.xp
+        batch = self._device.asarray(x)
         with np.errstate(over="ignore", invalid="ignore"):
-            mean = x.mean(axis=0, dtype=np.float64)
+            mean = xp.sum(batch, axis=0, dtype=xp.float64) / len(x)
             _require_finite(mean)
-            within = _scatter(x, mean)
-        _require_finite(np.diagonal(within, axis1=-2, axis2=-1))
+            within = _scatter(batch, mean)
+        _require_finite(xp.linalg.diagonal(within))
 
         count = self._count + len(x)
         delta = mean - self._mean
         self._upper += within
-        self._add_between(delta * np.sqrt(self._count * (len(x) / count)))
+        self._add_between(delta * math.sqrt(self._count * (len(x) / count)))
         self._mean += delta * (len(x) / count)
         self._count = count
 
     def moments(self) -> Moments:
         """What was added so far, as a record of its own."""
-        scatter = np.triu(self._upper)
-        scatter += np.triu(self._upper, 1).swapaxes(-1, -2)
+        upper = to_host(self._upper)
+        scatter = np.triu(upper)
+        scatter += np.triu(upper, 1).swapaxes(-1, -2)
         scatter.setflags(write=False)
-        return Moments(self._count, self._mean, scatter)
+        return Moments(self._count, to_host(self._mean), scatter)
 
-    def _add_between(self, delta: Float64[np.ndarray, "*h d"]) -> None:
-        """Add the outer product of ``delta`` with itself to the triangle, in place."""
+    def _add_between(self, delta: Float64[Array, "*h d"]) -> None:
+        """Add the outer product of ``delta`` with itself, on the host to the triangle alone."""
+        if not self._device.is_host:
+            self._upper += delta[..., :, None] * delta[..., None, :]
+            return
         for head in np.ndindex(delta.shape[:-1]):
             blas.dsyr(1.0, delta[head], a=self._upper[head].T, overwrite_a=1, lower=1)
 
@@ -200,9 +210,9 @@ class Collector:
 
     __slots__ = ("_enough", "_total", "_waiting")
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], device: Device = HOST) -> None:
         """Start with no vector, for batches of shape ``(n, *shape)``."""
-        self._total = Accumulator(shape)
+        self._total = Accumulator(shape, device)
         self._enough = max(ROWS_PER_CHANNEL * shape[-1], LEAST_ROWS)
         self._waiting: list[Float[np.ndarray, "n *h d"]] = []
 
@@ -231,7 +241,7 @@ class Collector:
             self._total.add(np.concatenate(waiting))
 
 
-def read_only(values: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+def read_only(values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     """The array as a record may hold it: not writable, and nobody else's memory."""
     if values.flags.writeable or values.base is not None:
         values = np.array(values)
@@ -239,25 +249,31 @@ def read_only(values: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
     return values
 
 
-def _scatter(
-    x: Float[np.ndarray, "n *h d"], mean: Float64[np.ndarray, "*h d"]
-) -> Float[np.ndarray, "*h d d"]:
+def _scatter(x: Float[Array, "n *h d"], mean: Float64[Array, "*h d"]) -> Float[Array, "*h d d"]:
     """Scatter of ``x`` around ``mean``.
 
     NumPy sees that both factors are one matrix and computes a triangle only (BLAS syrk); unlike
     SciPy's BLAS it lets other threads run meanwhile.
     """
-    dtype = np.result_type(x, np.float32)
-    rows = np.moveaxis(x, 0, -2)
-    centred = np.subtract(
-        rows, mean[..., None, :], out=np.empty(rows.shape, dtype), casting="same_kind"
-    )
-    products: np.ndarray = np.matmul(centred.swapaxes(-1, -2), centred)
-    return products
+    xp = array_namespace(x, mean)
+    centred = _centred(xp.moveaxis(x, 0, -2), mean[..., None, :])
+    return xp.matmul(xp.matrix_transpose(centred), centred)
 
 
-def _require_finite(values: Float[np.ndarray, "..."]) -> None:
-    if not np.isfinite(values).all():
+def _centred(
+    rows: Float[Array, "*h n d"], mean: Float64[Array, "*h 1 d"]
+) -> Float[Array, "*h n d"]:
+    """Subtracted in float64, kept in the precision of the rows; with NumPy never whole in both."""
+    xp = array_namespace(rows, mean)
+    dtype = xp.result_type(rows, xp.float32)
+    if is_numpy_array(rows):
+        return np.subtract(rows, mean, out=np.empty(rows.shape, dtype), casting="same_kind")
+    return xp.astype(rows - mean, dtype)
+
+
+def _require_finite(values: Float[Array, "..."]) -> None:
+    xp = array_namespace(values)
+    if not xp.all(xp.isfinite(values)):
         raise DataError(
             "the activations hold NaN or infinity, or numbers too large to multiply; "
             "check the inputs, and that the model gives finite outputs for them"

@@ -14,9 +14,11 @@ from corp_onnx.deadline import Deadline
 from corp_onnx.deploy.records import PRECISIONS, Precision
 from corp_onnx.deploy.shape_ranges import parse_ranges
 from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
+from corp_onnx.device import DeviceName
 from corp_onnx.errors import PlanError
 from corp_onnx.plan import DEFAULT_SHARES
-from corp_onnx.session import CPU, GraphLevel, Runtime
+from corp_onnx.providers import CPU, CUDA, EXACT
+from corp_onnx.session import GraphLevel, Runtime
 from corp_onnx.sizes import Sizes
 from corp_onnx.solve.ranking import RANKINGS
 from corp_onnx.solve.solver import ELIMINATION, Method
@@ -31,9 +33,16 @@ Shapes = Annotated[
     list[str] | None,
     typer.Option("--shapes", help="Input dimensions for counting: NAME:1x3x224x224. Repeatable."),
 ]
-DEFAULT_PROVIDERS = ",".join(CPU)
+Device = Annotated[
+    DeviceName, typer.Option("--device", help="Where activations are summed and systems solved.")
+]
+DEFAULT_PROVIDERS: Mapping[DeviceName, tuple[str, ...]] = {"cpu": CPU, "cuda": CUDA}
 Providers = Annotated[
-    str, typer.Option("--providers", help="Execution providers of ONNX Runtime, comma-separated.")
+    str | None,
+    typer.Option(
+        "--providers",
+        help="Execution providers of ONNX Runtime, comma-separated; default: those of the device.",
+    ),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads; 0 takes all cores.")]
 CustomOps = Annotated[
@@ -215,13 +224,17 @@ def budgets_of(macs: str | None, params: str | None) -> tuple[Budget, ...]:
     return tuple(Budget(unit, share) for share in sorted(shares, reverse=True))
 
 
-def runtime_of(providers: str, threads: int, custom_op_library: Path | None) -> Runtime:
+def runtime_of(
+    providers: str | None,
+    threads: int,
+    custom_op_library: Path | None,
+    device: DeviceName = "cpu",
+) -> Runtime:
     """How models are run, from the text of the flags."""
-    return Runtime(
-        tuple(name.strip() for name in providers.split(",")),
-        threads,
-        custom_op_library=custom_op_library,
-    )
+    names = DEFAULT_PROVIDERS[device]
+    if providers is not None:
+        names = tuple(name.strip() for name in providers.split(","))
+    return Runtime(names, threads, custom_op_library=custom_op_library, provider_options=EXACT)
 
 
 def sizes_of(shapes: list[str] | None) -> Sizes:

@@ -213,6 +213,7 @@ class Work:
                 runtime=given.runtime,
                 seed=given.seed,
                 crops=given.crops,
+                device=given.recipe.device,
                 on_batch=given.on_batch,
             )
         return replace(self, statistics=statistics)
@@ -226,7 +227,7 @@ class Work:
                 self.catalog,
                 self.statistics,
                 self.statistics.seen[:PROBED_BATCHES],
-                Recipe(ridge=self.settings.recipe.ridge),
+                Recipe(ridge=self.settings.recipe.ridge, device=self.settings.recipe.device),
                 align=self.settings.align,
                 runtime=self.settings.runtime,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ def probe(
     solver = Solver.of(model, statistics, recipe)
     blocks = {block.id: block for block in catalog.blocks}
     groups = _groups(catalog, half)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, threadpool_limits(1, user_api="blas"):
+    with ThreadPoolExecutor(recipe.device.workers) as pool, threadpool_limits(1, user_api="blas"):
         curves = list(
             pool.map(lambda cuts: solver.curve(blocks[cuts[0].block], cuts[0].axis), groups)
         )

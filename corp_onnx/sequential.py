@@ -102,10 +102,12 @@ def _solve_shared(line: Line, plan: Plan) -> Mapping[str, Folds]:
         return {}
     catalog = replace(line.catalog, blocks=blocks)
     batches = (line.dense.read(batch) for batch in range(len(line.of_part)))
-    statistics = gather(line.model, catalog, batches, runtime=line.runtime)
+    statistics = gather(
+        line.model, catalog, batches, runtime=line.runtime, device=line.recipe.device
+    )
     found, bare = (
         solve(line.model, line.catalog, Plan(cuts), statistics, recipe)
-        for recipe in (line.recipe, Recipe("none"))
+        for recipe in (line.recipe, Recipe("none", device=line.recipe.device))
     )
     return {
         block.id: (

@@ -16,11 +16,19 @@ import onnx
 from corp_onnx.data import InputSpec
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError
 from corp_onnx.graph import Model, is_large, write
+from corp_onnx.providers import (
+    CONFLICT,
+    CPU,
+    MISSING,
+    in_conflict,
+    load_libraries,
+    require_available,
+    require_started,
+    warn_of_conflict,
+)
 from corp_onnx.widened import in_float32, is_bfloat16
 
 _log = logging.getLogger(__name__)
-
-CPU: tuple[str, ...] = ("CPUExecutionProvider",)
 
 LOG_ONLY_FATAL = 4
 """What ONNX Runtime logs of lesser errors it also raises."""
@@ -118,12 +126,14 @@ def open_session(source: Model | Path, runtime: Runtime | None = None) -> Sessio
     A `Model` in bfloat16, for which many kernels are missing, is run in float32.
 
     Raises:
-        BackendUnavailable: If ONNX Runtime, or an execution provider asked for, is missing.
+        BackendUnavailable: If ONNX Runtime, or an execution provider asked for, is missing or
+            does not start.
         GraphError: If ONNX Runtime cannot load the model.
     """
     runtime = runtime or Runtime()
     ort = _onnxruntime()
-    require_providers(runtime.providers)
+    require_available(ort, runtime.providers)
+    load_libraries(ort, runtime.providers)
     options = ort.SessionOptions()
     options.log_severity_level = LOG_ONLY_FATAL
     _set(ort, options, runtime)
@@ -137,6 +147,7 @@ def open_session(source: Model | Path, runtime: Runtime | None = None) -> Sessio
             f"ONNX Runtime {ort.__version__} cannot load the model: {str(error)[:500]}; operators "
             "that it does not know can be brought with --custom-op-library"
         ) from error
+    require_started(runtime.providers, session.get_providers())
     return wrapped(session)
 
 
@@ -182,10 +193,8 @@ def _onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendUnavailable(
-            "ONNX Runtime is not installed; install it with `pip install 'corp_onnx[cpu]'`, or on "
-            "a machine with an NVIDIA GPU with `pip install 'corp_onnx[gpu]'`"
-        ) from error
+        raise BackendUnavailable(CONFLICT if in_conflict() else MISSING) from error
+    warn_of_conflict()
     return onnxruntime  # type: ignore[no-any-return]
 
 
@@ -195,13 +204,7 @@ def require_providers(providers: Sequence[str]) -> None:
     Raises:
         BackendUnavailable: If not; it says which are.
     """
-    available = _onnxruntime().get_available_providers()
-    missing = [name for name in providers if name not in available]
-    if missing:
-        raise BackendUnavailable(
-            f"execution provider {', '.join(missing)} is not in the installed ONNX Runtime, which "
-            f"has {', '.join(available)}; choose one of these with --providers or --target"
-        )
+    require_available(_onnxruntime(), providers)
 
 
 def _register(ort: ModuleType, options: Any, library: Path) -> None:  # noqa: ANN401 (ONNX Runtime ships no types)

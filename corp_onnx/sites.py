@@ -10,6 +10,7 @@ import numpy as np
 
 from corp_onnx.blocks import Attention, Axis, Block, Mlp, axes_of
 from corp_onnx.blocks.records import Linear, Output, Route
+from corp_onnx.device import HOST, Device
 from corp_onnx.errors import DataError
 from corp_onnx.masks import seen_rows
 from corp_onnx.moments import Collector, Moments
@@ -40,13 +41,16 @@ ALL = Thinning()
 class Site:
     """Sums up the activations of one block; mutable, as the sums that it holds."""
 
-    __slots__ = ("_products", "_sums", "axes", "block", "tokens")
+    __slots__ = ("_device", "_products", "_sums", "axes", "block", "tokens")
 
-    def __init__(self, block: Block, axes: Sequence[Axis] | None = None) -> None:
+    def __init__(
+        self, block: Block, axes: Sequence[Axis] | None = None, *, device: Device = HOST
+    ) -> None:
         """Start with no batch; all axes that can be cut are read, unless some are named."""
         self.block = block
         self.axes = axes_of(block) if axes is None else tuple(axes)
         self.tokens = 0
+        self._device = device
         self._sums: dict[str, Collector] = {}
         self._products: np.ndarray | None = None
 
@@ -119,7 +123,7 @@ class Site:
         return thinning.of(np.arange(np.prod(tokens.shape[:-1]))[seen])
 
     def _sum(self, role: str, vectors: np.ndarray) -> None:
-        self._sums.setdefault(role, Collector(vectors.shape[1:])).add(vectors)
+        self._sums.setdefault(role, Collector(vectors.shape[1:], self._device)).add(vectors)
 
     @contextmanager
     def _named(self) -> Iterator[None]:

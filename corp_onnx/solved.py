@@ -57,7 +57,7 @@ def from_statistics(
         )
     return Solved(
         solve(model, catalog, plan, statistics, recipe),
-        solve(model, catalog, plan, statistics, Recipe("none")),
+        solve(model, catalog, plan, statistics, Recipe("none", device=recipe.device)),
         statistics.seen,
         statistics.held_out,
         statistics.samples,

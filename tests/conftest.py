@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import array_api_strict
 import numpy as np
 import onnx
 import pytest
 
 from corp_onnx import cli, surgery
+from corp_onnx.device import HOST, Device, device_of
+from corp_onnx.errors import BackendUnavailable
 from corp_onnx.graph import Model, from_proto
 from tests.builders import TINY
 from tests.inputs import activations, sentences
@@ -21,6 +24,33 @@ from tests.inputs import activations, sentences
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+STRICT = Device("strict", array_api_strict)
+"""Arrays that can do what the standard says, and nothing else."""
+
+
+def device_named(name: str) -> Device:
+    """A device for tests; without CUDA those that need it are skipped, with the reason."""
+    try:
+        return {"strict": STRICT, "cpu": HOST}.get(name) or device_of("cuda")
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["cpu", "strict", CUDA])
+def any_device(request: pytest.FixtureRequest) -> Device:
+    """The host, arrays of the standard alone, and CUDA where there is any."""
+    return device_named(request.param)
+
+
+@pytest.fixture(params=["strict", CUDA])
+def device(request: pytest.FixtureRequest) -> Device:
+    """The same, but for the host."""
+    return device_named(request.param)
 
 
 @pytest.fixture(scope="session")

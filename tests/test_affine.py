@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from corp_onnx.errors import DataError, IllConditioned
 from corp_onnx.moments import Moments
-from corp_onnx.solve.affine import MAX_CONDITION, fold, mean_only, no_repair, recover_mlp, share
+from corp_onnx.solve.affine import fold, mean_only, no_repair, recover_mlp, share
+from corp_onnx.solve.algebra import MAX_CONDITION
 from tests.oracles import lstsq_affine, squared_error, vectors
 from tests.tolerances import distance, rounding
 

@@ -11,6 +11,7 @@ from corp_onnx import graph, present
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import calibrate
 from corp_onnx.commands.records import Answer, Progress, Source
+from corp_onnx.device import HOST, Device
 from corp_onnx.resume import Partial
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.sizes import Sizes
@@ -29,6 +30,7 @@ class Calibrate:
     resume: bool
     sizes: Sizes
     runtime: Runtime
+    device: Device = HOST
 
     def __call__(self, progress: Progress) -> Answer:
         """Run the model on the shard's samples and write what was found."""
@@ -48,6 +50,7 @@ class Calibrate:
             seed=self.source.seed,
             crops=self.crops,
             partial=partial,
+            device=self.device,
             on_batch=progress,
         )
         statistics.save(self.output)

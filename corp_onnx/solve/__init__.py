@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -36,7 +35,7 @@ def solve(
         )
     solver = Solver.of(model, statistics, recipe)
     blocks = {block.id: block for block in catalog.blocks}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, threadpool_limits(1, user_api="blas"):
+    with ThreadPoolExecutor(recipe.device.workers) as pool, threadpool_limits(1, user_api="blas"):
         cuts = [cut for cut in plan.cuts if cut.block == leader_of(blocks[cut.block])]
         found = pool.map(lambda cut: solver.fold(blocks[cut.block], cut), cuts)
         folds = {(cut.block, cut.axis): fold for cut, fold in zip(cuts, found, strict=True)}

@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from array_api_compat import array_namespace
 from jaxtyping import Float, Float64, Int
-from scipy import linalg
-from scipy.linalg import lapack
 
-from corp_onnx.errors import IllConditioned
+from corp_onnx.device import HOST, Array, Device, beside, to_host
 from corp_onnx.moments import Moments, read_only
+from corp_onnx.solve.algebra import block, inner, ridged, rows, solve_definite, spread_out
 
 Repair = Literal["corp", "mean", "none"]
 """What stands in for removed channels: the paper's repair, their mean, or nothing."""
-
-MAX_CONDITION = 1e12
-"""Beyond this, float64 leaves no more than four digits of a solution."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,8 +24,8 @@ class Affine:
     Attributes:
         weight: ``B``.
         offset: ``c``, in activation units.
-        condition: Condition number of the regularised system, as LAPACK
-            estimates it in the 1-norm; at most ``k`` times the usual one.
+        condition: Condition number of the regularised system in the 1-norm, on
+            the host as LAPACK estimates it; at most ``k`` times the usual one.
             1 if there was nothing to solve.
         unexplained: Share of the removed channels' variance that is left, 0 is
             perfect, 1 is what their mean leaves.
@@ -104,18 +101,7 @@ def fold(
     >>> answer.weight.round(6), answer.offset.round(6), round(answer.unexplained, 6)
     (array([[2.]]), array([1.]), 0.0)
     """
-    covariance = covariance_of(moments)
-    varying = np.diagonal(covariance)[kept] > 0.0
-    weight = np.zeros((len(kept), len(removed)))
-    condition = 1.0
-    if varying.any() and len(removed):
-        absolute = ridge * float(np.trace(covariance)) / moments.width
-        system = covariance[np.ix_(kept[varying], kept[varying])]
-        system[np.diag_indices_from(system)] += absolute
-        cross = covariance[np.ix_(kept[varying], removed)]
-        weight[varying], condition = solve_definite(system, cross)
-    offset = moments.mean[removed] - moments.mean[kept] @ weight
-    return Affine(weight, offset, condition, _unexplained(covariance, kept, removed, weight))
+    return _predicted(moments.mean, covariance_of(moments), kept, removed, ridge=ridge)
 
 
 def mean_only(
@@ -127,7 +113,7 @@ def mean_only(
     >>> mean_only(Moments.of(z), np.array([0]), np.array([1])).offset
     array([3.])
     """
-    return _without_prediction(moments, kept, removed, offset=moments.mean[removed])
+    return _constant(moments.mean[removed], covariance_of(moments), kept, removed)
 
 
 def no_repair(
@@ -138,7 +124,7 @@ def no_repair(
     ``unexplained`` counts variance, so it is that of `mean_only`; what the
     lost mean costs is in the ``error`` of `recover_mlp`.
     """
-    return _without_prediction(moments, kept, removed, offset=np.zeros(len(removed)))
+    return _constant(np.zeros(len(removed)), covariance_of(moments), kept, removed)
 
 
 def recover_mlp(
@@ -149,6 +135,7 @@ def recover_mlp(
     *,
     repair: Repair,
     ridge: float,
+    device: Device = HOST,
 ) -> Recovered:
     r"""The down projection that reads only kept channels.
 
@@ -169,6 +156,7 @@ def recover_mlp(
         down_bias: ``b``; zeros for a layer that has none.
         repair: What stands in for the removed channels.
         ridge: As in `fold`; read by ``corp`` only.
+        device: Where it is computed.
 
     Raises:
         IllConditioned: As in `fold`.
@@ -182,23 +170,32 @@ def recover_mlp(
     >>> small.weight.round(6), small.bias.round(6)
     (array([[21.]]), array([10.5]))
     """
-    removed = _complement(kept, moments.width)
+    removed, mean = _complement(kept, moments.width), moments.mean
+    covariance = device.asarray(covariance_of(moments))
     match repair:
         case "corp":
-            affine = fold(moments, kept, removed, ridge=ridge)
+            affine = _predicted(mean, covariance, kept, removed, ridge=ridge)
         case "mean":
-            affine = mean_only(moments, kept, removed)
+            affine = _constant(mean[removed], covariance, kept, removed)
         case "none":
-            affine = no_repair(moments, kept, removed)
+            affine = _constant(np.zeros(len(removed)), covariance, kept, removed)
 
-    dense = down_weight.astype(np.float64)
-    taken_over = affine.weight @ dense[removed]
+    exact = down_weight.astype(np.float64)
+    dense = device.asarray(exact)
+    taken_over = device.asarray(affine.weight) @ rows(dense, removed)
+    shift = mean[removed] - mean[kept] @ affine.weight - affine.offset
+    mean_lost = shift @ exact[removed]
+    order = np.argsort(np.concatenate([kept, removed]))
+    lost = rows(array_namespace(dense).concat([-taken_over, rows(dense, removed)]), order)
     return Recovered(
-        dense[kept] + taken_over,
-        down_bias + affine.offset @ dense[removed],
+        to_host(rows(dense, kept) + taken_over),
+        down_bias + affine.offset @ exact[removed],
         affine.condition,
         affine.unexplained,
-        _output_error(moments, kept, removed, dense, affine),
+        share(
+            inner(lost, covariance @ lost) + float(mean_lost @ mean_lost),
+            inner(dense, covariance @ dense),
+        ),
     )
 
 
@@ -208,29 +205,6 @@ def share(part: float, whole: float) -> float:
     if part == 0.0:
         return 0.0
     return part / whole if whole > 0.0 else np.inf
-
-
-def solve_definite(
-    system: Float64[np.ndarray, "k k"], cross: Float64[np.ndarray, "k p"]
-) -> tuple[Float64[np.ndarray, "k p"], float]:
-    """Solution of a positive definite system, and the system's condition number."""
-    norm = np.linalg.norm(system, 1)
-    try:
-        factor = linalg.cho_factor(system.T, lower=True, overwrite_a=True)
-    except linalg.LinAlgError as error:
-        raise IllConditioned(_advice(len(system), "is singular")) from error
-    reciprocal, _ = lapack.dpocon(factor[0], norm, uplo="L")
-    if reciprocal * MAX_CONDITION < 1.0:
-        found = f"has condition {1 / reciprocal:.1e}" if reciprocal > 0.0 else "is singular"
-        raise IllConditioned(_advice(len(system), found))
-    return linalg.cho_solve(factor, cross), float(1.0 / reciprocal)
-
-
-def _advice(channels: int, found: str) -> str:
-    return (
-        f"the system of {channels} kept channels {found} (condition may be {MAX_CONDITION:.0e}); "
-        "calibrate with more samples or raise --ridge"
-    )
 
 
 def covariance_of(moments: Moments) -> Float64[np.ndarray, "d d"]:
@@ -243,15 +217,37 @@ def covariance_of(moments: Moments) -> Float64[np.ndarray, "d d"]:
     return covariance
 
 
-def _without_prediction(
-    moments: Moments,
+def _predicted(
+    mean: Float64[np.ndarray, " d"],
+    covariance: Float64[Array, "d d"],
     kept: Int[np.ndarray, " k"],
     removed: Int[np.ndarray, " p"],
     *,
-    offset: Float64[np.ndarray, " p"],
+    ridge: float,
 ) -> Affine:
+    """`fold`, where the covariance is."""
+    xp = array_namespace(covariance)
+    varying = to_host(xp.linalg.diagonal(covariance))[kept] > 0.0
+    weight, condition = beside(np.zeros((len(kept), len(removed))), covariance), 1.0
+    if varying.any() and len(removed):
+        absolute = ridge * float(xp.linalg.trace(covariance)) / len(mean)
+        system = ridged(block(covariance, kept[varying], kept[varying]), absolute)
+        answer, condition = solve_definite(system, block(covariance, kept[varying], removed))
+        weight = spread_out(answer, varying)
+    unexplained = _unexplained(covariance, kept, removed, weight)
+    exact = to_host(weight)
+    return Affine(exact, mean[removed] - mean[kept] @ exact, condition, unexplained)
+
+
+def _constant(
+    offset: Float64[np.ndarray, " p"],
+    covariance: Float64[Array, "d d"],
+    kept: Int[np.ndarray, " k"],
+    removed: Int[np.ndarray, " p"],
+) -> Affine:
+    """Removed channels replaced by numbers."""
     weight = np.zeros((len(kept), len(removed)))
-    left = _unexplained(covariance_of(moments), kept, removed, weight)
+    left = _unexplained(covariance, kept, removed, beside(weight, covariance))
     return Affine(weight, offset, condition=1.0, unexplained=left)
 
 
@@ -262,32 +258,13 @@ def _complement(kept: Int[np.ndarray, " k"], width: int) -> Int[np.ndarray, " p"
 
 
 def _unexplained(
-    covariance: Float64[np.ndarray, "d d"],
+    covariance: Float64[Array, "d d"],
     kept: Int[np.ndarray, " k"],
     removed: Int[np.ndarray, " p"],
-    weight: Float64[np.ndarray, "k p"],
+    weight: Float64[Array, "k p"],
 ) -> float:
     """Share of the removed variance that ``weight`` leaves; true for any ``weight``."""
-    cross = covariance[np.ix_(kept, removed)]
-    missed = covariance[np.ix_(kept, kept)] @ weight - cross  # λB at the optimum: small
-    total = np.diagonal(covariance)[removed].sum()
-    left = total - np.vdot(weight, cross) + np.vdot(weight, missed)
-    return share(float(left), float(total))
-
-
-def _output_error(
-    moments: Moments,
-    kept: Int[np.ndarray, " k"],
-    removed: Int[np.ndarray, " p"],
-    dense: Float64[np.ndarray, "d o"],
-    affine: Affine,
-) -> float:
-    """Relative squared error of the output, from moments: variance plus squared mean."""
-    lost = dense.copy()
-    lost[kept] = -affine.weight @ dense[removed]
-    shift = moments.mean[removed] - moments.mean[kept] @ affine.weight - affine.offset
-    mean_lost = shift @ dense[removed]
-    covariance = covariance_of(moments)
-    variance_lost = np.vdot(lost, covariance @ lost)
-    total = np.vdot(dense, covariance @ dense)
-    return share(float(variance_lost + mean_lost @ mean_lost), float(total))
+    cross = block(covariance, kept, removed)
+    missed = block(covariance, kept, kept) @ weight - cross  # λB at the optimum: small
+    total = float(to_host(array_namespace(cross).linalg.diagonal(covariance))[removed].sum())
+    return share(total - inner(weight, cross) + inner(weight, missed), total)

@@ -5,22 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from array_api_compat import array_namespace
 from jaxtyping import Float64, Int
 
+from corp_onnx.device import HOST, Array, Device, beside, to_host
 from corp_onnx.errors import IllConditioned
 from corp_onnx.moments import Moments, read_only
-from corp_onnx.solve.affine import MAX_CONDITION, Repair, share
+from corp_onnx.solve.affine import Repair, share
+from corp_onnx.solve.algebra import MAX_CONDITION, block, inner
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bilinear:
     """Solution of ``G_Q M G_K + λM = C``, and the condition number of that system."""
 
-    matrix: Float64[np.ndarray, "r r"]
+    matrix: Float64[Array, "r r"]
+    """In the namespace of what was solved."""
     condition: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "matrix", read_only(self.matrix))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +59,7 @@ def recover_query_key(
     key_heads: Int[np.ndarray, " h"] | None = None,
     repair: Repair,
     ridge: float,
+    device: Device = HOST,
 ) -> QueryKeyMaps:
     r"""Maps to ``r`` coordinates per head that keep the logits ``q kᵀ``.
 
@@ -93,6 +95,7 @@ def recover_query_key(
             equally many query heads read one key head after the other.
         repair: What stands in for the removed coordinates.
         ridge: Regularisation, relative; read by ``corp`` only.
+        device: Where it is computed.
 
     Raises:
         IllConditioned: If a head's system is singular, or its condition number
@@ -107,34 +110,36 @@ def recover_query_key(
     >>> float(logit.round(6))
     5.0
     """
-    key_grams = key.gram
+    key_grams = device.asarray(key.gram)
     groups, width = key_grams.shape[:2]
     heads = len(query.mean)
     if key_heads is None:
         assert heads % groups == 0, "every key head serves as many query heads"
         key_heads = np.repeat(np.arange(groups), heads // groups)
-    query_grams = pooled(query.gram, key_heads, groups)
+    query_grams = device.asarray(pooled(query.gram, key_heads, groups))
 
-    select = np.swapaxes(np.eye(width)[kept], -1, -2)
+    xp = device.xp
+    select = xp.matrix_transpose(device.asarray(np.eye(width)[kept]))
     narrow_query, narrow_key, condition = select, select, 1.0
     if repair == "corp" and 0 < kept.shape[1] < width:
         halves = [
-            _split(query_grams[head], key_grams[head], kept[head], ridge=ridge)
+            _split(query_grams[head, ...], key_grams[head, ...], kept[head], ridge=ridge)
             for head in range(groups)
         ]
-        narrow_query = select @ np.stack([left for left, _, _ in halves])
-        narrow_key = select @ np.stack([right for _, right, _ in halves])
+        narrow_query = select @ xp.stack([left for left, _, _ in halves])
+        narrow_key = select @ xp.stack([right for _, right, _ in halves])
         condition = max(head_condition for _, _, head_condition in halves)
 
-    change = narrow_query @ narrow_key.swapaxes(-1, -2) - np.eye(width)
-    removed = select @ select.swapaxes(-1, -2) - np.eye(width)
+    whole = device.asarray(np.eye(width))
+    change = narrow_query @ xp.matrix_transpose(narrow_key) - whole
+    removed = select @ xp.matrix_transpose(select) - whole
     lost = _logit_energy(query_grams, key_grams, change)
     return QueryKeyMaps(
-        narrow_query[key_heads],
-        narrow_key,
+        to_host(narrow_query)[key_heads],
+        to_host(narrow_key),
         condition,
         unexplained=share(lost, _logit_energy(query_grams, key_grams, removed)),
-        error=share(lost, _logit_energy(query_grams, key_grams, np.eye(width))),
+        error=share(lost, _logit_energy(query_grams, key_grams, whole)),
     )
 
 
@@ -152,9 +157,9 @@ def pooled(
 
 
 def solve_bilinear(
-    left: Float64[np.ndarray, "r r"],
-    right: Float64[np.ndarray, "r r"],
-    target: Float64[np.ndarray, "r r"],
+    left: Float64[Array, "r r"],
+    right: Float64[Array, "r r"],
+    target: Float64[Array, "r r"],
     *,
     ridge: float,
 ) -> Bilinear:
@@ -183,15 +188,16 @@ def solve_bilinear(
     >>> answer.matrix.round(6), answer.condition
     (array([[2.]]), 1.0)
     """
-    left_values, left_vectors = np.linalg.eigh(left)
-    right_values, right_vectors = np.linalg.eigh(right)
-    scale = np.outer(left_values.clip(min=0.0), right_values.clip(min=0.0)) + ridge
-    low, high = float(scale.min()), float(scale.max())
+    xp = array_namespace(left, right, target)
+    left_values, left_vectors = xp.linalg.eigh(left)
+    right_values, right_vectors = xp.linalg.eigh(right)
+    scale = xp.linalg.outer(xp.clip(left_values, min=0.0), xp.clip(right_values, min=0.0)) + ridge
+    low, high = float(xp.min(scale)), float(xp.max(scale))
     if high == 0.0:
-        return Bilinear(np.zeros_like(target), condition=1.0)
+        return Bilinear(xp.zeros_like(target), condition=1.0)
     if low * MAX_CONDITION < high:
         raise IllConditioned(
-            f"the query-key system of {len(left)} kept coordinates has condition "
+            f"the query-key system of {left.shape[0]} kept coordinates has condition "
             f"{share(high, low):.1e} (limit {MAX_CONDITION:.0e}); "
             "calibrate with more samples or raise --ridge"
         )
@@ -200,29 +206,29 @@ def solve_bilinear(
 
 
 def _split(
-    query_gram: Float64[np.ndarray, "e e"],
-    key_gram: Float64[np.ndarray, "e e"],
+    query_gram: Float64[Array, "e e"],
+    key_gram: Float64[Array, "e e"],
     kept: Int[np.ndarray, " r"],
     *,
     ridge: float,
-) -> tuple[Float64[np.ndarray, "r r"], Float64[np.ndarray, "r r"], float]:
+) -> tuple[Float64[Array, "r r"], Float64[Array, "r r"], float]:
     """``L`` and ``R`` of ``I + M = L Rᵀ`` for one head, and its condition number."""
-    removed = np.setdiff1d(np.arange(len(key_gram)), kept)
-    both = np.ix_(kept, kept)
-    left, right = query_gram[both], key_gram[both]
-    target = query_gram[np.ix_(kept, removed)] @ key_gram[np.ix_(removed, kept)]
-    absolute = ridge * float(np.trace(left) * np.trace(right)) / len(kept) ** 2
+    xp = array_namespace(query_gram, key_gram)
+    removed = np.setdiff1d(np.arange(key_gram.shape[0]), kept)
+    left, right = block(query_gram, kept, kept), block(key_gram, kept, kept)
+    target = block(query_gram, kept, removed) @ block(key_gram, removed, kept)
+    absolute = ridge * float(xp.linalg.trace(left) * xp.linalg.trace(right)) / len(kept) ** 2
     answer = solve_bilinear(left, right, target, ridge=absolute)
 
-    u, values, vt = np.linalg.svd(np.eye(len(kept)) + answer.matrix)
-    root = np.sqrt(values)
+    u, values, vt = xp.linalg.svd(beside(np.eye(len(kept)), left) + answer.matrix)
+    root = xp.sqrt(values)
     return u * root, vt.T * root, answer.condition
 
 
 def _logit_energy(
-    query_grams: Float64[np.ndarray, "g e e"],
-    key_grams: Float64[np.ndarray, "g e e"],
-    form: Float64[np.ndarray, "... e e"],
+    query_grams: Float64[Array, "g e e"],
+    key_grams: Float64[Array, "g e e"],
+    form: Float64[Array, "... e e"],
 ) -> float:
     """``E[(q T kᵀ)²]`` over all pairs, added up over heads: ``tr(Tᵀ G_q T G_k)``."""
-    return float(np.vdot(query_grams @ form, form @ key_grams))
+    return inner(query_grams @ form, form @ key_grams)

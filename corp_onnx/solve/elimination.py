@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from array_api_compat import array_namespace
+from array_api_compat import device as place_of
 from jaxtyping import Float, Float64, Int64
-from scipy import linalg
 
-from corp_onnx.errors import IllConditioned
+from corp_onnx.device import Array, to_host
 from corp_onnx.moments import read_only
+from corp_onnx.solve.algebra import block, inner, inverse_definite, ridged, row_products, rows
 
 LAZY = 64
 """Removals that are carried out together on the whole matrix."""
@@ -49,8 +51,8 @@ class Elimination:
 
 
 def eliminate(
-    covariance: Float64[np.ndarray, "d d"],
-    weight: Float[np.ndarray, "d o"],
+    covariance: Float64[Array, "d d"],
+    weight: Float[Array, "d o"],
     *,
     ridge: float,
     keep: int = 1,
@@ -84,34 +86,31 @@ def eliminate(
     >>> int(found.order[1]), found.costs.round(3)
     (2, array([0., 2.]))
     """
-    width = len(covariance)
-    absolute = ridge * float(np.trace(covariance)) / width
-    constant = np.flatnonzero(
-        np.diagonal(covariance) <= NEVER_VARIES * np.trace(covariance) / width
-    )[: width - keep]
+    xp = array_namespace(covariance, weight)
+    width, trace = covariance.shape[0], float(xp.linalg.trace(covariance))
+    variances = to_host(xp.linalg.diagonal(covariance))
+    constant = np.flatnonzero(variances <= NEVER_VARIES * trace / width)[: width - keep]
     left = np.setdiff1d(np.arange(width), constant)
+    exact = xp.astype(weight, xp.float64)
     places: list[int] = []
     costs: list[float] = []
     if len(left) > keep:
-        inverse = _inverse(covariance[np.ix_(left, left)], absolute)
-        surgeon = _Surgeon(inverse, np.array(weight[left], np.float64))
+        inverse = inverse_definite(ridged(block(covariance, left, left), ridge * trace / width))
+        surgeon = _Surgeon(inverse, rows(exact, left))
         places, costs = surgeon.remove(len(left) - keep)
-    exact = weight.astype(np.float64)
     return Elimination(
         np.concatenate([constant, left[places]]),
         np.concatenate([np.zeros(len(constant)), costs]),
-        float(np.vdot(exact, covariance @ exact)),
+        inner(exact, covariance @ exact),
     )
 
 
 class _Surgeon:
     """``H`` and ``W`` of the channels that are left, brought up to date now and then."""
 
-    def __init__(
-        self, inverse: Float64[np.ndarray, "d d"], weight: Float64[np.ndarray, "d o"]
-    ) -> None:
+    def __init__(self, inverse: Float64[Array, "d d"], weight: Float64[Array, "d o"]) -> None:
         self.inverse, self.weight = inverse, weight
-        self.numbers = np.arange(len(weight))
+        self.numbers = np.arange(weight.shape[0])
 
     def remove(self, count: int) -> tuple[list[int], list[float]]:
         """The numbers of the channels that go, and what each costs."""
@@ -121,56 +120,38 @@ class _Surgeon:
             gone, cost = self._some(min(LAZY, count - len(order)))
             order += self.numbers[gone].tolist()
             costs += cost
-            stay = np.ones(len(self.numbers), bool)
-            stay[gone] = False
+            stay = np.delete(np.arange(len(self.numbers)), gone)
             self.numbers = self.numbers[stay]
-            self.inverse = self.inverse[np.ix_(stay, stay)]
-            self.weight = self.weight[stay]
+            self.inverse = block(self.inverse, stay, stay)
+            self.weight = rows(self.weight, stay)
         return order, costs
 
     def _some(self, count: int) -> tuple[list[int], list[float]]:
         """Choose ``count`` channels one by one, then bring all others up to date.
 
         ``columns`` holds ``H_:j / √H_jj`` of every choice as it was when its turn came, and
-        ``rows`` the ``w_j / √H_jj``; what is not yet subtracted are their products.
+        ``changes`` the ``w_j / √H_jj``; what is not yet subtracted are their products.
         """
-        diagonal = np.diagonal(self.inverse).copy()
-        norms = np.einsum("io,io->i", self.weight, self.weight)
-        columns = np.zeros((len(diagonal), count))
-        rows = np.zeros((count, self.weight.shape[1]))
+        xp, place = array_namespace(self.inverse, self.weight), place_of(self.inverse)
+        diagonal = xp.asarray(xp.linalg.diagonal(self.inverse), copy=True)
+        norms = row_products(self.weight, self.weight)
+        columns = xp.zeros((norms.shape[0], count), dtype=xp.float64, device=place)
+        changes = xp.zeros((count, self.weight.shape[1]), dtype=xp.float64, device=place)
+        here = xp.ones(norms.shape, dtype=xp.bool, device=place)
         gone: list[int] = []
         costs: list[float] = []
         for step in range(count):
-            scores = norms / diagonal
-            scores[gone] = np.inf
-            chosen = int(np.argmin(scores))
-            root = np.sqrt(diagonal[chosen])
-            done = columns[:, :step]
-            column = (self.inverse[:, chosen] - done @ done[chosen]) / root
-            row = (self.weight[chosen] - done[chosen] @ rows[:step]) / root
-            overlap = self.weight @ row - done @ (rows[:step] @ row)
-            diagonal -= column**2
-            norms += column * (column * (row @ row) - 2 * overlap)
-            columns[:, step], rows[step] = column, row
+            chosen = int(xp.argmin(xp.where(here, norms / diagonal, xp.inf)))
+            root = xp.sqrt(diagonal[chosen])
+            done, rest = columns[:, :step], changes[:step, :]
+            column = (self.inverse[:, chosen] - done @ done[chosen, :]) / root
+            row = (self.weight[chosen, :] - done[chosen, :] @ rest) / root
+            overlap = self.weight @ row - done @ (rest @ row)
+            columns[:, step], changes[step, :], here[chosen] = column, row, False
+            diagonal = xp.where(here, diagonal - column**2, 1.0)  # of the gone no longer asked for
+            norms = xp.maximum(norms + column * (column * (row @ row) - 2 * overlap), 0.0)
             gone.append(chosen)
             costs.append(float(row @ row))
-            diagonal[gone] = 1.0  # no longer asked for
-            np.maximum(norms, 0.0, out=norms)
         self.inverse -= columns @ columns.T
-        self.weight -= columns @ rows
+        self.weight -= columns @ changes
         return gone, costs
-
-
-def _inverse(covariance: Float64[np.ndarray, "d d"], ridge: float) -> Float64[np.ndarray, "d d"]:
-    """``(Σ + λI)⁻¹``, by its Cholesky factor: here the inverse itself is what is needed."""
-    system = covariance + ridge * np.eye(len(covariance))
-    try:
-        factor = linalg.cholesky(system, lower=True)
-    except linalg.LinAlgError as error:
-        raise IllConditioned(
-            f"the covariance of {len(system)} channels is singular; calibrate with more samples or "
-            "raise --ridge"
-        ) from error
-    inverse, _ = linalg.lapack.dpotri(factor, lower=1)
-    whole: np.ndarray = np.tril(inverse) + np.tril(inverse, -1).T
-    return whole

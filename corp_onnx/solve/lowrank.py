@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from array_api_compat import array_namespace
 from jaxtyping import Float64, Int
 
+from corp_onnx.device import Array, beside, to_host
 from corp_onnx.moments import read_only
 
 NEGLIGIBLE = 1e-7
@@ -37,8 +39,8 @@ class Truncated:
 
 
 def truncate_query_key(
-    query_grams: Float64[np.ndarray, "g e e"],
-    key_grams: Float64[np.ndarray, "g e e"],
+    query_grams: Float64[Array, "g e e"],
+    key_grams: Float64[Array, "g e e"],
     width: int,
 ) -> Truncated:
     r"""The best rank-``r`` stand-in for the product of queries and keys of every head.
@@ -64,25 +66,27 @@ def truncate_query_key(
     >>> (a[0] @ b[0].T).round(6).tolist(), found.curve.round(4).tolist()
     ([[1.0, 0.0], [0.0, 0.0]], [1.0, 0.0588, 0.0])
     """
+    xp = array_namespace(query_grams, key_grams)
     halves = []
     losses = np.zeros(query_grams.shape[-1] + 1)
     condition = 1.0
-    for query, key in zip(query_grams, key_grams, strict=True):
-        (root_q, inverse_q, spread_q), (root_k, inverse_k, spread_k) = _roots(query), _roots(key)
-        u, sigma, vt = np.linalg.svd(root_q @ root_k)
-        root = np.sqrt(sigma[:width])
-        halves.append((inverse_q @ u[:, :width] * root, inverse_k @ vt[:width].T * root))
-        losses += _left_after(sigma)
+    for head in range(query_grams.shape[0]):
+        root_q, inverse_q, spread_q = _roots(query_grams[head, ...])
+        root_k, inverse_k, spread_k = _roots(key_grams[head, ...])
+        u, sigma, vt = xp.linalg.svd(root_q @ root_k)
+        root = xp.sqrt(sigma[:width])
+        halves.append((inverse_q @ u[:, :width] * root, inverse_k @ vt[:width, :].T * root))
+        losses += _left_after(to_host(sigma))
         condition = max(condition, spread_q, spread_k)
-    a, b = (np.stack(maps) for maps in zip(*halves, strict=True))
+    a, b = (to_host(xp.stack(maps)) for maps in zip(*halves, strict=True))
     if width == query_grams.shape[-1]:
         a, b = _nothing_dropped(query_grams), _nothing_dropped(query_grams)
     return Truncated((a, b), _share(losses), condition)
 
 
 def truncate_value_output(
-    covariances: Float64[np.ndarray, "g e e"],
-    weights: Float64[np.ndarray, "g e o"],
+    covariances: Float64[Array, "g e e"],
+    weights: Float64[Array, "g e o"],
     width: int,
 ) -> Truncated:
     r"""The ``r`` directions of every value head that matter most to the layer's output.
@@ -105,18 +109,19 @@ def truncate_value_output(
     >>> np.abs(found.maps[0][0]).round(6).tolist(), found.curve.round(4).tolist()
     ([[0.5], [0.0]], [1.0, 0.2, 0.0])
     """
+    xp = array_namespace(covariances, weights)
     maps = []
     losses = np.zeros(covariances.shape[-1] + 1)
     condition = 1.0
-    for covariance, weight in zip(covariances, weights, strict=True):
-        root, inverse, spread = _roots(covariance)
-        u, sigma, _ = np.linalg.svd(root @ weight)
+    for head in range(covariances.shape[0]):
+        root, inverse, spread = _roots(covariances[head, ...])
+        u, sigma, _ = xp.linalg.svd(root @ weights[head, ...])
         maps.append(inverse @ u[:, :width])
-        losses += _left_after(np.pad(sigma, (0, len(u) - len(sigma))))
+        losses += _left_after(np.pad(to_host(sigma), (0, u.shape[0] - sigma.shape[0])))
         condition = max(condition, spread)
     if width == covariances.shape[-1]:
         return Truncated((_nothing_dropped(covariances),), _share(losses), condition)
-    return Truncated((np.stack(maps),), _share(losses), condition)
+    return Truncated((to_host(xp.stack(maps)),), _share(losses), condition)
 
 
 def shared(
@@ -130,21 +135,23 @@ def shared(
     return mean
 
 
-def _nothing_dropped(of_heads: Float64[np.ndarray, "g e e"]) -> Float64[np.ndarray, "g e e"]:
+def _nothing_dropped(of_heads: Float64[Array, "g e e"]) -> Float64[np.ndarray, "g e e"]:
     """The identity for every head: at full width there is nothing to choose."""
     return np.broadcast_to(np.eye(of_heads.shape[-1]), of_heads.shape)
 
 
 def _roots(
-    moment: Float64[np.ndarray, "e e"],
-) -> tuple[Float64[np.ndarray, "e e"], Float64[np.ndarray, "e e"], float]:
+    moment: Float64[Array, "e e"],
+) -> tuple[Float64[Array, "e e"], Float64[Array, "e e"], float]:
     """Square root, inverse square root, and the spread of what was inverted."""
-    values, vectors = np.linalg.eigh(moment)
-    present = values > NEGLIGIBLE * max(values[-1], 0.0)
-    kept = np.where(present, values, 0.0)
-    inverse = np.where(present, 1.0 / np.sqrt(np.where(present, values, 1.0)), 0.0)
-    spread = float(values[-1] / values[present][0]) if present.any() else 1.0
-    return (vectors * np.sqrt(kept)) @ vectors.T, (vectors * inverse) @ vectors.T, spread
+    values, vectors = array_namespace(moment).linalg.eigh(moment)
+    spectrum = to_host(values)
+    present = spectrum > NEGLIGIBLE * max(spectrum[-1], 0.0)
+    roots = np.sqrt(np.where(present, spectrum, 0.0))
+    inverses = np.where(present, 1.0 / np.sqrt(np.where(present, spectrum, 1.0)), 0.0)
+    spread = float(spectrum[-1] / spectrum[present][0]) if present.any() else 1.0
+    root, inverse = ((vectors * beside(each, moment)) @ vectors.T for each in (roots, inverses))
+    return root, inverse, spread
 
 
 def _left_after(sigma: Float64[np.ndarray, " e"]) -> Float64[np.ndarray, " e1"]:

@@ -6,11 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from array_api_compat import array_namespace
 from jaxtyping import Float64, Int, Int64
 
 from corp_onnx.blocks.records import Output
+from corp_onnx.device import HOST, Array, Device, beside, to_host
 from corp_onnx.moments import Moments
-from corp_onnx.solve.affine import share, solve_definite
+from corp_onnx.solve.affine import share
+from corp_onnx.solve.algebra import (
+    block,
+    inner,
+    pseudo_inverse,
+    ridged,
+    rows,
+    solve_definite,
+    spread_out,
+)
 from corp_onnx.solve.elimination import eliminate
 from corp_onnx.solve.folds import Evidence, MlpFold, OutputFold, QueryKeyFold, ValueOutputFold
 from corp_onnx.solve.joint import Joint, merged
@@ -77,6 +88,7 @@ def narrow_mlp(
     *,
     ridge: float,
     kept: Int[np.ndarray, " k"] | None = None,
+    device: Device = HOST,
 ) -> MlpFold:
     r"""Eliminate channels, let the kept ones stand in for them, then fit the down projection.
 
@@ -90,25 +102,27 @@ def narrow_mlp(
         width: How many channels stay.
         ridge: Relative, for the elimination and for ``W₀``.
         kept: Channels that stay, instead of the elimination's choice.
+        device: Where it is computed.
     """
-    whole = merged(parts)
-    dense = len(whole.mean)
+    parts = [part.on(device) for part in parts]
+    whole, weight = merged(parts), device.asarray(branch.scaled)
+    dense = weight.shape[0]
     if kept is None:
-        kept = eliminate(whole.within, branch.scaled, ridge=ridge, keep=width).kept(dense, width)
+        kept = eliminate(whole.within, weight, ridge=ridge, keep=width).kept(dense, width)
     removed = np.setdiff1d(np.arange(dense), kept)
     conditions = []
 
-    def narrowing(joint: Joint) -> tuple[Joint, Float64[np.ndarray, "k o"]]:
+    def narrowing(joint: Joint) -> tuple[Joint, Float64[Array, "k o"]]:
         narrow = joint.picked(kept)
-        lost = joint.within[np.ix_(kept, removed)] @ branch.scaled[removed]
-        absolute = ridge * float(np.trace(joint.within)) / dense
+        lost = block(joint.within, kept, removed) @ rows(weight, removed)
+        absolute = ridge * float(device.xp.linalg.trace(joint.within)) / dense
         change, condition = _taken_over(narrow.within, lost, absolute)
         conditions.append(condition)
-        return narrow, branch.scaled[kept] + change
+        return narrow, rows(weight, kept) + change
 
     fitted = refit(parts, narrowing)
     evidence = Evidence(
-        _unexplained(whole, branch.scaled, kept, removed, fitted.start),
+        _unexplained(whole, weight, kept, removed, device.asarray(fitted.start)),
         max(conditions),
         fitted.seen,
         fitted.unseen,
@@ -117,7 +131,13 @@ def narrow_mlp(
 
 
 def narrow_values(
-    parts: Sequence[Joint], branch: Branch, heads: Heads, width: int, *, ridge: float
+    parts: Sequence[Joint],
+    branch: Branch,
+    heads: Heads,
+    width: int,
+    *,
+    ridge: float,
+    device: Device = HOST,
 ) -> ValueOutputFold:
     r"""Truncate the values of every head, then fit the output projection over all heads.
 
@@ -128,18 +148,18 @@ def narrow_values(
 
     in which other heads help to say what one head lost. Where nothing is lost nothing changes.
     """
-    places, of_head, weight = heads.places, heads.value_heads, branch.scaled
+    places, weight = heads.places, device.asarray(branch.scaled)
+    parts = [part.on(device) for part in parts]
     found = truncated_values(merged(parts), branch, heads, width)
     (maps,) = found.maps
-    narrow = np.zeros((len(weight), len(places) * width))
-    for head, channels in enumerate(places):
-        narrow[channels, head * width : (head + 1) * width] = maps[of_head[head]]
+    of_heads = maps[heads.value_heads]
+    narrow = device.asarray(_side_along(places, of_heads, len(branch.weight)))
     conditions = [found.condition]
 
-    def narrowing(joint: Joint) -> tuple[Joint, Float64[np.ndarray, "k o"]]:
+    def narrowing(joint: Joint) -> tuple[Joint, Float64[Array, "k o"]]:
         mapped = joint.mapped(narrow)
-        absolute = ridge * float(np.trace(mapped.within)) / len(mapped.mean)
-        own = _by_itself(joint, weight, places, maps[of_head])
+        absolute = ridge * float(device.xp.linalg.trace(mapped.within)) / mapped.mean.shape[0]
+        own = _by_itself(joint, weight, places, of_heads)
         lost = narrow.T @ joint.within @ (weight - narrow @ own)
         change, condition = _taken_over(mapped.within, lost, absolute)
         conditions.append(condition)
@@ -153,9 +173,10 @@ def narrow_values(
     )
 
 
-def narrow_output(parts: Sequence[Joint], branch: Branch) -> OutputFold:
+def narrow_output(parts: Sequence[Joint], branch: Branch, *, device: Device = HOST) -> OutputFold:
     """Fit the output projection of an attention whose values stay as they are."""
-    fitted = refit(parts, lambda joint: (joint, branch.scaled))
+    weight = device.asarray(branch.scaled)
+    fitted = refit([part.on(device) for part in parts], lambda joint: (joint, weight))
     evidence = Evidence(0.0, 1.0, fitted.seen, fitted.unseen)
     return OutputFold(branch.block, *branch.layer(fitted), evidence)
 
@@ -166,76 +187,98 @@ def narrow_query_key(
     centred_key: Moments,
     key_heads: Int[np.ndarray, " h"],
     width: int,
+    *,
+    device: Device = HOST,
 ) -> QueryKeyFold:
     """Truncate the logits of every head; query heads that read one key head share one map."""
-    found = truncated_query_key(query, centred_key, key_heads, width)
+    found = truncated_query_key(query, centred_key, key_heads, width, device=device)
     of_query, of_key = found.maps
     left = float(found.curve[width])
     return QueryKeyFold(block, of_query[key_heads], of_key, Evidence(left, found.condition, left))
 
 
 def truncated_query_key(
-    query: Moments, centred_key: Moments, key_heads: Int[np.ndarray, " h"], width: int
+    query: Moments,
+    centred_key: Moments,
+    key_heads: Int[np.ndarray, " h"],
+    width: int,
+    *,
+    device: Device = HOST,
 ) -> Truncated:
     """Query heads that read one key head together, then `truncate_query_key`."""
     grams = np.zeros((len(centred_key.mean), *query.covariance.shape[1:]))
     np.add.at(grams, key_heads, query.gram)
-    return truncate_query_key(grams, centred_key.gram, width)
+    return truncate_query_key(device.asarray(grams), device.asarray(centred_key.gram), width)
 
 
 def truncated_values(joint: Joint, branch: Branch, heads: Heads, width: int) -> Truncated:
     """Heads that share one value head together, then `truncate_value_output`."""
     places, of_head = heads.places, heads.value_heads
-    covariances = np.stack([joint.within[np.ix_(head, head)] for head in places])
-    rows = [
-        np.concatenate([branch.scaled[head] for head in places[of_head == group]], axis=1)
+    covariances = np.stack([to_host(block(joint.within, head, head)) for head in places])
+    scaled = branch.scaled
+    of_groups = [
+        np.concatenate([scaled[head] for head in places[of_head == group]], axis=1)
         for group in range(heads.groups)
     ]
-    pooled = shared(covariances, of_head, heads.groups)
-    return truncate_value_output(pooled, _side_by_side(rows), width)
+    pooled = beside(shared(covariances, of_head, heads.groups), joint.within)
+    return truncate_value_output(pooled, beside(_side_by_side(of_groups), joint.within), width)
+
+
+def _side_along(
+    places: Int[np.ndarray, "h e"], maps: Float64[np.ndarray, "h e r"], dense: int
+) -> Float64[np.ndarray, "d k"]:
+    """``diag(P_1 … P_h)``, with the channels of every head where they are."""
+    width = maps.shape[2]
+    narrow = np.zeros((dense, len(places) * width))
+    for head, channels in enumerate(places):
+        narrow[channels, head * width : (head + 1) * width] = maps[head]
+    return narrow
 
 
 def _by_itself(
     joint: Joint,
-    weight: Float64[np.ndarray, "d o"],
+    weight: Float64[Array, "d o"],
     places: Int[np.ndarray, "h e"],
     maps: Float64[np.ndarray, "h e r"],
-) -> Float64[np.ndarray, "k o"]:
+) -> Float64[Array, "k o"]:
     """The rows with which every head's narrow values stand in best for its dense ones."""
-    rows = []
-    for channels, narrow in zip(places, maps, strict=True):
-        crossed = narrow.T @ joint.within[np.ix_(channels, channels)]
-        inverse = np.linalg.pinv(crossed @ narrow, rcond=NEGLIGIBLE, hermitian=True)
-        rows.append(inverse @ crossed @ weight[channels])
-    return np.concatenate(rows)
+    own = []
+    for channels, of_head in zip(places, maps, strict=True):
+        narrow = beside(of_head, weight)
+        crossed = narrow.T @ block(joint.within, channels, channels)
+        inverse = pseudo_inverse(crossed @ narrow, negligible=NEGLIGIBLE)
+        own.append(inverse @ crossed @ rows(weight, channels))
+    return array_namespace(weight).concat(own)
 
 
 def _taken_over(
-    within: Float64[np.ndarray, "k k"], wanted: Float64[np.ndarray, "k o"], ridge: float
-) -> tuple[Float64[np.ndarray, "k o"], float]:
+    within: Float64[Array, "k k"], wanted: Float64[Array, "k o"], ridge: float
+) -> tuple[Float64[Array, "k o"], float]:
     """``(C + λI)⁻¹ X`` over the features that vary at all, and the condition number."""
-    varying = np.diagonal(within) > 0.0
-    answer, condition = np.zeros_like(wanted), 1.0
-    if varying.any() and wanted.any():
-        system = within[np.ix_(varying, varying)]
-        system[np.diag_indices_from(system)] += ridge
-        answer[varying], condition = solve_definite(system, wanted[varying])
-    return answer, condition
+    xp = array_namespace(within, wanted)
+    present = to_host(xp.linalg.diagonal(within)) > 0.0
+    if not (present.any() and bool(xp.any(wanted))):
+        return xp.zeros_like(wanted), 1.0
+    varying = np.flatnonzero(present)
+    system = ridged(block(within, varying, varying), ridge)
+    answer, condition = solve_definite(system, rows(wanted, varying))
+    return spread_out(answer, present), condition
 
 
 def _unexplained(
     joint: Joint,
-    weight: Float64[np.ndarray, "d o"],
+    weight: Float64[Array, "d o"],
     kept: Int[np.ndarray, " k"],
     removed: Int[np.ndarray, " p"],
-    start: Float64[np.ndarray, "k o"],
+    start: Float64[Array, "k o"],
 ) -> float:
     """Share of what removed channels gave to the output that kept ones do not make up for."""
-    lost = joint.within[np.ix_(kept, removed)] @ weight[removed]
-    change = start - weight[kept]
-    gone = float(np.vdot(weight[removed], joint.within[np.ix_(removed, removed)] @ weight[removed]))
-    again = joint.within[np.ix_(kept, kept)] @ change
-    return share(gone + float(np.vdot(change, again - 2.0 * lost)), gone)
+    gone = rows(weight, removed)
+    lost = block(joint.within, kept, removed) @ gone
+    change = start - rows(weight, kept)
+    energy = inner(gone, block(joint.within, removed, removed) @ gone)
+    again = block(joint.within, kept, kept) @ change
+    return share(energy + inner(change, again - 2.0 * lost), energy)
 
 
 def _side_by_side(

@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from array_api_compat import array_namespace
 from jaxtyping import Float64
 
+from corp_onnx.device import Array, to_host
 from corp_onnx.moments import read_only
-from corp_onnx.solve.affine import share, solve_definite
+from corp_onnx.solve.affine import share
+from corp_onnx.solve.algebra import inner, ridged, solve_definite
 from corp_onnx.solve.joint import Joint, merged
 
 STRENGTHS: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -21,7 +24,7 @@ STEPS: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
 ROUNDING = 1e-6
 """Share of the target's variance that cannot be told from nothing: moments are float32 products."""
 
-Narrowing = Callable[[Joint], tuple[Joint, Float64[np.ndarray, "k o"]]]
+Narrowing = Callable[[Joint], tuple[Joint, Float64[Array, "k o"]]]
 """From what all features say to what the kept ones say, and the folded weight to start from."""
 
 Choice = tuple[float, float]
@@ -96,7 +99,7 @@ def refit(parts: Sequence[Joint], narrowing: Narrowing) -> Refit:
     return _fitted(whole, start, best, unseen, shrink=others[0].count / whole.count)
 
 
-def _trials(held: Joint, train: Joint, start: Float64[np.ndarray, "k o"]) -> dict[Choice, float]:
+def _trials(held: Joint, train: Joint, start: Float64[Array, "k o"]) -> dict[Choice, float]:
     """The error of every choice on samples that it was not fitted to.
 
     Along a step ``β`` the error is a parabola, known from one product with ``ΔW``.
@@ -108,8 +111,8 @@ def _trials(held: Joint, train: Joint, start: Float64[np.ndarray, "k o"]) -> dic
     for strength in STRENGTHS:
         change = _correction(train, start, strength)
         moved = (train.mean - held.mean) @ change
-        linear = 2.0 * float(np.vdot(change, slope) + shift @ moved)
-        square = float(np.vdot(change, held.within @ change) + moved @ moved)
+        linear = 2.0 * (inner(change, slope) + inner(shift, moved))
+        square = inner(change, held.within @ change) + inner(moved, moved)
         for step in STEPS:
             errors[strength, step] = nothing + step * linear + step**2 * square
     return errors
@@ -117,7 +120,7 @@ def _trials(held: Joint, train: Joint, start: Float64[np.ndarray, "k o"]) -> dic
 
 def _fitted(
     whole: Joint,
-    start: Float64[np.ndarray, "k o"],
+    start: Float64[Array, "k o"],
     choice: Choice,
     unseen: float | None,
     *,
@@ -128,17 +131,16 @@ def _fitted(
     weight = start + step * _correction(whole, start, shrink * strength) if step else start
     bias = whole.bias(weight)
     seen = share(whole.error(weight, bias), whole.total)
-    return Refit(weight, bias, start, choice, seen, unseen)
+    return Refit(to_host(weight), to_host(bias), to_host(start), choice, seen, unseen)
 
 
 def _correction(
-    joint: Joint, start: Float64[np.ndarray, "k o"], strength: float
-) -> Float64[np.ndarray, "k o"]:
+    joint: Joint, start: Float64[Array, "k o"], strength: float
+) -> Float64[Array, "k o"]:
     """``ΔW`` at a ridge; zero where no feature varies."""
-    ridge = strength * float(np.trace(joint.within)) / len(joint.mean)
+    xp = array_namespace(joint.within)
+    ridge = strength * float(xp.linalg.trace(joint.within)) / joint.mean.shape[0]
     if ridge <= 0.0:
-        return np.zeros_like(start)
-    system = joint.within.copy()
-    system[np.diag_indices_from(system)] += ridge
-    change, _ = solve_definite(system, joint.cross - joint.within @ start)
+        return xp.zeros_like(start)
+    change, _ = solve_definite(ridged(joint.within, ridge), joint.cross - joint.within @ start)
     return change

@@ -15,11 +15,12 @@ from jaxtyping import Float64, Int
 from corp_onnx.blocks import Attention, Axis, Mlp
 from corp_onnx.blocks.linear import bias_of, weight_of
 from corp_onnx.blocks.records import Linear, Route
+from corp_onnx.device import HOST, Device
 from corp_onnx.errors import DataError, PlanError
 from corp_onnx.graph import Model
 from corp_onnx.moments import Moments
 from corp_onnx.plan import Cut
-from corp_onnx.solve.affine import Repair, covariance_of, recover_mlp
+from corp_onnx.solve.affine import Recovered, Repair, covariance_of, recover_mlp
 from corp_onnx.solve.bilinear import pooled, recover_query_key
 from corp_onnx.solve.elimination import eliminate
 from corp_onnx.solve.folds import Evidence, Fold, MlpFold, QueryKeyFold, ValueOutputFold
@@ -66,6 +67,7 @@ class Recipe:
         truncate: Whether ``best`` truncates queries, keys and values, rather than select.
         kept: Channels to keep instead of ranking, by block and axis: ``[k]`` for an MLP,
             ``[g, r]`` for query-key.
+        device: Where it is computed, and where what is fitted in sequence is summed.
     """
 
     method: Method = "best"
@@ -74,6 +76,7 @@ class Recipe:
     refit: bool = True
     truncate: bool = True
     kept: Mapping[tuple[str, str], Int[np.ndarray, "..."]] = field(default_factory=dict)
+    device: Device = HOST
 
     def __post_init__(self) -> None:
         if not 0 <= self.ridge < np.inf:
@@ -139,15 +142,19 @@ class Solver:
         if isinstance(block, Mlp):
             covariance = covariance_of(self._site(block, "hidden"))
             weight = self._weight(block.down)
-            curve = eliminate(covariance, weight, ridge=self.recipe.ridge).curve()[::-1]
-            return np.concatenate([[1.0], curve])
+            found = eliminate(
+                self._device.asarray(covariance),
+                self._device.asarray(weight),
+                ridge=self.recipe.ridge,
+            )
+            return np.concatenate([[1.0], found.curve()[::-1]])
         if axis == "qk":
             query, key = self._site(block, "query"), self._site(block, "centred_key")
-            return truncated_query_key(query, key, block.key_heads, 1).curve
+            return truncated_query_key(query, key, block.key_heads, 1, device=self._device).curve
         assert block.output is not None, f"{block.id} offers its values"
         linear = block.output.linear
         weight, bias = self._weight(linear), self._bias(linear)
-        own = Joint.own(self._site(block, "context"), weight, bias)
+        own = Joint.own(self._site(block, "context"), weight, bias, device=self._device)
         branch = Branch(block.id, weight, np.ones(len(bias)))
         return truncated_values(own, branch, Heads.of(block.output), 1).curve
 
@@ -172,12 +179,12 @@ class Solver:
         kept = self.channels(block, cut.to, moments)
         if self.recipe.method == "best":
             branch = Branch(block.id, weight, np.ones(len(bias)))
-            own = Joint.own(moments, weight, bias)
-            return narrow_mlp([own], branch, cut.to, ridge=self.recipe.ridge, kept=kept)
+            own = Joint.own(moments, weight, bias, device=self._device)
+            return narrow_mlp(
+                [own], branch, cut.to, ridge=self.recipe.ridge, kept=kept, device=self._device
+            )
         assert kept is not None, "only `best` eliminates"
-        found = recover_mlp(
-            moments, kept, weight, bias, repair=self.recipe.repair, ridge=self.recipe.ridge
-        )
+        found = self._recovered(moments, kept, weight, bias)
         evidence = Evidence(found.unexplained, found.condition, found.error)
         return MlpFold(block.id, kept, found.weight, found.bias, evidence)
 
@@ -187,7 +194,9 @@ class Solver:
         query, kept = self._site(block, "query"), self.recipe.kept.get((block.id, "qk"))
         if kept is None and self.recipe.method == "best" and self.recipe.truncate:
             centred = self._site(block, "centred_key")
-            return narrow_query_key(block.id, query, centred, block.key_heads, cut.to)
+            return narrow_query_key(
+                block.id, query, centred, block.key_heads, cut.to, device=self._device
+            )
         if kept is None:
             groups = len(block.key.channels)
             squares = pooled(self._head_norms(block.query) ** 2, block.key_heads, groups)
@@ -200,6 +209,7 @@ class Solver:
             key_heads=block.key_heads,
             repair=self.recipe.repair,
             ridge=self.recipe.ridge,
+            device=self._device,
         )
         evidence = Evidence(maps.unexplained, maps.condition, maps.error)
         return QueryKeyFold(block.id, maps.query, maps.key, evidence)
@@ -211,19 +221,35 @@ class Solver:
         weight, bias = self._weight(linear), self._bias(linear)
         if self.recipe.method == "best" and self.recipe.truncate:
             branch = Branch(block.id, weight, np.ones(len(bias)))
-            own = Joint.own(moments, weight, bias)
-            return narrow_values([own], branch, heads, cut.to, ridge=self.recipe.ridge)
+            own = Joint.own(moments, weight, bias, device=self._device)
+            return narrow_values(
+                [own], branch, heads, cut.to, ridge=self.recipe.ridge, device=self._device
+            )
         energy = pooled(channel_energy(moments)[heads.places], heads.value_heads, heads.groups)
         norms = pooled(row_norms(weight)[heads.places] ** 2, heads.value_heads, heads.groups)
         kept = highest(score(self.recipe.selection, energy, [np.sqrt(norms)]), cut.to)
         rows = np.take_along_axis(heads.places, kept[heads.value_heads], axis=1)
-        found = recover_mlp(
-            moments, rows.ravel(), weight, bias, repair=self.recipe.repair, ridge=self.recipe.ridge
-        )
+        found = self._recovered(moments, rows.ravel(), weight, bias)
         select = np.swapaxes(np.eye(heads.places.shape[1])[kept], -1, -2)
         evidence = Evidence(found.unexplained, found.condition, found.error)
         layer = found.weight.reshape(*rows.shape, -1)
         return ValueOutputFold(block.id, select, layer, found.bias, evidence)
+
+    def _recovered(
+        self,
+        moments: Moments,
+        kept: Int[np.ndarray, " k"],
+        weight: Float64[np.ndarray, "d o"],
+        bias: Float64[np.ndarray, " o"],
+    ) -> Recovered:
+        repair, ridge = self.recipe.repair, self.recipe.ridge
+        return recover_mlp(
+            moments, kept, weight, bias, repair=repair, ridge=ridge, device=self._device
+        )
+
+    @property
+    def _device(self) -> Device:
+        return self.recipe.device
 
     def _weight(self, linear: Linear) -> Float64[np.ndarray, "i o"]:
         return weight_of(dict(self.nodes), linear, self.opset)

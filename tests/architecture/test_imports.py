@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "corp_onnx").rglob("*.py"))
 
 OPTIONAL = (
     *("torch", "torchvision", "timm", "transformers", "onnxscript", "safetensors", "tokenizers"),
-    *("onnxruntime", "tensorrt", "cuda", "onnxruntime_ep_nv_tensorrt_rtx", "openvino"),
+    *("onnxruntime", "tensorrt", "cuda", "onnxruntime_ep_nv_tensorrt_rtx", "openvino", "cupy"),
 )
 
 DOORS = {
@@ -23,6 +23,7 @@ DOORS = {
     "cuda": {"cuda.py"},
     "onnxruntime_ep_nv_tensorrt_rtx": {"rtx.py"},
     "openvino": {"openvino.py"},
+    "cupy": {"device.py"},
 }
 """The only files that may import a heavy package; one that is not listed is imported by none."""
 

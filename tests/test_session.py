@@ -1,0 +1,143 @@
+"""The door to ONNX Runtime: which distribution is behind it, and that it does what was asked."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib import metadata
+from types import SimpleNamespace
+
+import onnxruntime
+import pytest
+
+from corp_onnx import options, providers
+from corp_onnx.errors import BackendUnavailable
+from corp_onnx.providers import CPU, CUDA
+from corp_onnx.session import Runtime, open_session
+
+MENDED = "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install 'corp_onnx[gpu]'`"
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that just these distributions are installed."""
+    cached = (providers.in_conflict, providers.warn_of_conflict)
+    looked_up = []
+
+    def pretend(*names):
+        def version(name):
+            looked_up.append(name)
+            if name not in names:
+                raise metadata.PackageNotFoundError(name)
+            return "1.31"
+
+        monkeypatch.setattr(providers.metadata, "version", version)
+        for function in cached:
+            function.cache_clear()
+        return looked_up
+
+    yield pretend
+    for function in cached:
+        function.cache_clear()
+
+
+def warnings(caplog):
+    return [record.message for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_two_distributions_are_a_conflict_that_is_told_once(installed, caplog, files):
+    looked_up = installed("onnxruntime", "onnxruntime-gpu")
+    for _ in range(3):
+        open_session(files.model)
+    (told,) = warnings(caplog)
+    assert "onnxruntime and onnxruntime-gpu are both installed" in told
+    assert MENDED in told
+    assert sorted(looked_up) == ["onnxruntime", "onnxruntime-gpu"]
+
+
+@pytest.mark.parametrize("only", ["onnxruntime", "onnxruntime-gpu"])
+def test_one_distribution_is_none(installed, caplog, files, only):
+    installed(only)
+    open_session(files.model)
+    assert not warnings(caplog)
+
+
+def test_the_conflict_is_on_standard_error_and_the_document_whole(installed, command, files):
+    installed("onnxruntime", "onnxruntime-gpu")
+    ended = command("bench", files.model, "--runs", 1, "--warmup", 0, "--json")
+    assert ended.status == 0
+    assert "both installed" in ended.message
+    assert "both installed" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [(("onnxruntime",), MENDED), (("onnxruntime", "onnxruntime-gpu"), f"files; run {MENDED}")],
+    ids=["the CPU's alone", "both"],
+)
+def test_cuda_without_its_distribution_says_which_commands_to_run(installed, files, names, words):
+    installed(*names)
+    with pytest.raises(BackendUnavailable) as error:
+        open_session(files.model, Runtime(CUDA))
+    assert "CUDAExecutionProvider is not in the installed ONNX Runtime" in str(error.value)
+    assert words in str(error.value)
+
+
+def test_another_provider_is_none_of_that(installed, files):
+    installed("onnxruntime")
+    with pytest.raises(BackendUnavailable) as error:
+        open_session(files.model, Runtime(("MyProvider",)))
+    assert "pip" not in str(error.value)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_package_that_cannot_be_imported_is_missing_or_in_conflict(
+    installed, monkeypatch, files, both
+):
+    installed(*(("onnxruntime", "onnxruntime-gpu") if both else ()))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    words = "are both installed" if both else "is not installed"
+    with pytest.raises(BackendUnavailable, match=words):
+        open_session(files.model)
+
+
+def pretend_cuda(monkeypatch, *, starts):
+    """ONNX Runtime with CUDA, which leaves the provider out where it does not start."""
+    opened = []
+
+    def session_of(model, options, *, providers):
+        opened.append(providers)
+        started = [name for name, _ in providers if starts or name != CUDA[0]]
+        return SimpleNamespace(
+            get_providers=lambda: started, get_inputs=lambda: [], get_outputs=lambda: []
+        )
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(CUDA))
+    monkeypatch.setattr(
+        onnxruntime, "preload_dlls", lambda: sys.stdout.write("Failed to load libcudnn\n")
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session_of)
+    return opened
+
+
+def test_cuda_computes_float32_as_float32(monkeypatch, files, capsys):
+    opened = pretend_cuda(monkeypatch, starts=True)
+    open_session(files.model, options.runtime_of(None, 0, None, "cuda"))
+    assert opened == [[(CUDA[0], {"use_tf32": "0"}), (CPU[0], {})]]
+    assert capsys.readouterr().out == ""  # ONNX Runtime prints there, where a document belongs
+
+
+def test_a_provider_that_does_not_start_is_an_error(monkeypatch, files, caplog):
+    pretend_cuda(monkeypatch, starts=False)
+    caplog.set_level(logging.INFO)
+    with pytest.raises(BackendUnavailable, match="could not start CUDAExecutionProvider"):
+        open_session(files.model, Runtime(CUDA))
+    assert "libcudnn" in caplog.text
+
+
+def test_a_device_has_its_providers_unless_others_are_named():
+    assert options.runtime_of(None, 0, None).providers == CPU
+    assert options.runtime_of(None, 0, None, "cuda").providers == CUDA
+    assert options.runtime_of("CPUExecutionProvider", 0, None, "cuda").providers == CPU
+    named = options.runtime_of("MyProvider, CPUExecutionProvider", 0, None).providers
+    assert named == ("MyProvider", *CPU)
