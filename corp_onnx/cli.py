@@ -18,7 +18,7 @@ from corp_onnx import commands, engines, options, screen
 from corp_onnx.checking import Gates
 from corp_onnx.commands import Source
 from corp_onnx.demo import Demo
-from corp_onnx.deploy.targets import TargetOptions
+from corp_onnx.deploy.targets import SYMMETRIC, TargetOptions
 from corp_onnx.device import device_of
 from corp_onnx.errors import CorpError, NothingPrunable, PlanError
 from corp_onnx.pipeline import Settings
@@ -178,7 +178,7 @@ def prune(
         options.runtime_of(providers, threads, custom_op_library, device),
         seed,
         crops,
-        Request(precision, weight_only),
+        Request(precision, weight_only, symmetric=target in SYMMETRIC),
     )
     source = None if data is None else Source(data, samples, seed, allow_random)
     asked = TargetOptions(threads=threads, cache=cache, custom_op_library=custom_op_library)

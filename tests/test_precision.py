@@ -22,7 +22,7 @@ from corp_onnx.pipeline import Settings, prune
 from corp_onnx.precision import Request, in_precision
 from corp_onnx.precision.halves import with_casts
 from corp_onnx.precision.norms import fused_norms
-from corp_onnx.precision.ranges import best_clip, peaks
+from corp_onnx.precision.ranges import BINS, best_range, peaks
 from corp_onnx.precision.records import FORMATS
 from corp_onnx.precision.rounded import rounding
 from corp_onnx.precision.slots import types_of
@@ -471,8 +471,6 @@ def test_int8_scales_every_output_channel_by_itself(op):
         if node.op == "DequantizeLinear"
     }
     assert scales == {1: None, 6: 0 if "turned" in op else 1}
-    zeros = [n.inputs[2].values for n in made.model.graph.nodes if n.op == "QuantizeLinear"]
-    assert not np.any(zeros)
 
 
 def test_layers_with_one_input_share_one_rounding_of_it():
@@ -482,20 +480,52 @@ def test_layers_with_one_input_share_one_rounding_of_it():
     assert ops(typed(model, "int8").model)["QuantizeLinear"] == 1
 
 
-def test_a_range_leaves_rare_outliers_out():
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_is_in_the_middle_if_the_target_wants_it(symmetric):
+    request = Request("int8", symmetric=symmetric)
+    zeros = {}
+    for op in ("Abs", "LeakyRelu"):
+        net = Net(0)
+        model = from_proto(net.build(net.linear(net(op, net.x()), WIDTH, 6)))
+        made = in_precision(model, request, batches(), batches(1, seed=9)).model
+        (node,) = (node for node in made.graph.nodes if node.op == "QuantizeLinear")
+        zeros[op] = node.inputs[2].values
+        assert zeros[op].dtype == (np.int8 if symmetric else np.uint8)
+    assert zeros["Abs"] == 0  # nothing is below it
+    assert (zeros["LeakyRelu"] == 0) == symmetric
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_range_leaves_rare_outliers_out(symmetric):
     rng = np.random.default_rng(0)
-    values = np.abs(rng.standard_normal(100_000))
-    values[0] = 40.0
+    values = rng.gamma(2.0, 1.0, 2_000_000) - 0.2
+    values[0] = 80.0
 
-    def lost(clip):
-        step = clip / 127
-        return np.square(np.clip(np.rint(values / step), 0, 127) * step - values).sum()
+    def lost(low, high):
+        step = (high - low) / (254 if symmetric else 255)
+        zero = np.rint(-low / step)
+        rounded = np.clip(np.rint(values / step) + zero, 0, 255) - zero
+        return np.square(rounded * step - values).sum()
 
-    counts, _ = np.histogram(values, 2048, (0.0, 40.0))
-    clip = best_clip(counts, 40.0)
-    assert clip < 40.0
-    assert lost(clip) < 0.7 * lost(40.0)
-    assert lost(clip) < 1.2 * min(lost(c) for c in np.linspace(1, 40, 100))
+    counts, _ = np.histogram(values, BINS, (-80.0, 80.0))
+    low, high = best_range(counts, 80.0, symmetric=symmetric)
+    assert high < 80.0
+    assert (low == -high) == symmetric
+    assert symmetric or -0.3 < low < 0
+    assert lost(low, high) < 0.5 * lost(-80.0 if symmetric else -0.2, 80.0)
+    highs = np.linspace(2, 80, 100)
+    assert lost(low, high) < 1.2 * min(lost(-h if symmetric else -0.2, h) for h in highs)
+
+
+def test_a_range_without_its_middle_is_more_exact():
+    values = np.random.default_rng(0).gamma(2.0, 1.0, 10_000)
+    counts, _ = np.histogram(values, BINS, (-values.max(), values.max()))
+    errors = {}
+    for symmetric in (True, False):
+        low, high = best_range(counts, values.max(), symmetric=symmetric)
+        step = (high - low) / (254 if symmetric else 255)
+        errors[symmetric] = np.square(np.rint(values.clip(low, high) / step) * step - values).sum()
+    assert errors[False] < 0.6 * errors[True]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

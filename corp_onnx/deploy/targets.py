@@ -97,3 +97,6 @@ TARGETS: Mapping[str, Callable[[str, TargetOptions], Target]] = {
     "tensorrt-rtx": _tensorrt_rtx,
 }
 """Every target, and what makes it."""
+
+SYMMETRIC = ("ort-tensorrt", "tensorrt", "tensorrt-rtx")
+"""Those that take whole-number activations only with zero in the middle."""

@@ -102,7 +102,7 @@ def _drafted(
     if request.weight_only is not None:
         return with_stored_weights(model, request.weight_only)
     if request.precision == "int8":
-        return in_integers(model, seen, runtime)
+        return in_integers(model, seen, runtime, symmetric=request.symmetric)
     if request.precision == "fp32":
         return Draft(model)
     return halved(model, request, seen, runtime)

@@ -11,7 +11,7 @@ from corp_onnx.emit import Emitter
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model
 from corp_onnx.precision.layers import Layer, layers_of
-from corp_onnx.precision.ranges import LEVELS, clips
+from corp_onnx.precision.ranges import ALL_LEVELS, LEVELS, Range, ranges
 from corp_onnx.precision.records import Draft
 from corp_onnx.session import Runtime
 from corp_onnx.statistics import Batch
@@ -23,14 +23,22 @@ FIRST_OPSET = 13
 """That has scales by channel."""
 
 
-def in_integers(model: Model, batches: Sequence[Batch], runtime: Runtime | None = None) -> Draft:
+def in_integers(
+    model: Model,
+    batches: Sequence[Batch],
+    runtime: Runtime | None = None,
+    *,
+    symmetric: bool = False,
+) -> Draft:
     """Every linear layer with its input and its weight quantised and dequantised (QDQ).
 
     Layers that read one tensor dequantise it each for itself: ONNX Runtime makes a product of whole
     numbers only of what nobody else reads.
 
-    ``x ≈ s · round(x / s)``, with one ``s`` for a tensor and one for each output channel of a
-    weight; zero stays zero, as TensorRT wants it. Products inside attention stay in float32.
+    ``x ≈ s · (round(x / s + z) - z)``, with one ``s`` for a tensor and one for each output channel
+    of a weight. Weights have ``z = 0``; activations too if they are to be symmetric, as TensorRT
+    wants it. Else they are whole numbers without sign, of which processors multiply twice as many
+    at a time, and all 255 steps are used. Products inside attention stay in float32.
 
     Raises:
         PlanError: If there are no batches, no layers, or the opset has no scales by channel.
@@ -49,7 +57,8 @@ def in_integers(model: Model, batches: Sequence[Batch], runtime: Runtime | None 
     layers, kept = layers_of(graph)
     require_some(layers)
     sources = list(dict.fromkeys(layer.node.inputs[0].name for layer in layers))
-    _quantise(graph, layers, clips(model, sources, batches, runtime))
+    reach = ranges(model, sources, batches, runtime, symmetric=symmetric)
+    _quantise(graph, layers, reach, symmetric)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     samples = sum(len(next(iter(batch.values()))) for batch in batches)
     return Draft(model.with_graph(graph), kept, quantised=len(layers), samples=samples)
@@ -65,7 +74,9 @@ def require_some(layers: Sequence[Layer]) -> None:
         raise PlanError("the model has no linear layer with constant float32 weights to quantise")
 
 
-def _quantise(graph: gs.Graph, layers: Sequence[Layer], ranges: Mapping[str, float]) -> None:
+def _quantise(
+    graph: gs.Graph, layers: Sequence[Layer], reach: Mapping[str, Range], symmetric: bool
+) -> None:
     taken = set(graph.tensors()) | {node.name for node in graph.nodes}
     inputs: dict[str, Rounded] = {}
     weights: dict[tuple[int, bool], gs.Variable] = {}
@@ -73,7 +84,7 @@ def _quantise(graph: gs.Graph, layers: Sequence[Layer], ranges: Mapping[str, flo
         source, weight = layer.node.inputs[:2]
         if source.name not in inputs:
             emit = Emitter(graph, source.name, taken)
-            inputs[source.name] = _rounded_input(source, ranges[source.name], emit)
+            inputs[source.name] = _rounded_input(source, reach[source.name], symmetric, emit)
         key = id(weight), layer.turned
         if key not in weights:
             weights[key] = _stored_weight(layer, Emitter(graph, weight.name, taken))
@@ -82,10 +93,18 @@ def _quantise(graph: gs.Graph, layers: Sequence[Layer], ranges: Mapping[str, flo
         layer.node.inputs[0], layer.node.inputs[1] = widened, weights[key]
 
 
-def _rounded_input(source: gs.Tensor, reach: float, emit: Emitter) -> Rounded:
-    scale = emit.constant("scale", np.array(step(reach), np.float32))
-    zero = emit.constant("zero_point", np.array(0, np.int8))
-    return [emit.node("QuantizeLinear", [source, scale, zero], dtype=np.int8), scale, zero]
+def _rounded_input(source: gs.Tensor, reach: Range, symmetric: bool, emit: Emitter) -> Rounded:
+    size, zero = (step(reach[1]), np.int8(0)) if symmetric else _off_centre(reach)
+    inputs = [source, emit.constant("scale", np.array(size, np.float32))]
+    inputs.append(emit.constant("zero_point", np.array(zero)))
+    return [emit.node("QuantizeLinear", inputs, dtype=zero.dtype), *inputs[1:]]
+
+
+def _off_centre(reach: Range) -> tuple[float, np.uint8]:
+    """The size of one of 255 steps over a range, and the number that stands for zero."""
+    low, high = reach
+    size = (high - low) / ALL_LEVELS or 1.0
+    return size, np.uint8(np.rint(-low / size))
 
 
 def _stored_weight(layer: Layer, emit: Emitter) -> gs.Variable:

@@ -14,14 +14,19 @@ from corp_onnx.graph import Model
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.statistics import Batch
 
-BINS = 2048
+Range = tuple[float, float]
+
+BINS = 4096
 """Of the histogram from which a range is chosen."""
 
 CANDIDATES = 96
 """Ranges that are tried, from all of the values down to a small part."""
 
 LEVELS = 127
-"""Whole numbers on either side of zero that eight bits have, if zero is to stay zero."""
+"""Whole numbers on either side of zero that eight bits have, if zero is in the middle."""
+
+ALL_LEVELS = 255
+"""Steps that eight bits have, wherever zero is."""
 
 
 def peaks(
@@ -52,41 +57,64 @@ def peaks(
     return found
 
 
-def clips(
+def ranges(
     model: Model,
     tensors: Sequence[str],
     batches: Sequence[Batch],
     runtime: Runtime | None = None,
-) -> dict[str, float]:
-    """The magnitude of every tensor that eight bits should reach up to.
+    *,
+    symmetric: bool,
+) -> dict[str, Range]:
+    """The least and the largest value of every tensor that eight bits should reach.
 
-    Values beyond it are cut off; it is the one of least expected squared error, see `best_clip`.
+    Values beyond are cut off; it is the range of least expected squared error, see `best_range`.
     """
     largest = peaks(model, tensors, batches, runtime)
     counts = {name: np.zeros(BINS) for name in tensors}
     session = open_session(exposed(model, tensors), runtime)
     for batch in batches:
         for name, values in session.run(batch, list(tensors)).items():
-            bins = np.histogram(np.abs(values), BINS, (0.0, largest[name] or 1.0))[0]
-            counts[name] += bins
-    return {name: best_clip(counts[name], largest[name]) for name in tensors}
+            reach = largest[name] or 1.0
+            counts[name] += np.histogram(values, BINS, (-reach, reach))[0]
+    return {name: best_range(counts[name], largest[name], symmetric=symmetric) for name in tensors}
 
 
-def best_clip(counts: Float64[np.ndarray, " n"], largest: float) -> float:
-    """The range ``c`` of least squared error when values are rounded to 127 steps up to it.
+def best_range(counts: Float64[np.ndarray, " n"], largest: float, *, symmetric: bool) -> Range:
+    """The range of least squared error when values are rounded to the steps within it.
 
-    A value ``v`` below ``c`` is off by ``(c / 127)² / 12`` on average, one above by ``(v - c)²``.
+    With ``s`` the size of a step, a value within the range is off by ``s² / 12`` on average, one
+    beyond it by the square of its distance. Zero is always in the range.
 
-    >>> best_clip(np.ones(BINS), 4.0)  # as many of every size: none is cut off
-    4.0
+    Args:
+        counts: Of values, in bins of equal width from ``-largest`` to ``largest``.
+        largest: The largest magnitude.
+        symmetric: Whether zero must be in the middle, with 127 steps on either side; else there are
+            255 steps in all.
+
+    >>> best_range(np.ones(BINS), 4.0, symmetric=True)  # as many of every size: none is cut off
+    (-4.0, 4.0)
+    >>> best_range(np.repeat([0.0, 1.0], BINS // 2), 4.0, symmetric=False)  # none is negative
+    (0.0, 4.0)
     """
-    edges = np.linspace(0.0, largest, len(counts) + 1)
-    centres = (edges[1:] + edges[:-1]) / 2.0
-    candidates = largest * np.linspace(1.0, 0.05, CANDIDATES)
-    lost = [counts @ np.square(np.maximum(centres - clip, 0.0)) for clip in candidates]
-    within = [counts[centres <= clip].sum() for clip in candidates]
-    errors = np.array(lost) + np.array(within) * np.square(candidates / LEVELS) / 12.0
-    return float(candidates[int(errors.argmin())])
+    edges = np.linspace(-largest, largest, len(counts) + 1)
+    centres, used = (edges[1:] + edges[:-1]) / 2.0, np.flatnonzero(counts)
+    if len(used) == 0:
+        return (-largest, largest)
+    shares = np.linspace(1.0, 0.05, CANDIDATES)
+    reach = (-largest, largest) if symmetric else (edges[used[0]], edges[used[-1] + 1])
+    lows, highs = min(reach[0], 0.0) * shares, max(reach[1], 0.0) * shares
+    below = np.array([counts @ np.square(np.maximum(low - centres, 0.0)) for low in lows])
+    above = np.array([counts @ np.square(np.maximum(centres - high, 0.0)) for high in highs])
+    summed = np.concatenate([[0.0], np.cumsum(counts)])
+    up_to_low, up_to_high = (np.interp(ends, edges, summed) for ends in (lows, highs))
+    steps = (highs[None, :] - lows[:, None]) / (2 * LEVELS if symmetric else ALL_LEVELS)
+    within = (up_to_high[None, :] - up_to_low[:, None]) * np.square(steps) / 12.0
+    errors = below[:, None] + above[None, :] + within
+    if symmetric:
+        place = int(np.diagonal(errors).argmin())
+        return (float(lows[place]), float(highs[place]))
+    low, high = np.unravel_index(errors.argmin(), errors.shape)
+    return (float(lows[low]), float(highs[high]))
 
 
 def _with_peaks(model: Model, tensors: Sequence[str]) -> tuple[Model, Mapping[str, str]]:

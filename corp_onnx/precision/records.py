@@ -61,6 +61,8 @@ class Request:
         weight_only: Bits of stored weights, where everything is still computed in float32.
         keep_io_types: Whether inputs and outputs stay what they are, with casts behind and before
             them.
+        symmetric: Whether whole-number activations have zero in the middle, as TensorRT wants it;
+            without, they are more exact, and faster on processors.
         limit: Relative error of an output above which the result is refused; None takes that of
             the precision.
 
@@ -71,6 +73,7 @@ class Request:
     precision: Precision = "fp32"
     weight_only: WeightOnly | None = None
     keep_io_types: bool = True
+    symmetric: bool = False
     limit: float | None = None
 
     def __post_init__(self) -> None:
