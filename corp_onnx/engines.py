@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from corp_onnx import commands, options, screen
+from corp_onnx.commands import Source
 from corp_onnx.deploy.records import PRECISIONS
 from corp_onnx.deploy.targets import TARGETS, open_target
 from corp_onnx.latency import RUNS, WARMUP
@@ -19,6 +20,7 @@ def build(
     folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for the engine.")],
     target: options.TargetName = "ort-cpu",
     precision: options.PrecisionName = "fp32",
+    data: options.MaybeData = None,
     graph_level: options.Level = "all",
     min_shapes: options.MinShapes = None,
     opt_shapes: options.OptShapes = None,
@@ -39,9 +41,9 @@ def build(
         optimization_level=optimization_level,
         custom_op_library=custom_op_library,
     )
-    screen.run(
-        commands.Build(model, folder, open_target(target, asked), precision), as_json, log_level
-    )
+    source = None if data is None else Source(data)
+    command = commands.Build(model, folder, open_target(target, asked), precision, source)
+    screen.run(command, as_json, log_level)
 
 
 def bench(
@@ -50,6 +52,7 @@ def bench(
     ],
     targets: options.TargetNames = "ort-cpu",
     precisions: options.PrecisionNames = "fp32",
+    data: options.MaybeData = None,
     batches: options.Batches = "1",
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Turns not counted.")] = WARMUP,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Turns counted.")] = RUNS,
@@ -85,5 +88,6 @@ def bench(
         options.names_of(precisions, PRECISIONS, "--precision"),
         options.batches_of(batches),
         Stopwatch(sizes=options.sizes_of(shapes), warmup=warmup, runs=runs, seed=seed),
+        None if data is None else Source(data, seed=seed),
     )
     screen.run(command, as_json, log_level)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from corp_onnx import example
+from corp_onnx.commands import Source
+from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import Build, ShapeRange
 from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
@@ -129,6 +131,34 @@ def test_a_target_is_here_or_says_why_not(name):
         with pytest.raises(BackendUnavailable) as caught:
             target.require("fp32")
         assert "install" in str(caught.value) or "choose" in str(caught.value)
+
+
+def test_a_precision_is_built_from_data_and_only_timed_without(tmp_path):
+    target = open_target("ort-cpu")
+    with pytest.raises(PlanError, match="give --data"):
+        Typist(None).typed(example.MODEL, target, "int8")
+    drawn = Typist(None, only_timed=True).typed(example.MODEL, target, "int8")
+    made = Typist(Source(str(example.CALIBRATION))).typed(example.MODEL, target, "int8")
+    for model in (drawn, made):
+        ops = [node.op for node in model.graph.nodes]
+        assert ops.count("QuantizeLinear") > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("ort-cpu", np.uint8), ("openvino", np.uint8), ("tensorrt", np.int8)]
+)
+def test_tensorrt_gets_zero_in_the_middle(name, dtype):
+    made = Typist(None, only_timed=True).typed(example.MODEL, open_target(name), "int8")
+    zeros = {n.inputs[2].values.dtype for n in made.graph.nodes if n.op == "QuantizeLinear"}
+    assert zeros == {np.dtype(dtype)}
+
+
+def test_models_that_need_no_other_types_stay(built):
+    target, build = built
+    typist = Typist(None, only_timed=True)
+    assert typist.typed(example.MODEL, target, "fp32") == example.MODEL
+    assert typist.typed(build.path.parent, target, "int8") == build.path.parent
+    assert typist.typed(example.MODEL, open_target("openvino"), "bf16") == example.MODEL
 
 
 def test_onnx_runtime_has_no_bf16_on_the_processor():

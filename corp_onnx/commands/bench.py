@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from corp_onnx import conditions, timetable
-from corp_onnx.commands.records import Answer, Progress
+from corp_onnx.commands.records import Answer, Progress, Source
+from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.timing import Lane, Stopwatch
 
@@ -20,28 +21,38 @@ class Bench:
     precisions: tuple[Precision, ...]
     batches: tuple[int, ...]
     stopwatch: Stopwatch
+    source: Source | None = None
+    """Inputs for models in other precisions."""
 
     def __call__(self, progress: Progress) -> Answer:
         """One race of all engines at every batch; each is held against the first."""
         for target in self.targets:
             for precision in self.precisions:
                 target.require(precision)
-        lanes = [
-            Lane(model, target, precision)
-            for target in self.targets
-            for precision in self.precisions
-            for model in self.models
-        ]
+        names, lanes = self._lanes(progress)
         machine = conditions.read()
         races, labels = [], []
         for batch in self.batches:
             races.append(replace(self.stopwatch, batch=batch).race(lanes))
-            labels.append([_label(lane, batch) for lane in lanes])
+            labels.append([_label(*each, batch) for each in zip(names, lanes, strict=True)])
             progress(len(lanes), "engines")
         document = timetable.race_json(labels, races, machine)
         return Answer(document, timetable.race_table(document))
 
+    def _lanes(self, progress: Progress) -> tuple[list[str], list[Lane]]:
+        """The names of all models, and where and in which types each of them runs."""
+        typist = Typist(self.source, only_timed=True, sizes=self.stopwatch.sizes)
+        names, lanes = [], []
+        for target in self.targets:
+            for precision in self.precisions:
+                for model in self.models:
+                    names.append(str(model))
+                    typed = typist.typed(model, target, precision)
+                    lanes.append(Lane(typed, target, precision))
+                    progress(1, "models")
+        return names, lanes
 
-def _label(lane: Lane, batch: int) -> timetable.Label:
-    names = (str(lane.model), lane.target.name, lane.precision, batch)
-    return dict(zip(timetable.LABELS, names, strict=True))
+
+def _label(name: str, lane: Lane, batch: int) -> timetable.Label:
+    values = (name, lane.target.name, lane.precision, batch)
+    return dict(zip(timetable.LABELS, values, strict=True))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.text import Text
 
-from corp_onnx.commands.records import Answer, Progress
+from corp_onnx.commands.records import Answer, Progress, Source
+from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.errors import OutputError
+from corp_onnx.graph import Model, write
 from corp_onnx.timing import described
 
 
@@ -21,6 +24,8 @@ class Build:
     folder: Path
     target: Target
     precision: Precision
+    source: Source | None = None
+    """Inputs to bring the model into the precision with."""
 
     def __call__(self, progress: Progress) -> Answer:
         """Build the engine, and keep its record beside it."""
@@ -32,11 +37,18 @@ class Build:
             raise OutputError(
                 f"cannot make the folder {self.folder}: {error.strerror or error}"
             ) from error
-        built = self.target.build(self.model, self.folder, self.precision)
+        typed = Typist(self.source).typed(self.model, self.target, self.precision)
+        with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
+            path = self.model
+            if isinstance(typed, Model):
+                path = Path(folder) / self.model.name
+                write(typed.proto(), path)
+            built = self.target.build(path, self.folder, self.precision)
         progress(1, "engines")
         text = (
             f"{built.path} for {built.target} in {built.precision}: "
             f"{built.size_bytes / 1e6:.1f} MB in {built.seconds:.1f} s\n"
-            f"time it with `corp-onnx bench {self.folder} --target {built.target}`"
+            f"time it with `corp-onnx bench {self.folder} --target {built.target} --precision "
+            f"{built.precision}`"
         )
         return Answer(asdict(built) | {"path": str(built.path)}, Text(text))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from corp_onnx.deploy.records import ShapeRange, Target
+from corp_onnx.deploy.records import Precision, ShapeRange, Target
 from corp_onnx.errors import PlanError
 from corp_onnx.session import GraphLevel
 
@@ -100,3 +100,6 @@ TARGETS: Mapping[str, Callable[[str, TargetOptions], Target]] = {
 
 SYMMETRIC = ("ort-tensorrt", "tensorrt", "tensorrt-rtx")
 """Those that take whole-number activations only with zero in the middle."""
+
+BY_ITSELF: Mapping[str, tuple[Precision, ...]] = {"openvino": ("bf16",)}
+"""Precisions to which a target rounds a float32 model when it loads it."""
