@@ -14,17 +14,18 @@ from typing import Annotated
 
 import typer
 
-from corp_onnx import commands, engines, options, screen
+from corp_onnx import commands, engine_options, engines, options, screen
 from corp_onnx.checking import Gates
 from corp_onnx.commands import Source
 from corp_onnx.demo import Demo
-from corp_onnx.deploy.targets import SYMMETRIC, TargetOptions
+from corp_onnx.deploy.targets import SYMMETRIC, TargetOptions, open_target
 from corp_onnx.device import device_of
 from corp_onnx.errors import CorpError, NothingPrunable, PlanError
 from corp_onnx.pipeline import Settings
 from corp_onnx.plan import DEFAULT_ALIGN
 from corp_onnx.precision import Request
 from corp_onnx.solve import DEFAULT_RIDGE, Recipe
+from corp_onnx.timing import Stopwatch
 
 DONE, UNVERIFIED, UNUSABLE, NOTHING = 0, 1, 2, 3
 
@@ -145,9 +146,9 @@ def prune(
     macs: options.MacsKept = None,
     params: options.ParamsKept = None,
     latency: options.LatencyKept = None,
-    target: options.TargetName = "ort-cpu",
-    batch: options.Batch = 1,
-    cache: options.Cache = None,
+    target: engine_options.TargetName = "ort-cpu",
+    batch: engine_options.Batch = 1,
+    cache: engine_options.Cache = None,
     align: options.Align = DEFAULT_ALIGN,
     ridge: options.Ridge = DEFAULT_RIDGE,
     ranking: options.Ranking = None,
@@ -186,7 +187,9 @@ def prune(
     wanted = options.widths_of(
         {"mlp": mlp, "qk": qk, "vo": vo},
         {"macs": macs, "params": params},
-        options.deadline_of(latency, target, batch, asked, sizes),
+        engine_options.deadline_of(
+            *(latency, open_target(target, asked), precision, Stopwatch(batch, sizes), cache)
+        ),
     )
     screen.run(commands.Prune(model, output, source, stats, wanted, settings), as_json, log_level)
 

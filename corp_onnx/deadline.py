@@ -10,7 +10,7 @@ from pathlib import Path
 from corp_onnx import latency_table
 from corp_onnx.blocks import Catalog
 from corp_onnx.budget import least_harm, plan_of
-from corp_onnx.deploy.records import Target
+from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model
 from corp_onnx.latency import Race
@@ -49,6 +49,7 @@ class Deadline:
         target: Where.
         stopwatch: At which batch and sizes.
         cache: Folder of latency tables; the user's cache unless told otherwise.
+        precision: Of the finished model; the dense one is timed as it is.
     """
 
     limit: float
@@ -56,6 +57,7 @@ class Deadline:
     target: Target
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     cache: Path | None = None
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         if not 0 < self.limit < (float("inf") if self.in_ms else 1 + 1e-9):
@@ -106,6 +108,7 @@ def scheduled(
     deadline: Deadline,
     *,
     align: int,
+    typed: Callable[[Model], Model] = lambda model: model,
     on_variant: Callable[[int], None] = lambda variants: None,
 ) -> Schedule:
     """Choose widths by harm and by measured time together, until the clock agrees.
@@ -124,15 +127,17 @@ def scheduled(
         probes: What every axis is worth.
         deadline: What is to be kept.
         align: Widths are multiples of this.
+        typed: Brings a model into the types in which it is to run.
         on_variant: Called with the number of variants that were timed.
 
     Raises:
         CorpError: As `Stopwatch.race`.
     """
-    trial = _Trial(path, model, catalog, statistics, probes, deadline, align)
+    trial = _Trial(path, model, catalog, statistics, probes, deadline, align, typed)
     table = latency_table.kept(
         lambda: latency_table.measured(
             *(probes, trial.shrunk, deadline.target, deadline.stopwatch),
+            precision=deadline.precision,
             align=align,
             on_variant=on_variant,
         ),
@@ -153,13 +158,14 @@ class _Trial:
     probes: Sequence[Probe]
     deadline: Deadline
     align: int
+    typed: Callable[[Model], Model] = lambda model: model
 
     def shrunk(self, widths: Mapping[int, int]) -> Model:
         """A model of these widths, without repair: as fast, and soon made."""
         chosen = [widths[place] for place in range(len(self.probes))]
         plan = plan_of(self.catalog, self.probes, chosen)
         bare = solve(self.model, self.catalog, plan, self.statistics, Recipe("none"))
-        return operate(self.model, self.catalog, bare).model
+        return self.typed(operate(self.model, self.catalog, bare).model)
 
     def key(self) -> dict[str, object]:
         """All that times depend on, but for the machine."""
@@ -169,6 +175,7 @@ class _Trial:
             "target": str(self.deadline.target),
             "versions": dict(self.deadline.target.versions()),
             "batch": watch.batch,
+            "precision": self.deadline.precision,
             "sizes": {name: list(shape) for name, shape in watch.sizes.items()},
             "align": self.align,
         }
@@ -209,7 +216,8 @@ def _best(found: Mapping[tuple[int, ...], Timed], limit: float) -> tuple[int, ..
 
 def against_dense(path: Path, model: Model, deadline: Deadline) -> Race:
     """A model and the dense one, turn by turn."""
-    return deadline.stopwatch.race([Lane(each, deadline.target) for each in (path, model)])
+    lanes = [Lane(path, deadline.target), Lane(model, deadline.target, deadline.precision)]
+    return deadline.stopwatch.race(lanes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from corp_onnx import commands, options, screen
+from corp_onnx import commands, engine_options, options, screen
 from corp_onnx.commands import Source
 from corp_onnx.deploy.records import PRECISIONS
 from corp_onnx.deploy.targets import TARGETS, open_target
@@ -18,22 +18,22 @@ from corp_onnx.timing import Stopwatch
 def build(
     model: options.ModelFile,
     folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for the engine.")],
-    target: options.TargetName = "ort-cpu",
+    target: engine_options.TargetName = "ort-cpu",
     precision: options.PrecisionName = "fp32",
     data: options.MaybeData = None,
-    graph_level: options.Level = "all",
-    min_shapes: options.MinShapes = None,
-    opt_shapes: options.OptShapes = None,
-    max_shapes: options.MaxShapes = None,
-    workspace: options.Workspace = None,
-    optimization_level: options.Effort = 3,
-    cache: options.Cache = None,
+    graph_level: engine_options.Level = "all",
+    min_shapes: engine_options.MinShapes = None,
+    opt_shapes: engine_options.OptShapes = None,
+    max_shapes: engine_options.MaxShapes = None,
+    workspace: engine_options.Workspace = None,
+    optimization_level: engine_options.Effort = 3,
+    cache: engine_options.Cache = None,
     custom_op_library: options.CustomOps = None,
     as_json: options.AsJson = False,
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Make a model ready for one target: an engine, and the record of how it was built."""
-    asked = options.target_options(
+    asked = engine_options.target_options(
         graph_level=graph_level,
         cache=cache,
         shapes=(min_shapes, opt_shapes, max_shapes),
@@ -50,29 +50,29 @@ def bench(
     models: Annotated[
         list[Path], typer.Argument(help="Models, or folders of engines; the first is the measure.")
     ],
-    targets: options.TargetNames = "ort-cpu",
-    precisions: options.PrecisionNames = "fp32",
+    targets: engine_options.TargetNames = "ort-cpu",
+    precisions: engine_options.PrecisionNames = "fp32",
     data: options.MaybeData = None,
-    batches: options.Batches = "1",
+    batches: engine_options.Batches = "1",
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Turns not counted.")] = WARMUP,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Turns counted.")] = RUNS,
     shapes: options.Shapes = None,
     seed: options.Seed = 0,
     threads: options.Threads = 0,
     arena: Annotated[bool, typer.Option(help="Let ONNX Runtime keep freed memory.")] = True,
-    graph_level: options.Level = "all",
-    min_shapes: options.MinShapes = None,
-    opt_shapes: options.OptShapes = None,
-    max_shapes: options.MaxShapes = None,
-    workspace: options.Workspace = None,
-    optimization_level: options.Effort = 3,
-    cache: options.Cache = None,
+    graph_level: engine_options.Level = "all",
+    min_shapes: engine_options.MinShapes = None,
+    opt_shapes: engine_options.OptShapes = None,
+    max_shapes: engine_options.MaxShapes = None,
+    workspace: engine_options.Workspace = None,
+    optimization_level: engine_options.Effort = 3,
+    cache: engine_options.Cache = None,
     custom_op_library: options.CustomOps = None,
     as_json: options.AsJson = False,
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Time models turn by turn, so that drift hits all alike."""
-    asked = options.target_options(
+    asked = engine_options.target_options(
         threads=threads,
         arena=arena,
         graph_level=graph_level,
@@ -82,11 +82,12 @@ def bench(
         optimization_level=optimization_level,
         custom_op_library=custom_op_library,
     )
+    names = engine_options.names_of(targets, TARGETS, "--target")
     command = commands.Bench(
         tuple(models),
-        tuple(open_target(name, asked) for name in options.names_of(targets, TARGETS, "--target")),
-        options.names_of(precisions, PRECISIONS, "--precision"),
-        options.batches_of(batches),
+        tuple(open_target(name, asked) for name in names),
+        engine_options.names_of(precisions, PRECISIONS, "--precision"),
+        engine_options.batches_of(batches),
         Stopwatch(sizes=options.sizes_of(shapes), warmup=warmup, runs=runs, seed=seed),
         None if data is None else Source(data, seed=seed),
     )

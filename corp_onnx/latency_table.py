@@ -14,7 +14,7 @@ import platformdirs
 from jaxtyping import Float64
 
 from corp_onnx.conditions import processor
-from corp_onnx.deploy.records import Target
+from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.errors import OutputError
 from corp_onnx.graph import Model, whole
 from corp_onnx.plan import least_width
@@ -77,6 +77,7 @@ def measured(
     target: Target,
     stopwatch: Stopwatch,
     *,
+    precision: Precision = "fp32",
     align: int,
     on_variant: Callable[[int], None] = lambda variants: None,
 ) -> LatencyTable:
@@ -90,6 +91,7 @@ def measured(
         shrunk: Makes a model of some widths.
         target: Where the models run.
         stopwatch: At which batch and sizes.
+        precision: Of the models.
         align: Widths are multiples of this.
         on_variant: Called with the number of variants that were timed.
     """
@@ -102,7 +104,7 @@ def measured(
     for start in range(0, max(len(variants), 1), TOGETHER):
         some = variants[start : start + TOGETHER]
         models = [reference, *(shrunk(full | widths) for _, _, widths in some)]
-        race = stopwatch.race([Lane(model, target) for model in models])
+        race = stopwatch.race([Lane(model, target, precision) for model in models])
         whole_ms.append(race.latencies[0].median_ms)
         for (kind, width, _), speedup in zip(some, race.speedups[1:], strict=True):
             ratios[kind][width] = 1.0 / speedup.ratio

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
 from corp_onnx.blocks import Axis
 from corp_onnx.budget import Budget, Unit
 from corp_onnx.deadline import Deadline
-from corp_onnx.deploy.records import PRECISIONS, Precision
-from corp_onnx.deploy.shape_ranges import parse_ranges
-from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
+from corp_onnx.deploy.records import Precision
 from corp_onnx.device import DeviceName
 from corp_onnx.errors import PlanError
 from corp_onnx.plan import DEFAULT_SHARES
 from corp_onnx.providers import CPU, CUDA, EXACT
-from corp_onnx.session import GraphLevel, Runtime
+from corp_onnx.session import Runtime
 from corp_onnx.sizes import Sizes
 from corp_onnx.solve.ranking import RANKINGS
 from corp_onnx.solve.solver import ELIMINATION, Method
-from corp_onnx.timing import Stopwatch
 
 Exporter = Literal["torchscript", "dynamo"]
 ModelFile = Annotated[Path, typer.Argument(help="An ONNX file.", metavar="MODEL")]
@@ -115,47 +112,6 @@ Ranking = Annotated[
         help=f"What stays: {ELIMINATION} (best's default), {', '.join(RANKINGS)} (else energy).",
     ),
 ]
-TargetName = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
-TargetNames = Annotated[
-    str, typer.Option("--target", help=f"One or several of {', '.join(TARGETS)}.")
-]
-PrecisionNames = Annotated[
-    str, typer.Option("--precision", help=f"One or several of {', '.join(PRECISIONS)}.")
-]
-Batch = Annotated[
-    int, typer.Option("--batch", min=1, help="Samples of one inference, for --latency.")
-]
-Batches = Annotated[str, typer.Option("--batch", help="Samples of one inference, such as 1,8,32.")]
-Level = Annotated[
-    GraphLevel, typer.Option("--graph-level", help="How far ONNX Runtime rewrites the graph.")
-]
-MinShapes = Annotated[
-    list[str] | None,
-    typer.Option("--min-shapes", help="Smallest sizes TensorRT builds for: NAME:1x3x224x224."),
-]
-OptShapes = Annotated[
-    list[str] | None, typer.Option("--opt-shapes", help="Sizes TensorRT is tuned for, likewise.")
-]
-MaxShapes = Annotated[
-    list[str] | None, typer.Option("--max-shapes", help="Largest sizes TensorRT builds for.")
-]
-Workspace = Annotated[
-    float | None,
-    typer.Option("--workspace", min=0, help="GiB that a kernel of TensorRT may take."),
-]
-Effort = Annotated[
-    int,
-    typer.Option(
-        "--optimization-level", min=0, max=5, help="How long TensorRT looks for fast kernels."
-    ),
-]
-Cache = Annotated[
-    Path | None, typer.Option("--cache", help="Folder for what a builder may use again.")
-]
-
-
-Name = TypeVar("Name", bound=str)
-
 Widths = Mapping[Axis, float] | Budget | Deadline
 """Shares to remove of every axis, or what may stay of the whole, or how long it may take."""
 
@@ -183,28 +139,6 @@ def widths_of(
             "(--macs, --params or --latency), from which all widths follow"
         )
     return budgets[0] if budgets else removed or DEFAULT_SHARES
-
-
-def deadline_of(
-    latency: str | None, target: str, batch: int, asked: TargetOptions, sizes: Sizes
-) -> Deadline | None:
-    """How long a model may take, from ``0.6`` or ``5ms``.
-
-    Raises:
-        PlanError: If the text is neither, or names an unknown target.
-    """
-    if latency is None:
-        return None
-    in_ms = latency.endswith("ms")
-    try:
-        limit = float(latency.removesuffix("ms"))
-    except ValueError as error:
-        raise PlanError(
-            f"--latency {latency!r} is neither a share to keep such as 0.6 nor a time such as 5ms"
-        ) from error
-    return Deadline(
-        *(limit, in_ms, open_target(target, asked), Stopwatch(batch, sizes)), cache=asked.cache
-    )
 
 
 def budgets_of(macs: str | None, params: str | None) -> tuple[Budget, ...]:
@@ -251,59 +185,6 @@ def sizes_of(shapes: list[str] | None) -> Sizes:
             raise PlanError(f"--shapes {text!r} is not of the form NAME:1x3x224x224")
         sizes[name] = tuple(int(number) for number in numbers)
     return sizes
-
-
-def target_options(
-    *,
-    threads: int = 0,
-    arena: bool = True,
-    graph_level: GraphLevel = "all",
-    cache: Path | None = None,
-    shapes: tuple[list[str] | None, list[str] | None, list[str] | None] = (None, None, None),
-    workspace: float | None = None,
-    optimization_level: int = 3,
-    custom_op_library: Path | None = None,
-) -> TargetOptions:
-    """What was asked of a target; ``shapes`` are smallest, likeliest and largest.
-
-    Raises:
-        PlanError: If shapes are of another form, or contradict each other.
-    """
-    return TargetOptions(
-        threads=threads,
-        arena=arena,
-        graph_level=graph_level,
-        cache=cache,
-        shapes=parse_ranges(*(texts or () for texts in shapes)),
-        workspace_bytes=None if workspace is None else int(workspace * 2**30),
-        optimization_level=optimization_level,
-        custom_op_library=custom_op_library,
-    )
-
-
-def names_of(text: str, known: Iterable[Name], flag: str) -> tuple[Name, ...]:
-    """Names from ``a,b``, each once.
-
-    Raises:
-        PlanError: If one is not known.
-    """
-    by_text = {str(name): name for name in known}
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    if unknown := [name for name in names if name not in by_text]:
-        raise PlanError(f"{flag} {unknown[0]!r} is none of {', '.join(by_text)}")
-    return tuple(by_text[name] for name in names)
-
-
-def batches_of(text: str) -> tuple[int, ...]:
-    """Batch sizes from ``1,8,32``.
-
-    Raises:
-        PlanError: If the text is of another form.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise PlanError(f"--batch {text!r} is no list of sizes such as 1,8,32")
-    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def shard_of(text: str) -> tuple[int, int]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from corp_onnx.blocks import Axis, Catalog, find_blocks
 from corp_onnx.budget import Budget, within
 from corp_onnx.calibrate import calibrate
 from corp_onnx.checking import Gates, verify
+from corp_onnx.clock import Clock
 from corp_onnx.data import Dataset
 from corp_onnx.deadline import Deadline, Kept, against_dense, scheduled
 from corp_onnx.graph import Model, load, require_writable, save
@@ -62,20 +61,6 @@ class Pruned:
     def model(self) -> Model:
         """What is written."""
         return self.surgery.model if self.typed is None else self.typed.model
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """Seconds that every stage took, by name."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time one stage; several visits to the same stage add up."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -243,13 +228,23 @@ class Work:
             schedule = scheduled(
                 *(path, self.model, self.catalog, self.statistics, self.probed(), deadline),
                 align=self.settings.align,
+                typed=self._typed_for_timing,
             )
         result = self.cut(schedule.plan)
         with self.clock.stage("latency"):
-            kept = Kept(schedule, against_dense(path, result.surgery.model, deadline))
+            model = self._typed_for_timing(result.surgery.model)
+            kept = Kept(schedule, against_dense(path, model, deadline))
         checks = (*result.verification.checks, kept.check())
         verification = replace(result.verification, checks=checks)
         return replace(result, verification=verification, kept=kept)
+
+    def _typed_for_timing(self, model: Model) -> Model:
+        """The model in the precision asked for, whatever that costs."""
+        assert self.statistics is not None, "calibrated before"
+        request, seen = replace(self.settings.request, limit=float("inf")), self.statistics.seen[:1]
+        if request.wants_nothing:
+            return model
+        return in_precision(model, request, seen, seen, runtime=self.settings.runtime).model
 
     def cut(self, plan: Plan) -> Pruned:
         """Solve a plan, carry it out, and verify the result."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import calibrate
 from corp_onnx.checking import Gates
+from corp_onnx.clock import Clock
 from corp_onnx.data import open_data
 from corp_onnx.errors import DataError, NothingPrunable, OutputError, PlanError, TooFewSamples
 from corp_onnx.graph import load
-from corp_onnx.pipeline import Clock, Settings, prune
+from corp_onnx.pipeline import Settings, prune
 from corp_onnx.session import open_session
 from corp_onnx.solve import METHODS, Recipe
 from tests.builders import HEAD, HIDDEN, WIDTH
@@ -296,10 +298,8 @@ def test_an_older_result_survives_a_failure(files, tmp_path):
 
 
 def test_visits_to_a_stage_add_up(monkeypatch):
-    from corp_onnx import pipeline
-
     times = iter([0.0, 1.0, 10.0, 12.5])
-    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
     clock = Clock()
     for _ in range(2):
         with clock.stage("solve"):
