@@ -13,6 +13,7 @@ from benchmarks import (
     budgets,
     calibration,
     crops,
+    deadlines,
     demo,
     effort,
     exactness,
@@ -73,7 +74,16 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         crops.measure, "what random crops of the calibration pictures give and cost", ("pillow",)
     ),
     "latency": Benchmark(
-        latency.measure, "speed-up against the MAC ratio on ONNX Runtime CPU", TORCH
+        latency.measure,
+        "speed-up against the MAC ratio, by target and precision",
+        (*TORCH, "openvino"),
+        latency.MODELS,
+    ),
+    "deadlines": Benchmark(
+        deadlines.measure,
+        "half of the latency, by choice of widths",
+        (*DATA, "openvino"),
+        deadlines.MODELS,
     ),
     "macs": Benchmark(macs.measure, "multiply-adds of DeiT, dense and cut, by hand count", TORCH),
 }

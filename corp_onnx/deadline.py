@@ -100,7 +100,7 @@ class Schedule:
 
 
 def scheduled(
-    path: Path,
+    dense: Model | Path,
     model: Model,
     catalog: Catalog,
     statistics: Statistics,
@@ -120,7 +120,7 @@ def scheduled(
     is taken; if none does, the fastest.
 
     Args:
-        path: The dense model's file, which is timed as it is.
+        dense: The model, or its file, that is timed for comparison.
         model: The dense model.
         catalog: Its blocks.
         statistics: Of the dense model.
@@ -133,7 +133,7 @@ def scheduled(
     Raises:
         CorpError: As `Stopwatch.race`.
     """
-    trial = _Trial(path, model, catalog, statistics, probes, deadline, align, typed)
+    trial = _Trial(dense, model, catalog, statistics, probes, deadline, align, typed)
     table = latency_table.kept(
         lambda: latency_table.measured(
             *(probes, trial.shrunk, deadline.target, deadline.stopwatch),
@@ -151,7 +151,7 @@ def scheduled(
 class _Trial:
     """All that it takes to make models of other widths, and to time them."""
 
-    path: Path
+    dense: Model | Path
     model: Model
     catalog: Catalog
     statistics: Statistics
@@ -203,7 +203,7 @@ class _Trial:
         return Schedule(self.deadline, plan, limit, tuple(found.values()))
 
     def _raced(self, widths: Mapping[int, int]) -> Race:
-        return against_dense(self.path, self.shrunk(widths), self.deadline)
+        return against_dense(self.dense, self.shrunk(widths), self.deadline)
 
 
 def _best(found: Mapping[tuple[int, ...], Timed], limit: float) -> tuple[int, ...]:
@@ -214,9 +214,9 @@ def _best(found: Mapping[tuple[int, ...], Timed], limit: float) -> tuple[int, ..
     return min(found, key=lambda widths: found[widths].measured)
 
 
-def against_dense(path: Path, model: Model, deadline: Deadline) -> Race:
+def against_dense(dense: Model | Path, model: Model, deadline: Deadline) -> Race:
     """A model and the dense one, turn by turn."""
-    lanes = [Lane(path, deadline.target), Lane(model, deadline.target, deadline.precision)]
+    lanes = [Lane(dense, deadline.target), Lane(model, deadline.target, deadline.precision)]
     return deadline.stopwatch.race(lanes)
 
 

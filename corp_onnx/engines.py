@@ -56,6 +56,9 @@ def bench(
     batches: engine_options.Batches = "1",
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Turns not counted.")] = WARMUP,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Turns counted.")] = RUNS,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Tell where the time goes, by operator.")
+    ] = False,
     shapes: options.Shapes = None,
     seed: options.Seed = 0,
     threads: options.Threads = 0,
@@ -90,5 +93,6 @@ def bench(
         engine_options.batches_of(batches),
         Stopwatch(sizes=options.sizes_of(shapes), warmup=warmup, runs=runs, seed=seed),
         None if data is None else Source(data, seed=seed),
+        profile,
     )
     screen.run(command, as_json, log_level)

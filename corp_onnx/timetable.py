@@ -16,6 +16,9 @@ from corp_onnx.present import Json, table_of
 LABELS = ("model", "target", "precision", "batch")
 """What tells one engine from another; those that vary get a column."""
 
+SHOWN_OPERATORS = 12
+"""Rows of the table of operators; the JSON has all of them."""
+
 Label = Mapping[str, Any]
 """An engine by `LABELS`."""
 
@@ -62,7 +65,23 @@ def race_table(document: Mapping[str, Any]) -> RenderableType:
             f"{entry['ratio']:.2f}x" if entry else "",
             f"{entry['low']:.2f} to {entry['high']:.2f}" if entry else "",
         )
-    return Group(table, *(Text(f"warning: {warning}") for warning in document["warnings"]))
+    warnings = [Text(f"warning: {warning}") for warning in document["warnings"]]
+    profiles = [_profile_table(document["profiles"])] if document.get("profiles") else []
+    return Group(table, *profiles, *warnings)
+
+
+def _profile_table(profiles: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Where the time of every engine goes, the dearest operators of any of them first."""
+    columns = [" ".join(str(profile[name]) for name in LABELS[:3]) for profile in profiles]
+    table = table_of("operator, ms of one inference", *columns)
+    dearest: dict[str, float] = {}
+    for profile in profiles:
+        for operator, spent in profile["operators_ms"].items():
+            dearest[operator] = max(dearest.get(operator, 0.0), spent)
+    for operator in sorted(dearest, key=dearest.__getitem__, reverse=True)[:SHOWN_OPERATORS]:
+        spent = [profile["operators_ms"].get(operator) for profile in profiles]
+        table.add_row(operator, *("" if each is None else f"{each:.2f}" for each in spent))
+    return table
 
 
 def _busy(conditions: Conditions) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -99,6 +99,19 @@ class Stopwatch:
                 runs=self.runs,
                 seed=self.seed,
             )
+
+    def operator_times(self, lanes: Sequence[Lane]) -> tuple[Mapping[str, float], ...]:
+        """Milliseconds of one inference of every engine, by kind of operator.
+
+        Raises:
+            CorpError: As `race`.
+        """
+        found = []
+        for lane in lanes:
+            with lane.opened(self._sizes_of) as (engine, sizes):
+                feeds = timing_inputs(engine.inputs, sizes, seed=self.seed)
+                found.append(engine.operator_times(feeds))
+        return tuple(found)
 
     def _inference(self, engine: Engine, sizes: Sizes) -> Callable[[], object]:
         """One inference, on inputs made for timing."""

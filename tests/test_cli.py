@@ -240,6 +240,15 @@ def test_what_was_built_can_be_timed_where_it_was_built_for(command, files, tmp_
     assert_refused(command("bench", folder, "--target", other), f"was built for {target} in fp32")
 
 
+def test_bench_tells_where_the_time_goes(command, files, pruned):
+    ended = command("bench", files.model, pruned, "--runs", 2, "--profile", "--json")
+    profiles = document(ended)["profiles"]
+    assert [profile["model"] for profile in profiles] == [str(files.model), str(pruned)]
+    assert all("LayerNormalization" in profile["operators_ms"] for profile in profiles)
+    shown = command("bench", files.model, pruned, "--runs", 2, "--profile").stdout
+    assert "ms of one inference" in " ".join(shown.split())
+
+
 def test_a_model_of_one_batch_is_not_timed_at_another(command, tmp_path):
     net = Net(0)
     fixed = net.build(net("Mul", net.x(), 2.0))

@@ -61,6 +61,14 @@ def test_an_engine_says_which_shape_does_not_fit(built):
         target.load(build).run({"image": np.zeros((1, 1, 27, 28), np.float32)})
 
 
+def test_an_engine_tells_where_its_time_goes(built, images):
+    target, build = built
+    times = target.load(build).operator_times(images, runs=3)
+    assert {"Gelu", "BiasGelu"} & times.keys()
+    assert all(spent >= 0 for spent in times.values())
+    assert sum(times.values()) > 0
+
+
 def test_the_record_of_a_build_can_be_read_again(built):
     _, build = built
     again = Build.read(build.path.parent)

@@ -23,6 +23,8 @@ class Bench:
     stopwatch: Stopwatch
     source: Source | None = None
     """Inputs for models in other precisions."""
+    profile: bool = False
+    """Whether to tell where the time goes, at the first batch."""
 
     def __call__(self, progress: Progress) -> Answer:
         """One race of all engines at every batch; each is held against the first."""
@@ -37,6 +39,10 @@ class Bench:
             labels.append([_label(*each, batch) for each in zip(names, lanes, strict=True)])
             progress(len(lanes), "engines")
         document = timetable.race_json(labels, races, machine)
+        if self.profile:
+            watch = replace(self.stopwatch, batch=self.batches[0])
+            profiles = zip(labels[0], watch.operator_times(lanes), strict=True)
+            document["profiles"] = [{**label, "operators_ms": times} for label, times in profiles]
         return Answer(document, timetable.race_table(document))
 
     def _lanes(self, progress: Progress) -> tuple[list[str], list[Lane]]:

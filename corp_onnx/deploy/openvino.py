@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from corp_onnx.data import InputSpec
-from corp_onnx.deploy.records import Build, Precision
+from corp_onnx.deploy.records import PROFILED_RUNS, Build, Precision
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
 from corp_onnx.sizes import Sizes
 
@@ -85,13 +86,15 @@ class OpenVino:
         if self.threads:
             settings["INFERENCE_NUM_THREADS"] = str(self.threads)
         try:
-            compiled = core.compile_model(core.read_model(build.path), DEVICE, settings)
+            model = core.read_model(build.path)
+            compiled = core.compile_model(model, DEVICE, settings)
         except RuntimeError as error:
             raise GraphError(
                 f"OpenVINO cannot load {build.path}: {str(error).strip()}; build it again if "
                 "another version made it"
             ) from error
-        return OpenVinoEngine(compiled, compiled.create_infer_request())
+        profiled = partial(core.compile_model, model, DEVICE, settings | {"PERF_COUNT": "YES"})
+        return OpenVinoEngine(compiled, compiled.create_infer_request(), profiled)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +103,8 @@ class OpenVinoEngine:
 
     compiled: Any
     request: Any
+    profiled: Callable[[], Any]
+    """Compiles the model once more, to time its operators."""
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -125,10 +130,7 @@ class OpenVinoEngine:
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One inference."""
-        missing = [spec.name for spec in self.inputs if spec.name not in feeds]
-        if missing:
-            raise DataError(f"the model also reads {', '.join(missing)}; got {', '.join(feeds)}")
-        taken = {spec.name: feeds[spec.name] for spec in self.inputs}
+        taken = self._taken(feeds)
         try:
             results = self.request.infer(taken)
         except RuntimeError as error:
@@ -137,6 +139,25 @@ class OpenVinoEngine:
                 f"OpenVINO cannot run the model on inputs of shape {shapes}: {str(error).strip()}"
             ) from error
         return {name: results[name] for name in self.outputs}
+
+    def operator_times(
+        self, feeds: Mapping[str, np.ndarray], *, runs: int = PROFILED_RUNS
+    ) -> Mapping[str, float]:
+        """By type of node of the compiled model."""
+        request = self.profiled().create_infer_request()
+        times: dict[str, float] = {}
+        for _ in range(runs):
+            request.infer(self._taken(feeds))
+            for node in request.get_profiling_info():
+                spent_ms = node.real_time.total_seconds() * 1000 / runs
+                times[node.node_type] = times.get(node.node_type, 0.0) + spent_ms
+        return times
+
+    def _taken(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        missing = [spec.name for spec in self.inputs if spec.name not in feeds]
+        if missing:
+            raise DataError(f"the model also reads {', '.join(missing)}; got {', '.join(feeds)}")
+        return {spec.name: feeds[spec.name] for spec in self.inputs}
 
     def close(self) -> None:
         """Nothing: the request goes with its last reference."""

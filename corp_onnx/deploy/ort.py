@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -14,7 +16,7 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
 from corp_onnx.data import InputSpec
-from corp_onnx.deploy.records import Build, Precision
+from corp_onnx.deploy.records import PROFILED_RUNS, Build, Precision
 from corp_onnx.deploy.whole import DOMAIN, write_whole
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import write
@@ -102,7 +104,8 @@ class OnnxRuntime:
 
     def load(self, build: Build) -> OrtEngine:
         """The optimised graph as it is: it is not optimised again."""
-        return OrtEngine(open_session(build.path, self._runtime("none")))
+        runtime = self._runtime("none")
+        return OrtEngine(open_session(build.path, runtime), build.path, runtime)
 
     def _runtime(self, graph_level: GraphLevel, optimised: Path | None = None) -> Runtime:
         provider = PROVIDERS[self.name]
@@ -124,6 +127,8 @@ class OrtEngine:
     """A session of ONNX Runtime."""
 
     session: Session
+    path: Path
+    runtime: Runtime
     device_ms: float | None = None
 
     @property
@@ -139,6 +144,23 @@ class OrtEngine:
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One inference."""
         return self.session.run(feeds)
+
+    def operator_times(
+        self, feeds: Mapping[str, np.ndarray], *, runs: int = PROFILED_RUNS
+    ) -> Mapping[str, float]:
+        """By type of operator, in a session of their own."""
+        with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
+            profile = replace(self.runtime, profile=Path(folder) / "profile")
+            session = open_session(self.path, profile)
+            for _ in range(runs):
+                session.run(feeds)
+            events = json.loads(session.profile().read_text(encoding="utf-8"))
+        times: dict[str, float] = {}
+        for event in events:
+            if event.get("name", "").endswith("_kernel_time"):
+                op = event["args"]["op_name"]
+                times[op] = times.get(op, 0.0) + event["dur"] / 1000 / runs
+        return times
 
     def close(self) -> None:
         """Nothing: the session goes with its last reference."""

@@ -17,6 +17,8 @@ from corp_onnx.sizes import Sizes
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
+PROFILED_RUNS = 10
+
 RECORD = "build.json"
 """The record of a build, beside what was built."""
 
@@ -112,6 +114,14 @@ class Engine(Protocol):
 
         Raises:
             DataError: If an input is missing or does not fit.
+        """
+
+    def operator_times(
+        self, feeds: Mapping[str, np.ndarray], *, runs: int = PROFILED_RUNS
+    ) -> Mapping[str, float]:
+        """Milliseconds of one inference by kind of operator, or by layer; empty if not told.
+
+        Timed one by one, so that all together they take longer than an inference does.
         """
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from corp_onnx.data import InputSpec
-from corp_onnx.deploy.records import Build
+from corp_onnx.deploy.records import PROFILED_RUNS, Build
 from corp_onnx.deploy.tensorrt.cuda import device
 from corp_onnx.deploy.tensorrt.library import (
     new_logger,
@@ -77,6 +77,12 @@ class TensorRTEngine:
             GraphError: If TensorRT or CUDA fails.
         """
         return self._work.run(feeds)
+
+    def operator_times(
+        self, feeds: Mapping[str, np.ndarray], *, runs: int = PROFILED_RUNS
+    ) -> Mapping[str, float]:
+        """By layer."""
+        return {layer.name: layer.median_ms for layer in self.layer_times(feeds, runs=runs)}
 
     def layer_times(
         self, feeds: Mapping[str, np.ndarray], *, runs: int = 50

@@ -1,0 +1,148 @@
+"""Half of the dense latency: widths chosen by error and time together, or cut alike.
+
+Both are fitted by ``best``; the uniform cut removes the same share of every axis, in multiples of
+the default alignment, by bisection on the measured time. A third shows what alignment is worth.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.methods import BEST, cut, solution
+from benchmarks.outcome import Outcome, Place, Row
+from benchmarks.samples import drawn
+from benchmarks.subjects import Subject, subjects
+from corp_onnx.calibrate import BATCH_SIZE
+from corp_onnx.deadline import Deadline, against_dense, scheduled
+from corp_onnx.deploy.targets import open_target
+from corp_onnx.graph import Model
+from corp_onnx.pipeline import PROBED_BATCHES
+from corp_onnx.plan import DEFAULT_ALIGN, Plan, uniform
+from corp_onnx.probes import offered, probe
+from corp_onnx.solve import Recipe, solve
+from corp_onnx.statistics import Statistics
+from corp_onnx.surgery import operate
+from corp_onnx.timing import Lane, Stopwatch
+from corp_onnx.verify import Check
+
+log = logging.getLogger(__name__)
+
+MODELS = ("dinov2", "minilm-l6")
+LIMIT, ALLOWED = 0.5, 0.05
+BATCH, TOKENS, RUNS = 8, 128, 20
+SAMPLES: Mapping[str, int] = {"dinov2": 128, "minilm-l6": 1024}
+STEPS = 5
+"""Of the bisection over shares."""
+
+UNALIGNED = (768, 767, 766, 764, 762, 761, 760)
+"""Widths of the MLPs, of which the first and the last are multiples of 8."""
+
+
+def measure(place: Place) -> Outcome:
+    """The latency that was asked for, and the error at it, in both ways."""
+    rows: list[Row] = []
+    checks: list[Check] = []
+    widths: dict[str, object] = {}
+    alignment: list[Row] = []
+    for name, subject in subjects(place, MODELS, {}, 1):
+        few, _ = drawn(subject.samples, min(SAMPLES[name], subject.samples.count), subject.seed)
+        found, chosen = _rows(subject.with_samples(few))
+        rows += found
+        widths[subject.title] = {f"{c.block}.{c.axis}": c.to for c in chosen.cuts}
+        checks += _checks(subject.title, found)
+        if name == MODELS[0]:
+            alignment = _alignment(subject.with_samples(few))
+    tables = {"half of the latency": rows, "alignment": alignment}
+    settings = {"limit": LIMIT, "batch": BATCH, "tokens": TOKENS, "samples": dict(SAMPLES)}
+    return Outcome(tables, tuple(checks), settings | {"widths": widths})
+
+
+def _rows(subject: Subject) -> tuple[list[Row], Plan]:
+    statistics = subject.statistics()
+    every = offered(subject.catalog)
+    few, _ = drawn(subject.samples, PROBED_BATCHES * BATCH_SIZE, subject.seed)
+    model, catalog = subject.model, subject.catalog
+    probes = probe(
+        *(model, catalog, statistics, few.batches(1, 0), Recipe("best")), align=DEFAULT_ALIGN
+    )
+    with TemporaryDirectory() as folder:
+        deadline = replace(_deadline(subject), cache=Path(folder))
+        schedule = scheduled(
+            *(model, model, catalog, statistics, probes, deadline), align=DEFAULT_ALIGN
+        )
+    log.info("tries: %s", schedule.tries)
+
+    def alike(share: float) -> Plan:
+        return uniform(catalog, dict.fromkeys(every, share))
+
+    low, high = 0.0, 1.0 - 1e-6
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        share = _share(subject, _bare(subject, alike(middle), statistics))
+        log.info("uniform %.3f removed: %.3f of the time", middle, share)
+        low, high = (low, middle) if share <= LIMIT else (middle, high)
+    plans = {"by error and time": schedule.plan, "uniform": alike(high)}
+    rows = []
+    for kind, plan in plans.items():
+        smaller = cut(subject, solution(subject, plan, BEST, statistics))
+        time = {"time": _share(subject, smaller)}
+        rows.append({"model": subject.title, "widths": kind} | time | subject.measured(smaller))
+        log.info("%s", rows[-1])
+    return rows, schedule.plan
+
+
+def _deadline(subject: Subject) -> Deadline:
+    sizes = {
+        tensor.name: (BATCH, TOKENS)
+        for tensor in subject.model.graph.inputs
+        if len(tensor.shape) == 2
+    }
+    watch = Stopwatch(BATCH, sizes, warmup=3, runs=RUNS)
+    return Deadline(LIMIT, False, open_target("ort-cpu"), watch)
+
+
+def _share(subject: Subject, model: Model) -> float:
+    """Of the dense model's time."""
+    return 1.0 / against_dense(subject.model, model, _deadline(subject)).speedups[1].ratio
+
+
+def _bare(subject: Subject, plan: Plan, statistics: Statistics) -> Model:
+    """As fast as the plan is; its values do not matter."""
+    bare = solve(subject.model, subject.catalog, plan, statistics, Recipe("none"))
+    return operate(subject.model, subject.catalog, bare).model
+
+
+def _alignment(subject: Subject) -> list[Row]:
+    """The MLPs a little narrower each time: all in one race."""
+    statistics = subject.statistics()
+    (width,) = {block.width for block in subject.catalog.blocks if block.id.startswith("mlp")}
+    plans = [uniform(subject.catalog, {"mlp": 1 - to / width}, align=1) for to in UNALIGNED]
+    deadline = _deadline(subject)
+    race = replace(deadline.stopwatch, runs=2 * RUNS).race(
+        [Lane(_bare(subject, plan, statistics), deadline.target) for plan in plans]
+    )
+    return [
+        {"MLP width": to, "multiple of 8": to % 8 == 0, "median_ms": latency.median_ms}
+        | {"speedup": speedup.ratio, "low": speedup.low, "high": speedup.high}
+        for to, latency, speedup in zip(UNALIGNED, race.latencies, race.speedups, strict=True)
+    ]
+
+
+def _checks(title: str, rows: list[Row]) -> list[Check]:
+    chosen, alike = rows
+    return [
+        Check(
+            f"{title}: {LIMIT:g} of the time is met within {ALLOWED:.0%}",
+            abs(chosen["time"] / LIMIT - 1) <= ALLOWED,
+            f"{chosen['time']:.3f}",
+        ),
+        Check(
+            f"{title}: with less error than cutting alike to the same time",
+            chosen["error"] < alike["error"],
+            f"{chosen['error']:.4f} against {alike['error']:.4f} at {alike['time']:.3f}",
+        ),
+    ]

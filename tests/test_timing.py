@@ -1,0 +1,134 @@
+"""Models built for a target and timed there; what is said of the machine and of the times."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from corp_onnx import conditions, example, timetable
+from corp_onnx.conditions import Conditions
+from corp_onnx.errors import PlanError
+from corp_onnx.graph import load
+from corp_onnx.latency import Latency, Race, Speedup
+from corp_onnx.timing import Lane, Stopwatch
+from tests.fake_target import Abacus, Clock
+
+CALM = Conditions("processor", 2, 0.0, None, None, ())
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock().install(monkeypatch)
+
+
+class Sized(Abacus):
+    """Remembers the sizes that it was to build for."""
+
+    def sized(self, sizes):
+        self.clock.sizes = dict(sizes)
+        return self
+
+
+def test_engines_of_files_and_of_models_are_timed_in_one_race(clock):
+    fast, slow = Abacus(clock), Abacus(clock, fixed_ns=1_000_000)
+    lanes = [Lane(example.MODEL, slow), Lane(load(example.MODEL), fast)]
+    race = Stopwatch(warmup=0, runs=4).race(lanes)
+    assert clock.runs == 8
+    difference = race.latencies[0].median_ms - race.latencies[1].median_ms
+    assert difference == pytest.approx(1.0, abs=0.01)
+    assert race.speedups[1].ratio > 5
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_target_is_told_the_sizes_before_it_builds(clock, batch):
+    Stopwatch(batch, warmup=0, runs=1).race([Lane(example.MODEL, Sized(clock))])
+    assert clock.sizes == {"image": (batch, 1, 28, 28)}
+
+
+def test_sizes_of_inputs_that_no_engine_reads_are_refused(clock):
+    watch = Stopwatch(sizes={"picture": (1, 1, 28, 28)}, warmup=0, runs=1)
+    with pytest.raises(PlanError, match="--shapes names picture, but the inputs are image"):
+        watch.race([Lane(example.MODEL, Abacus(clock))])
+
+
+# The machine
+
+
+def test_the_machine_says_what_it_is():
+    found = conditions.read()
+    assert found.processor
+    assert found.cores >= 1
+    assert 0.0 <= found.busy <= 1.0
+
+
+def test_a_gpu_is_read_where_its_library_is(monkeypatch):
+    closed = []
+    fake = SimpleNamespace(
+        NVMLError=RuntimeError,
+        NVML_CLOCK_SM=1,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: closed.append(True),
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda at: at,
+        nvmlDeviceGetName=lambda device: "GPU",
+        nvmlDeviceGetClockInfo=lambda device, kind: 1500,
+        nvmlDeviceGetPowerUsage=lambda device: 70_500,
+        nvmlDeviceGetTemperature=lambda device, kind: 41,
+        nvmlDeviceGetMemoryInfo=lambda device: SimpleNamespace(used=2**30),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert conditions.read().gpus == (conditions.Gpu("GPU", 1500, 70.5, 41, 2**30),)
+    assert closed == [True]
+
+
+def test_a_gpu_without_a_driver_is_none(monkeypatch):
+    def init():
+        raise RuntimeError
+
+    monkeypatch.setitem(
+        sys.modules, "pynvml", SimpleNamespace(NVMLError=RuntimeError, nvmlInit=init)
+    )
+    assert conditions.read().gpus == ()
+
+
+# What is said
+
+
+def raced(spread=0.0):
+    latencies = (Latency(4.0, 5.0, 10, 3.0), Latency(2.0, 2.5, 10, 1.5, 1.25))
+    return Race(latencies, (Speedup(1.0, 1.0, 1.0), Speedup(2.0, 1.9, 2.1)), 5, spread)
+
+
+def document(machine=CALM, spread=0.0):
+    labels = [
+        dict(zip(timetable.LABELS, (model, "ort-cpu", "fp32", 8), strict=True))
+        for model in ("dense", "cut")
+    ]
+    return timetable.race_json([labels], [raced(spread)], machine)
+
+
+def test_throughput_is_samples_over_time():
+    assert [run["samples_per_s"] for run in document()["runs"]] == [2000.0, 4000.0]
+
+
+def test_the_first_engine_is_what_the_others_are_held_against():
+    (speedup,) = document()["speedups"]
+    assert (speedup["model"], speedup["over"], speedup["ratio"]) == ("cut", "dense", 2.0)
+
+
+def test_calm_times_have_no_warning():
+    assert document()["warnings"] == []
+
+
+def test_a_machine_that_others_keep_busy_is_mentioned():
+    (warning,) = document(replace(CALM, busy=0.4))["warnings"]
+    assert "40% of the processor" in warning
+
+
+def test_times_that_spread_are_mentioned():
+    (warning,) = document(spread=0.5)["warnings"]
+    assert "50% of their median" in warning
