@@ -59,6 +59,9 @@ def bench(
     profile: Annotated[
         bool, typer.Option("--profile", help="Tell where the time goes, by operator.")
     ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Tell the peak memory of each engine alone.")
+    ] = False,
     shapes: options.Shapes = None,
     seed: options.Seed = 0,
     threads: options.Threads = 0,
@@ -94,5 +97,6 @@ def bench(
         Stopwatch(sizes=options.sizes_of(shapes), warmup=warmup, runs=runs, seed=seed),
         None if data is None else Source(data, seed=seed),
         profile,
+        memory,
     )
     screen.run(command, as_json, log_level)

@@ -66,8 +66,19 @@ def race_table(document: Mapping[str, Any]) -> RenderableType:
             f"{entry['low']:.2f} to {entry['high']:.2f}" if entry else "",
         )
     warnings = [Text(f"warning: {warning}") for warning in document["warnings"]]
+    memory = [_memory_table(document["memory"])] if document.get("memory") else []
     profiles = [_profile_table(document["profiles"])] if document.get("profiles") else []
-    return Group(table, *profiles, *warnings)
+    return Group(table, *memory, *profiles, *warnings)
+
+
+def _memory_table(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Peak memory of a process with each engine alone."""
+    table = table_of("engine", "peak memory")
+    for entry in entries:
+        peak = entry["peak_bytes"]
+        shown = "not told" if peak is None else f"{peak / 1e6:.0f} MB"
+        table.add_row(" ".join(str(entry[name]) for name in LABELS), shown)
+    return table
 
 
 def _profile_table(profiles: Sequence[Mapping[str, Any]]) -> RenderableType:

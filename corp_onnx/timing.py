@@ -22,6 +22,9 @@ from corp_onnx.sizes import DEFAULT_BATCH, Sizes, input_sizes
 
 log = logging.getLogger(__name__)
 
+SizesOf = Callable[[gs.Graph], Sizes]
+"""From a graph to the dimensions of all its inputs."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lane:
@@ -32,18 +35,23 @@ class Lane:
     precision: Precision = "fp32"
 
     @contextmanager
-    def opened(self, sizes_of: Callable[[gs.Graph], Sizes]) -> Iterator[tuple[Engine, Sizes]]:
-        """The engine until it is no longer needed, and the sizes of its inputs."""
+    def built(self, sizes_of: SizesOf) -> Iterator[tuple[Build, Sizes | None]]:
+        """The build until it is no longer needed; sizes of its inputs, where the model is known."""
         with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
             if isinstance(self.model, Path) and self.model.is_dir():
-                engine = self.target.load(self._fitting(Build.read(self.model)))
-                sizes = sizes_of(_inputs_of(engine))
+                yield self._fitting(Build.read(self.model)), None
             else:
                 graph = described(self.model) if isinstance(self.model, Path) else self.model.graph
                 sizes = sizes_of(graph)
-                engine = self.target.load(self._built(self.target.sized(sizes), Path(folder)))
+                yield self._built(self.target.sized(sizes), Path(folder)), sizes
+
+    @contextmanager
+    def opened(self, sizes_of: SizesOf) -> Iterator[tuple[Engine, Sizes]]:
+        """The engine until it is no longer needed, and the sizes of its inputs."""
+        with self.built(sizes_of) as (build, sizes):
+            engine = self.target.load(build)
             try:
-                yield engine, sizes
+                yield engine, sizes or sizes_of(inputs_of(engine))
             finally:
                 engine.close()
 
@@ -89,7 +97,7 @@ class Stopwatch:
             PlanError: If a model is of another batch, or an input is not to be found.
         """
         with ExitStack() as opened:
-            engines = [opened.enter_context(lane.opened(self._sizes_of)) for lane in lanes]
+            engines = [opened.enter_context(lane.opened(self.sizes_of)) for lane in lanes]
             self._require_known([engine for engine, _ in engines])
             log.info("timing %d engines at batch %d", len(engines), self.batch)
             return race(
@@ -108,7 +116,7 @@ class Stopwatch:
         """
         found = []
         for lane in lanes:
-            with lane.opened(self._sizes_of) as (engine, sizes):
+            with lane.opened(self.sizes_of) as (engine, sizes):
                 feeds = timing_inputs(engine.inputs, sizes, seed=self.seed)
                 found.append(engine.operator_times(feeds))
         return tuple(found)
@@ -118,7 +126,7 @@ class Stopwatch:
         feeds = timing_inputs(engine.inputs, sizes, seed=self.seed)
         return lambda: engine.run(feeds)
 
-    def _sizes_of(self, graph: gs.Graph) -> Sizes:
+    def sizes_of(self, graph: gs.Graph) -> Sizes:
         """Dimensions of all inputs: those given, the batch, and what is usual."""
         known = {tensor.name for tensor in graph.inputs}
         given = {name: shape for name, shape in self.sizes.items() if name in known}
@@ -154,7 +162,7 @@ def described(path: Path) -> gs.Graph:
         return gs.import_onnx(onnx.helper.make_model(bare))
 
 
-def _inputs_of(engine: Engine) -> gs.Graph:
+def inputs_of(engine: Engine) -> gs.Graph:
     """A graph without nodes, to say what an engine reads whose model is not at hand."""
     return gs.Graph(inputs=[gs.Variable(s.name, s.dtype, list(s.shape)) for s in engine.inputs])
 

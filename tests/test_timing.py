@@ -6,14 +6,19 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
+import onnx
 import pytest
 
 from corp_onnx import conditions, example, timetable
 from corp_onnx.conditions import Conditions
+from corp_onnx.deploy.targets import open_target
 from corp_onnx.errors import PlanError
+from corp_onnx.footprint import peak_bytes
 from corp_onnx.graph import load
 from corp_onnx.latency import Latency, Race, Speedup
 from corp_onnx.timing import Lane, Stopwatch
+from tests.builders import WIDTH, Net
 from tests.fake_target import Abacus, Clock
 
 CALM = Conditions("processor", 2, 0.0, None, None, ())
@@ -52,6 +57,22 @@ def test_sizes_of_inputs_that_no_engine_reads_are_refused(clock):
     watch = Stopwatch(sizes={"picture": (1, 1, 28, 28)}, warmup=0, runs=1)
     with pytest.raises(PlanError, match="--shapes names picture, but the inputs are image"):
         watch.race([Lane(example.MODEL, Abacus(clock))])
+
+
+def test_an_engine_with_more_weights_takes_more_memory(tmp_path):
+    """In a process of its own: what this one holds does not count."""
+    held = np.ones(2**27, np.uint8)
+    watch, target = Stopwatch(), open_target("ort-cpu")
+    peaks = {}
+    for width in (16, 8192):
+        net = Net(0)
+        onnx.save(
+            net.build(net.linear(net.linear(net.x(), WIDTH, width), width, width)),
+            tmp_path / "model.onnx",
+        )
+        peaks[width] = peak_bytes(Lane(tmp_path / "model.onnx", target), watch)
+    assert peaks[8192] - peaks[16] > 4 * 8192**2
+    assert peaks[16] < 3 * len(held)
 
 
 # The machine

@@ -9,6 +9,7 @@ from corp_onnx import conditions, timetable
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import Precision, Target
+from corp_onnx.footprint import peak_bytes
 from corp_onnx.timing import Lane, Stopwatch
 
 
@@ -25,6 +26,8 @@ class Bench:
     """Inputs for models in other precisions."""
     profile: bool = False
     """Whether to tell where the time goes, at the first batch."""
+    memory: bool = False
+    """Whether to tell how much memory each engine takes, likewise."""
 
     def __call__(self, progress: Progress) -> Answer:
         """One race of all engines at every batch; each is held against the first."""
@@ -39,8 +42,13 @@ class Bench:
             labels.append([_label(*each, batch) for each in zip(names, lanes, strict=True)])
             progress(len(lanes), "engines")
         document = timetable.race_json(labels, races, machine)
+        watch = replace(self.stopwatch, batch=self.batches[0])
+        if self.memory:
+            document["memory"] = [
+                {**label, "peak_bytes": peak_bytes(lane, watch)}
+                for label, lane in zip(labels[0], lanes, strict=True)
+            ]
         if self.profile:
-            watch = replace(self.stopwatch, batch=self.batches[0])
             profiles = zip(labels[0], watch.operator_times(lanes), strict=True)
             document["profiles"] = [{**label, "operators_ms": times} for label, times in profiles]
         return Answer(document, timetable.race_table(document))
