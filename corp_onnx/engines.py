@@ -62,6 +62,7 @@ def bench(
     memory: Annotated[
         bool, typer.Option("--memory", help="Tell the peak memory of each engine alone.")
     ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="A PNG of the times.")] = None,
     shapes: options.Shapes = None,
     seed: options.Seed = 0,
     threads: options.Threads = 0,
@@ -98,5 +99,6 @@ def bench(
         None if data is None else Source(data, seed=seed),
         profile,
         memory,
+        plot,
     )
     screen.run(command, as_json, log_level)

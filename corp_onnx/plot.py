@@ -35,3 +35,31 @@ def curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     speed.set_ylim(bottom=0)
     with whole(path) as draft:
         figure.savefig(draft, dpi=DPI, format="png")
+
+
+def bars(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Median time of every engine, with its 5th to 95th percentile, batch by batch, as one PNG.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    batches = list(dict.fromkeys(run["batch"] for run in runs))
+    rows = len(runs) // len(batches)
+    figure = Figure(figsize=(8.0, 0.8 + len(batches) * (0.5 + 0.32 * rows)), layout="constrained")
+    panels = figure.subplots(len(batches), squeeze=False)[:, 0]
+    for batch, panel in zip(batches, panels, strict=True):
+        here = [run for run in runs if run["batch"] == batch]
+        names = [f"{Path(run['model']).stem}, {run['target']} {run['precision']}" for run in here]
+        medians = [run["median_ms"] for run in here]
+        below = [run["median_ms"] - run["p5_ms"] for run in here]
+        above = [run["p95_ms"] - run["median_ms"] for run in here]
+        panel.barh(range(len(here)), medians, xerr=(below, above), color="#1f5fa8", ecolor="#888")
+        panel.set_yticks(range(len(here)), names)
+        panel.invert_yaxis()
+        panel.set_xlim(left=0)
+        panel.set_title(f"batch {batch}", loc="left", fontsize="medium")
+    panels[-1].set_xlabel("milliseconds, 5 % to 95 % of the turns")
+    with whole(path) as draft:
+        figure.savefig(draft, dpi=DPI, format="png")

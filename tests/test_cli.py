@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
+from PIL import Image
 
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.statistics import Statistics
@@ -247,6 +248,15 @@ def test_bench_tells_where_the_time_goes(command, files, pruned):
     assert all("LayerNormalization" in profile["operators_ms"] for profile in profiles)
     shown = command("bench", files.model, pruned, "--runs", 2, "--profile").stdout
     assert "ms of one inference" in " ".join(shown.split())
+
+
+def test_bench_draws_a_picture(command, files, pruned, tmp_path):
+    picture = tmp_path / "times.png"
+    ended = command("bench", files.model, pruned, "--runs", 2, "--batch", "1,2", "--plot", picture)
+    assert ended.status == 0
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 3  # it shows something
 
 
 def test_a_model_of_one_batch_is_not_timed_at_another(command, tmp_path):

@@ -10,6 +10,7 @@ from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.footprint import peak_bytes
+from corp_onnx.plot import bars
 from corp_onnx.timing import Lane, Stopwatch
 
 
@@ -28,6 +29,8 @@ class Bench:
     """Whether to tell where the time goes, at the first batch."""
     memory: bool = False
     """Whether to tell how much memory each engine takes, likewise."""
+    plot: Path | None = None
+    """Where a picture of the times goes."""
 
     def __call__(self, progress: Progress) -> Answer:
         """One race of all engines at every batch; each is held against the first."""
@@ -42,6 +45,8 @@ class Bench:
             labels.append([_label(*each, batch) for each in zip(names, lanes, strict=True)])
             progress(len(lanes), "engines")
         document = timetable.race_json(labels, races, machine)
+        if self.plot is not None:
+            bars(document["runs"], self.plot)
         watch = replace(self.stopwatch, batch=self.batches[0])
         if self.memory:
             document["memory"] = [
