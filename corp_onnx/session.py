@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 LOG_ONLY_FATAL = 4
 """What ONNX Runtime logs of lesser errors it also raises."""
 
+APART = "session.optimized_model_external_initializers_file_name"
+
 GraphLevel = Literal["none", "basic", "extended", "all"]
 """How far ONNX Runtime rewrites a graph when it loads it."""
 
@@ -77,6 +79,8 @@ class Runtime:
     provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     optimised: Path | None = None
     """Where ONNX Runtime writes the graph that it made of the model."""
+    optimised_apart: bool = False
+    """Whether its weights go into a file beside it, as those of a large model must."""
     profile: Path | None = None
     """Begin of the name of the file with the time of every operator; made by `Session.close`."""
 
@@ -165,6 +169,9 @@ def _set(ort: ModuleType, options: Any, runtime: Runtime) -> None:  # noqa: ANN4
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if runtime.optimised is not None:
         options.optimized_model_filepath = str(runtime.optimised)
+        if runtime.optimised_apart:
+            name = f"{runtime.optimised.name}.data"
+            options.add_session_config_entry(APART, name)
     if runtime.profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(runtime.profile)

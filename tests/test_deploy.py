@@ -11,6 +11,7 @@ import pytest
 from corp_onnx import example
 from corp_onnx.commands import Source
 from corp_onnx.commands.typed import Typist
+from corp_onnx.deploy import ort
 from corp_onnx.deploy.records import Build, ShapeRange
 from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
@@ -127,6 +128,24 @@ def test_the_threads_and_the_graph_level_reach_onnx_runtime(tmp_path):
         assert build.options["threads"] == "1"
         sizes[level] = build.path.read_bytes().count(b"BiasGelu")
     assert sizes["none"] == 0 < sizes["all"]
+
+
+def test_only_the_engine_and_its_record_are_left(built):
+    _, build = built
+    names = {path.name for path in build.path.parent.iterdir()}
+    assert names == {"build.json", build.path.name} | (
+        {"model.bin"} if build.target == "openvino" else set()
+    )
+
+
+def test_a_large_model_is_built_with_its_weights_beside_it(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(ort, "is_large", lambda proto: True)
+    target = open_target("ort-cpu")
+    build = target.build(example.MODEL, tmp_path, "fp32")
+    assert (tmp_path / "model.onnx.data").stat().st_size > 500_000
+    assert build.size_bytes > 800_000
+    wanted = open_session(example.MODEL).run(images)["logits"]
+    assert np.abs(target.load(build).run(images)["logits"] - wanted).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -19,7 +19,7 @@ from corp_onnx.data import InputSpec
 from corp_onnx.deploy.records import PROFILED_RUNS, Build, Precision
 from corp_onnx.deploy.whole import DOMAIN, write_whole
 from corp_onnx.errors import PlanError
-from corp_onnx.graph import write
+from corp_onnx.graph import is_large, write
 from corp_onnx.session import GraphLevel, Runtime, Session, open_session, require_providers, version
 from corp_onnx.sizes import Sizes
 
@@ -42,7 +42,10 @@ WHOLE: Mapping[str, tuple[Precision, ...]] = {
 }
 """Where there are kernels for attention in one piece."""
 
-ENGINE, WRITTEN_WHOLE = "model.onnx", "attention_whole.onnx"
+COMPILING = ("ort-tensorrt", "ort-openvino")
+"""Providers that make engines of their own out of graphs."""
+
+ENGINE = "model.onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +88,27 @@ class OnnxRuntime:
         return self
 
     def build(self, model: Path, folder: Path, precision: Precision) -> Build:
-        """Write attention whole, load the model, keep the graph that ONNX Runtime made of it."""
+        """Write attention whole, load the model, keep the graph that ONNX Runtime made of it.
+
+        Providers that compile graphs cannot write them: there the model itself is kept, and what
+        they compile in their cache.
+        """
         self.require(precision)
         path = folder / ENGINE
         start = perf_counter()
-        if self.graph_level != "none" and precision in WHOLE[self.name]:
-            model = _with_attention_whole(model, folder)
-        open_session(model, self._runtime(self.graph_level, optimised=path))
+        with tempfile.TemporaryDirectory(prefix="corp_onnx.") as apart:
+            proto = _read(model)
+            if proto is not None and precision in WHOLE[self.name] and self.graph_level != "none":
+                proto = _with_attention_whole(proto)
+                model = Path(apart) / ENGINE
+                write(proto, model)
+            if self.name in COMPILING and proto is not None:
+                write(proto, path)
+                open_session(path, self._runtime(self.graph_level))
+            else:
+                runtime = self._runtime(self.graph_level)
+                large = proto is not None and is_large(proto)
+                open_session(model, replace(runtime, optimised=path, optimised_apart=large))
         seconds = perf_counter() - start
         files = [path, *folder.glob(f"{ENGINE}.*")]
         build = Build(
@@ -104,10 +121,10 @@ class OnnxRuntime:
 
     def load(self, build: Build) -> OrtEngine:
         """The optimised graph as it is: it is not optimised again."""
-        runtime = self._runtime("none")
+        runtime = self._runtime(self.graph_level if self.name in COMPILING else "none")
         return OrtEngine(open_session(build.path, runtime), build.path, runtime)
 
-    def _runtime(self, graph_level: GraphLevel, optimised: Path | None = None) -> Runtime:
+    def _runtime(self, graph_level: GraphLevel) -> Runtime:
         provider = PROVIDERS[self.name]
         options = {provider: _tensorrt_options(self.cache)} if self.name == "ort-tensorrt" else {}
         return Runtime(
@@ -118,7 +135,6 @@ class OnnxRuntime:
             graph_level=graph_level,
             arena=self.arena,
             provider_options=options,
-            optimised=optimised,
         )
 
 
@@ -166,19 +182,23 @@ class OrtEngine:
         """Nothing: the session goes with its last reference."""
 
 
-def _with_attention_whole(model: Path, folder: Path) -> Path:
-    """The file, or one in the folder in which every plain attention is one operator."""
+def _read(model: Path) -> onnx.ModelProto | None:
+    """The file; None if it is no model, of which ONNX Runtime says what is wrong."""
     try:
-        graph = gs.import_onnx(onnx.load(model))
+        return onnx.load(model)
     except (DecodeError, OSError):
-        return model  # ONNX Runtime says what is wrong with it
+        return None
+
+
+def _with_attention_whole(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with every plain attention as one operator."""
+    graph = gs.import_onnx(proto)
     if write_whole(graph) == 0:
-        return model
-    proto = gs.export_onnx(graph, do_type_check=False)
-    if all(opset.domain != DOMAIN for opset in proto.opset_import):
-        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    write(proto, folder / WRITTEN_WHOLE)
-    return folder / WRITTEN_WHOLE
+        return proto
+    whole = gs.export_onnx(graph, do_type_check=False)
+    if all(opset.domain != DOMAIN for opset in whole.opset_import):
+        whole.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    return whole
 
 
 def _tensorrt_options(cache: Path | None) -> dict[str, str]:
