@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 from corp_onnx.deploy.records import Build, Target
 from corp_onnx.latency import timing_inputs
@@ -40,10 +41,17 @@ def _peak_of(target: Target, build: Build, watch: Stopwatch, sizes: Sizes | None
 
 
 def _peak() -> int | None:
-    """Of this process so far."""
+    """Of this process so far.
+
+    On Linux `getrusage` begins with what the parent held when it forked; the kernel's own record
+    of the process does not.
+    """
     if sys.platform == "win32":
         return None
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -134,10 +134,7 @@ class OpenVinoEngine:
         try:
             results = self.request.infer(taken)
         except RuntimeError as error:
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in taken.items())
-            raise DataError(
-                f"OpenVINO cannot run the model on inputs of shape {shapes}: {str(error).strip()}"
-            ) from error
+            raise DataError(f"{_cannot_run(taken)}: {str(error).strip()}") from error
         return {name: results[name] for name in self.outputs}
 
     def operator_times(
@@ -157,10 +154,23 @@ class OpenVinoEngine:
         missing = [spec.name for spec in self.inputs if spec.name not in feeds]
         if missing:
             raise DataError(f"the model also reads {', '.join(missing)}; got {', '.join(feeds)}")
-        return {spec.name: feeds[spec.name] for spec in self.inputs}
+        taken = {spec.name: feeds[spec.name] for spec in self.inputs}
+        for spec in self.inputs:
+            shape = taken[spec.name].shape
+            fits = len(shape) == len(spec.shape) and all(
+                declared in {None, size} for declared, size in zip(spec.shape, shape, strict=True)
+            )
+            if not fits:
+                raise DataError(f"{_cannot_run(taken)}: {spec.name} is of shape {spec.shape}")
+        return taken
 
     def close(self) -> None:
         """Nothing: the request goes with its last reference."""
+
+
+def _cannot_run(feeds: Mapping[str, np.ndarray]) -> str:
+    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+    return f"OpenVINO cannot run the model on inputs of shape {shapes}"
 
 
 def _openvino() -> ModuleType:

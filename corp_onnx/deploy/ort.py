@@ -96,19 +96,7 @@ class OnnxRuntime:
         self.require(precision)
         path = folder / ENGINE
         start = perf_counter()
-        with tempfile.TemporaryDirectory(prefix="corp_onnx.") as apart:
-            proto = _read(model)
-            if proto is not None and precision in WHOLE[self.name] and self.graph_level != "none":
-                proto = _with_attention_whole(proto)
-                model = Path(apart) / ENGINE
-                write(proto, model)
-            if self.name in COMPILING and proto is not None:
-                write(proto, path)
-                open_session(path, self._runtime(self.graph_level))
-            else:
-                runtime = self._runtime(self.graph_level)
-                large = proto is not None and is_large(proto)
-                open_session(model, replace(runtime, optimised=path, optimised_apart=large))
+        self._write(model, path, precision)
         seconds = perf_counter() - start
         files = [path, *folder.glob(f"{ENGINE}.*")]
         build = Build(
@@ -118,6 +106,22 @@ class OnnxRuntime:
         )
         build.write()
         return build
+
+    def _write(self, model: Path, path: Path, precision: Precision) -> None:
+        proto = _read(model)
+        if proto is not None and precision in WHOLE[self.name] and self.graph_level != "none":
+            proto = _with_attention_whole(proto)
+        if proto is None:
+            open_session(model, self._runtime(self.graph_level))  # says what is wrong
+        elif self.name in COMPILING:
+            write(proto, path)
+            open_session(path, self._runtime(self.graph_level))
+        else:
+            runtime = replace(self._runtime(self.graph_level), optimised=path)
+            with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
+                write(proto, Path(folder) / ENGINE)
+                apart = replace(runtime, optimised_apart=is_large(proto))
+                open_session(Path(folder) / ENGINE, apart)
 
     def load(self, build: Build) -> OrtEngine:
         """The optimised graph as it is: it is not optimised again."""
