@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from corp_onnx import graph
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import calibrate
 from corp_onnx.data import open_data
+from corp_onnx.footprint import own_peak_bytes
 from corp_onnx.session import open_session
 
 
@@ -29,14 +29,6 @@ def _calibrate(path: Path, data: Path, samples: int) -> None:
     calibrate(model, find_blocks(model), used)
 
 
-def _own_peak_bytes() -> int:
-    # getrusage would tell the peak of the parent as well, if that was larger before the exec.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
-    assert found, "Linux keeps the peak of every process"
-    return int(found[1]) * 1024
-
-
 if __name__ == "__main__":
     _calibrate(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
-    print(_own_peak_bytes())
+    print(own_peak_bytes())

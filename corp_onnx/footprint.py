@@ -37,11 +37,11 @@ def _peak_of(target: Target, build: Build, watch: Stopwatch, sizes: Sizes | None
     for _ in range(RUNS):
         engine.run(feeds)
     engine.close()
-    return _peak()
+    return own_peak_bytes()
 
 
-def _peak() -> int | None:
-    """Of this process so far.
+def own_peak_bytes() -> int | None:
+    """The most memory that this process held so far; None where the system does not tell.
 
     On Linux `getrusage` begins with what the parent held when it forked; the kernel's own record
     of the process does not.
