@@ -22,7 +22,8 @@ def tidy_reshapes(graph: gs.Graph) -> None:
 
     Exporters compute targets from shapes at run time, node by node: ``Shape, Gather, Unsqueeze,
     Concat``. Where a dimension is that of the input at the same place it is copied, where it is the
-    same at all sizes that were probed it is written down, and one more may follow from the rest.
+    same at all sizes that were probed it is written down, and one more may follow from the rest. A
+    dimension that is fixed is copied only if all before it are: further on it may be equal by chance.
     Nodes that only served the old target are left to `gs.Graph.cleanup`.
 
     Nothing is done where the sizes that can be probed do not tell all: a graph with pictures of any
@@ -61,10 +62,13 @@ def _target(
     known = [(x, y) for x, y in zip(before, after, strict=True) if x is not None and y is not None]
     if len(known) < len(before) or any(0 in y for _, y in known):
         return None
-    target = []
+    target: list[int] = []
     for place in range(len(known[0][1])):
         sizes = {y[place] for _, y in known}
         copied = all(place < len(x) and x[place] == y[place] for x, y in known)
-        fixed = sizes.pop() if len(sizes) == 1 else WHATEVER_IS_LEFT
-        target.append(AS_IT_WAS if copied else fixed)
+        in_line = all(entry == AS_IT_WAS for entry in target)
+        if copied and (in_line or len(sizes) > 1):
+            target.append(AS_IT_WAS)
+        else:
+            target.append(sizes.pop() if len(sizes) == 1 else WHATEVER_IS_LEFT)
     return target if target.count(WHATEVER_IS_LEFT) <= 1 else None

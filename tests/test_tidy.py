@@ -122,3 +122,16 @@ def test_sizes_that_are_fixed_are_written_down_where_they_are_not_the_inputs():
     after = tidied(before)
     assert targets(after) == [[5, 2, 4, 3]]
     assert same(before, after, x=(2, 5, 12))
+
+
+def test_a_fixed_size_that_is_equal_by_chance_is_not_copied():
+    """16 tokens become 4 by 4: the second 4 is not that of the channels, which a cut may change."""
+    body = "s = Shape(x) b = Slice(s, zero, one) t = Concat<axis = 0>(b, fours) y = Reshape(x, t)"
+    text = (
+        f"{HEAD} g (float[B,16,4] x) => (float[B,4,4,4] y) <int64[1] zero = {{0}}, "
+        f"int64[1] one = {{1}}, int64[3] fours = {{4, 4, 4}}> {{ {body} }}"
+    )
+    before = from_proto(onnx.parser.parse_model(text))
+    after = tidied(before)
+    assert targets(after) == [[0, 4, 4, 4]]
+    assert same(before, after, x=(3, 16, 4))
