@@ -23,7 +23,8 @@ def tidy_reshapes(graph: gs.Graph) -> None:
     Exporters compute targets from shapes at run time, node by node: ``Shape, Gather, Unsqueeze,
     Concat``. Where a dimension is that of the input at the same place it is copied, where it is the
     same at all sizes that were probed it is written down, and one more may follow from the rest. A
-    dimension that is fixed is copied only if all before it are: further on it may be equal by chance.
+    dimension that is fixed is copied only if all before it are: further on it may be equal by
+    chance.
     Nodes that only served the old target are left to `gs.Graph.cleanup`.
 
     Nothing is done where the sizes that can be probed do not tell all: a graph with pictures of any
