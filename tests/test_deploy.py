@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 
 from corp_onnx import example
@@ -15,7 +16,9 @@ from corp_onnx.deploy import ort
 from corp_onnx.deploy.records import Build, ShapeRange
 from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
+from corp_onnx.graph import write
 from corp_onnx.session import open_session
+from tests.builders import WIDTH, Net
 
 HERE = ("ort-cpu", "openvino")
 """Targets that need no device."""
@@ -178,6 +181,20 @@ def test_tensorrt_gets_zero_in_the_middle(name, dtype):
     made = Typist(None, only_timed=True).typed(example.MODEL, open_target(name), "int8")
     zeros = {n.inputs[2].values.dtype for n in made.graph.nodes if n.op == "QuantizeLinear"}
     assert zeros == {np.dtype(dtype)}
+
+
+@pytest.mark.parametrize(("name", "whole"), [("ort-cpu", True), ("tensorrt", False)])
+def test_unsigned_products_are_of_whole_numbers_on_onnx_runtime(tmp_path, name, whole):
+    """Query, key and value read one tensor; signed, the twin, their products stay in float32."""
+    net = Net(0)
+    heads = [net.linear(net.x() if place == 0 else "x", WIDTH, 8) for place in range(3)]
+    onnx.save(net.build(*heads), tmp_path / "model.onnx")
+    typist = Typist(None, only_timed=True)
+    made = typist.typed(tmp_path / "model.onnx", open_target(name), "int8")
+    write(made.proto(), tmp_path / "int8.onnx")
+    build = open_target("ort-cpu").build(tmp_path / "int8.onnx", tmp_path, "int8")
+    ops = [node.op_type for node in onnx.load(build.path).graph.node]
+    assert (ops.count("MatMulIntegerToFloat") == 3) == whole
 
 
 def test_models_that_need_no_other_types_stay(built):

@@ -16,9 +16,6 @@ from corp_onnx.precision.records import Draft
 from corp_onnx.session import Runtime
 from corp_onnx.statistics import Batch
 
-Rounded = list[gs.Tensor]
-"""A tensor in whole numbers, the size of a step, and its zero."""
-
 FIRST_OPSET = 13
 """That has scales by channel."""
 
@@ -32,13 +29,11 @@ def in_integers(
 ) -> Draft:
     """Every linear layer with its input and its weight quantised and dequantised (QDQ).
 
-    Layers that read one tensor dequantise it each for itself: ONNX Runtime makes a product of whole
-    numbers only of what nobody else reads.
-
     ``x ≈ s · (round(x / s + z) - z)``, with one ``s`` for a tensor and one for each output channel
     of a weight. Weights have ``z = 0``; activations too if they are to be symmetric, as TensorRT
-    wants it. Else they are whole numbers without sign, of which processors multiply twice as many
-    at a time, and all 255 steps are used. Products inside attention stay in float32.
+    wants it. Else they are whole numbers without sign: all 255 steps are used, and ONNX Runtime
+    multiplies them as whole numbers also where several layers read one tensor, which it does not
+    with signed ones. Products inside attention stay in float32.
 
     Raises:
         PlanError: If there are no batches, no layers, or the opset has no scales by channel.
@@ -78,7 +73,7 @@ def _quantise(
     graph: gs.Graph, layers: Sequence[Layer], reach: Mapping[str, Range], symmetric: bool
 ) -> None:
     taken = set(graph.tensors()) | {node.name for node in graph.nodes}
-    inputs: dict[str, Rounded] = {}
+    inputs: dict[str, gs.Variable] = {}
     weights: dict[tuple[int, bool], gs.Variable] = {}
     for layer in layers:
         source, weight = layer.node.inputs[:2]
@@ -88,16 +83,15 @@ def _quantise(
         key = id(weight), layer.turned
         if key not in weights:
             weights[key] = _stored_weight(layer, Emitter(graph, weight.name, taken))
-        emit = Emitter(graph, layer.node.name, taken)
-        widened = emit.node("DequantizeLinear", inputs[source.name], dtype=np.float32)
-        layer.node.inputs[0], layer.node.inputs[1] = widened, weights[key]
+        layer.node.inputs[0], layer.node.inputs[1] = inputs[source.name], weights[key]
 
 
-def _rounded_input(source: gs.Tensor, reach: Range, symmetric: bool, emit: Emitter) -> Rounded:
+def _rounded_input(source: gs.Tensor, reach: Range, symmetric: bool, emit: Emitter) -> gs.Variable:
     size, zero = (step(reach[1]), np.int8(0)) if symmetric else _off_centre(reach)
-    inputs = [source, emit.constant("scale", np.array(size, np.float32))]
-    inputs.append(emit.constant("zero_point", np.array(zero)))
-    return [emit.node("QuantizeLinear", inputs, dtype=zero.dtype), *inputs[1:]]
+    steps = [emit.constant("scale", np.array(size, np.float32))]
+    steps.append(emit.constant("zero_point", np.array(zero)))
+    narrow = emit.node("QuantizeLinear", [source, *steps], dtype=zero.dtype)
+    return emit.node("DequantizeLinear", [narrow, *steps], dtype=np.float32)
 
 
 def _off_centre(reach: Range) -> tuple[float, np.uint8]:

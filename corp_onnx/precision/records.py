@@ -62,7 +62,7 @@ class Request:
         keep_io_types: Whether inputs and outputs stay what they are, with casts behind and before
             them.
         symmetric: Whether whole-number activations have zero in the middle, as TensorRT wants it;
-            without, they are more exact, and faster on processors.
+            without, they are more exact, and faster on ONNX Runtime.
         limit: Relative error of an output above which the result is refused; None takes that of
             the precision.
 
