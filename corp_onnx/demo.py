@@ -14,7 +14,6 @@ from corp_onnx import example, graph
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import calibrate
 from corp_onnx.commands import Answer, Progress, Source
-from corp_onnx.errors import OutputError
 from corp_onnx.graph import Model
 from corp_onnx.labels import read_labels
 from corp_onnx.latency import race
@@ -66,7 +65,7 @@ class Demo:
 
     def __call__(self, progress: Progress) -> Answer:
         """Calibrate once, cut three times, compare and time all four models."""
-        _make(self.folder)
+        graph.made(self.folder)
         dense = graph.load(example.MODEL)
         models = {"dense": dense, **_pruned(dense, progress)}
         paths = {"dense": example.MODEL}
@@ -79,13 +78,6 @@ class Demo:
         rows = _rows({name: models[name] for name in REPAIRS}, paths)
         document = {"rows": [asdict(row) for row in rows], "output": str(paths["best"])}
         return Answer(document, _table(rows, paths["best"]))
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
 
 
 def _pruned(dense: Model, progress: Progress) -> dict[str, Model]:

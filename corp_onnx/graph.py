@@ -169,13 +169,31 @@ def require_writable(path: Path) -> None:
         raise OutputError(f"cannot write {path}: it is a folder; name a file")
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    _require_takes_files(path.parent, path)
+
+
+def _require_takes_files(folder: Path, path: Path) -> None:
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OutputError(
-            f"cannot write {path}: {path.parent} takes no files ({error.strerror or error})"
+            f"cannot write {path}: {folder} takes no files ({error.strerror or error})"
         ) from error
+
+
+def made(folder: Path) -> Path:
+    """The folder, with those above it, made if it is not there.
+
+    Raises:
+        OutputError: If it cannot be made, or takes no files.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+    _require_takes_files(folder, folder)
+    return folder
 
 
 def opset_of(proto: onnx.ModelProto) -> int:
@@ -232,7 +250,7 @@ def _require_float(proto: onnx.ModelProto, path: Path) -> None:
 def _declare_outputs(graph: gs.Graph, proto: onnx.ModelProto) -> None:
     """Give outputs the shapes that the caller sees: simplifiers may record others beside them."""
     for tensor, value in zip(graph.outputs, proto.graph.output, strict=True):
-        if value.type.tensor_type.HasField("shape"):
+        if isinstance(tensor, gs.Variable) and value.type.tensor_type.HasField("shape"):
             dims = value.type.tensor_type.shape.dim
             tensor.shape = [getattr(d, d.WhichOneof("value") or "", None) for d in dims]
 

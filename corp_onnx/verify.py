@@ -12,7 +12,7 @@ import onnx
 from corp_onnx.blocks import Catalog, width_of
 from corp_onnx.errors import DataError, PlanError, VerificationError
 from corp_onnx.extracts import exposed
-from corp_onnx.graph import LARGEST_PROTOBUF_BYTES, Model
+from corp_onnx.graph import Model, is_large
 from corp_onnx.plan import Plan
 from corp_onnx.session import Session
 from corp_onnx.solve.folds import Solution
@@ -167,7 +167,7 @@ def check_structure(plan: Plan, pruned: Model, dense: Model, found: Catalog) -> 
         return Check("structure", False, f"the interface changed from {interface[0]}")
     proto = pruned.proto()
     try:
-        if proto.ByteSize() <= LARGEST_PROTOBUF_BYTES:
+        if not is_large(proto):
             onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return Check("structure", False, f"not valid ONNX: {str(error).splitlines()[0]}")

@@ -20,6 +20,7 @@ from types import ModuleType
 import numpy as np
 import onnx
 import onnxruntime
+from google.protobuf.message import DecodeError
 
 from tests.fake_cuda import Violation
 
@@ -240,7 +241,7 @@ class OnnxParser(Logged):
         typed(model, str)
         try:
             proto = onnx.load(model)  # with weights from beside the file
-        except Exception as error:
+        except (DecodeError, OSError) as error:
             self._say(ILogger.ERROR, f"no ONNX model: {error}")
             return False
         self._errors = [

@@ -52,7 +52,6 @@ WRITTEN: Mapping[str, Mapping[str, object]] = {
     "reciprocal": {"divided": "Mul"},
     "reciprocal, turned": {"divided": "Mul", "turned": True},
     "no beta": {"beta": False},
-    "no weights": {"gamma": False, "beta": False},
     "last axis by number": {"axis": 2},
 }
 
@@ -60,6 +59,7 @@ NOT_A_NORM: Mapping[str, Mapping[str, object]] = {
     "another axis": {"axis": 1},
     "a cube": {"power": 4.0},
     "the mean of something else": {"of_another": True},
+    "no weights": {"gamma": False, "beta": False},
 }
 
 

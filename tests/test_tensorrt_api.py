@@ -13,7 +13,7 @@ from tests.fake_tensorrt import fake_tensorrt
 from tools.tensorrt_api import members
 
 ROOT = Path(__file__).parents[1]
-TYPINGS = ROOT / "typings"
+TYPINGS = ROOT / "tests" / "typings"
 LISTS = {
     path.stem: json.loads(path.read_text()) for path in (ROOT / "tests/tensorrt_api").iterdir()
 }

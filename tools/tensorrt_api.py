@@ -1,4 +1,4 @@
-"""Names and parameters of TensorRT's Python API, of the classes that `typings/tensorrt` names.
+"""Names and parameters of TensorRT's Python API, of classes that `tests/typings/tensorrt` names.
 
 Tests hold every call that corp_onnx makes against these lists, one for each major version::
 
@@ -18,7 +18,7 @@ import re
 import sys
 from pathlib import Path
 
-TYPINGS = Path(__file__).parents[1] / "typings" / "tensorrt" / "__init__.pyi"
+TYPINGS = Path(__file__).parents[1] / "tests" / "typings" / "tensorrt" / "__init__.pyi"
 
 Member = str | list[list[str]]
 """``value``, ``property``, ``settable``, or the parameters of every overload of a method.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -240,6 +241,7 @@ def _macs_of(blocks: Sequence[Block], counts: Counts) -> Iterator[tuple[Block, i
     """MACs of every block's linear layers and products.
 
     Of a layer that an MLP shares, it has the part that makes hidden channels, and others the rest.
+    A layer from the hidden channels of one MLP to those of the next counts half for each.
     """
     hidden: dict[tuple[str, str], int] = {}
     for block in blocks:
@@ -248,13 +250,20 @@ def _macs_of(blocks: Sequence[Block], counts: Counts) -> Iterator[tuple[Block, i
             macs = counts.by_node.get(source.linear.node, 0)
             hidden[key] = hidden.get(key, 0) + macs * block.width // source.linear.width_out
     shared = {node for node, _ in hidden}
+    nodes = {block.id: _nodes_of(block) for block in blocks}
+    owners = Counter(node for of_block in nodes.values() for node in of_block)
     for block in blocks:
-        nodes = {linear.node for linear in linears_of(block)}
-        if isinstance(block, Attention):
-            nodes.update(block.products)
-        macs = sum(counts.by_node.get(node, 0) for node in nodes)
-        for node in nodes & shared:
-            others = sum(part for (at, of), part in hidden.items() if at == node and of != block.id)
-            mine = hidden.get((node, block.id))
-            macs -= others if mine is None else counts.by_node.get(node, 0) - mine
+        macs = 0
+        for node in nodes[block.id]:
+            whole = counts.by_node.get(node, 0)
+            if node in shared:
+                rest = whole - sum(part for (at, _), part in hidden.items() if at == node)
+                macs += hidden.get((node, block.id), rest)
+            else:
+                macs += whole // owners[node]
         yield block, macs
+
+
+def _nodes_of(block: Block) -> set[str]:
+    products = block.products if isinstance(block, Attention) else ()
+    return {linear.node for linear in linears_of(block)} | set(products)

@@ -11,8 +11,7 @@ from rich.text import Text
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import Precision, Target
-from corp_onnx.errors import OutputError
-from corp_onnx.graph import Model, write
+from corp_onnx.graph import Model, made, write
 from corp_onnx.timing import described
 
 
@@ -31,12 +30,7 @@ class Build:
         """Build the engine, and keep its record beside it."""
         self.target.require(self.precision)
         described(self.model)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make the folder {self.folder}: {error.strerror or error}"
-            ) from error
+        made(self.folder)
         typed = Typist(self.source).typed(self.model, self.target, self.precision)
         with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
             path = self.model

@@ -10,8 +10,7 @@ from corp_onnx.budget import Budget
 from corp_onnx.commands.prune import keep_preprocessing, opener, telling
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.deploy.targets import TargetOptions, open_target
-from corp_onnx.errors import OutputError
-from corp_onnx.graph import whole
+from corp_onnx.graph import made, whole
 from corp_onnx.latency import Race
 from corp_onnx.pipeline import Settings, sweep
 from corp_onnx.plot import curve
@@ -31,12 +30,7 @@ class Sweep:
 
     def __call__(self, progress: Progress) -> Answer:
         """Calibrate once; cut, verify and time every budget; write models, table and plot."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make the folder {self.folder}: {error.strerror or error}"
-            ) from error
+        made(self.folder)
         outputs = {self._output(budget): budget for budget in self.budgets}
         found = sweep(
             self.model,

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from corp_onnx.errors import VerificationError
-from corp_onnx.graph import LARGEST_PROTOBUF_BYTES, Model
+from corp_onnx.graph import Model, is_large
 from corp_onnx.precision.records import FORMATS, Draft, Request, Typed
 from corp_onnx.precision.rounded import rounding
 from corp_onnx.session import Runtime, Session, open_session
@@ -77,7 +77,7 @@ def _require_valid(model: Model) -> None:
     """Hold the types of every node against its operator's definition."""
     proto = model.proto()
     try:
-        if proto.ByteSize() <= LARGEST_PROTOBUF_BYTES:
+        if not is_large(proto):
             onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     except onnx.shape_inference.InferenceError as error:
         raise VerificationError(

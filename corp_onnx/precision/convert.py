@@ -20,6 +20,9 @@ from corp_onnx.precision.stored import with_stored_weights
 from corp_onnx.session import Runtime
 from corp_onnx.statistics import Batch
 
+FIRST_BF16 = 13
+"""The first opset whose operators take bfloat16."""
+
 NONE: Mapping[str, Model] = MappingProxyType({})
 
 
@@ -44,10 +47,13 @@ def in_precision(
 
     Raises:
         QuantisedModel: If weights are whole numbers already.
-        PlanError: If the model is of 16 bits already, or int8 has no inputs or no layers.
+        PlanError: If nothing is asked for, the model is of 16 bits already or its opset does not
+            have the type, or int8 has no inputs or no layers.
         DataError: If there are no inputs to check on.
         VerificationError: If the result is farther from the model than the precision allows.
     """
+    if request.wants_nothing:
+        raise PlanError("the model is in fp32 as it is; ask for another precision")
     require_convertible(model, request)
     if not held_out:
         raise DataError("there are no held-out inputs to check the precision on; give some")
@@ -60,10 +66,16 @@ def require_convertible(model: Model, request: Request) -> None:
 
     Raises:
         QuantisedModel: If weights are whole numbers already.
-        PlanError: If the model is of 16 bits already.
+        PlanError: If the model is of 16 bits already, or its opset does not have the type.
     """
     if request.wants_nothing:
         return
+    opset = model.fingerprint.opset
+    if request.precision == "bf16" and opset < FIRST_BF16:
+        raise PlanError(
+            f"the model is of opset {opset}, whose operators do not take bfloat16; {FIRST_BF16} is "
+            "the first that has it: convert the model with onnx.version_converter.convert_version"
+        )
     found = sorted({node.op for node in model.graph.nodes if _rounds(node)})
     if found:
         raise QuantisedModel(
@@ -103,8 +115,6 @@ def _drafted(
         return with_stored_weights(model, request.weight_only)
     if request.precision == "int8":
         return in_integers(model, seen, runtime, symmetric=request.symmetric)
-    if request.precision == "fp32":
-        return Draft(model)
     return halved(model, request, seen, runtime)
 
 

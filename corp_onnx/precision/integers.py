@@ -11,7 +11,7 @@ from corp_onnx.emit import Emitter
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model
 from corp_onnx.precision.layers import Layer, layers_of
-from corp_onnx.precision.ranges import ALL_LEVELS, LEVELS, Range, ranges
+from corp_onnx.precision.ranges import ALL_LEVELS, LEAST, LEVELS, Range, ranges
 from corp_onnx.precision.records import Draft
 from corp_onnx.session import Runtime
 from corp_onnx.statistics import Batch
@@ -97,7 +97,9 @@ def _rounded_input(source: gs.Tensor, reach: Range, symmetric: bool, emit: Emitt
 def _off_centre(reach: Range) -> tuple[float, np.uint8]:
     """The size of one of 255 steps over a range, and the number that stands for zero."""
     low, high = reach
-    size = (high - low) / ALL_LEVELS or 1.0
+    size = (high - low) / ALL_LEVELS
+    if size < LEAST:
+        return 1.0, np.uint8(0)
     return size, np.uint8(np.rint(-low / size))
 
 
@@ -114,7 +116,7 @@ def _stored_weight(layer: Layer, emit: Emitter) -> gs.Variable:
 
 
 def step(reach: float | np.ndarray) -> np.ndarray:
-    """The size of one of 127 steps up to a magnitude; 1 where all is zero."""
+    """The size of one of 127 steps up to a magnitude; 1 where all is zero, or as good as zero."""
     magnitude = np.asarray(reach, np.float64)
-    made: np.ndarray = np.where(magnitude > 0, magnitude, LEVELS) / LEVELS
+    made: np.ndarray = np.where(magnitude >= LEVELS * LEAST, magnitude, LEVELS) / LEVELS
     return made

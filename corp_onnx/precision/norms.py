@@ -57,7 +57,8 @@ def match_norm(node: gs.Node, facts: Facts, graph: gs.Graph) -> Norm | None:
     """Read a Div, or the Mul by a reciprocal, as the middle of a LayerNorm; None if it is not.
 
     ``(x - mean) / sqrt(mean((x - mean)²) + epsilon) · gamma + beta``, with ``gamma`` and ``beta``
-    of the last axis, each of which may be absent.
+    of the last axis; ``beta`` may be absent. Without ``gamma`` nothing says that the axis has the
+    same width at all sizes, so that no scale could be written for it.
     """
     parts = _quotient(node)
     source = parts and _centred(parts[0])
@@ -73,7 +74,7 @@ def match_norm(node: gs.Node, facts: Facts, graph: gs.Graph) -> Norm | None:
     if _mean_over_last(source[1], facts) is not source[0]:
         return None
     shape = facts.shape(source[0])
-    return None if shape is None else _with_weights(source[0], epsilon, node, shape[-1], graph)
+    return None if shape is None else _with_weights(source[0], epsilon, node, shape, graph)
 
 
 def _quotient(node: gs.Node) -> tuple[gs.Tensor, gs.Tensor] | None:
@@ -135,19 +136,18 @@ def _squared_source(tensor: gs.Tensor, facts: Facts) -> gs.Tensor | None:
 
 
 def _with_weights(
-    source: gs.Tensor, epsilon: float, node: gs.Node, width: int, graph: gs.Graph
-) -> Norm:
-    """The norm with the scale and the shift that follow it."""
-    (output,) = node.outputs
-    gamma, scaled = _vector_after(output, "Mul", width, graph)
+    source: gs.Tensor, epsilon: float, node: gs.Node, shape: tuple[int, ...], graph: gs.Graph
+) -> Norm | None:
+    """The norm with the scale and the shift that follow it; None without a scale."""
+    gamma, scaled = _vector_after(node.outputs[0], "Mul", shape, graph)
     if gamma is None:
-        return Norm(source, np.ones(width, np.float32), None, epsilon, output)
-    beta, shifted = _vector_after(scaled, "Add", width, graph)
+        return None
+    beta, shifted = _vector_after(scaled, "Add", shape, graph)
     return Norm(source, gamma, beta, epsilon, shifted)
 
 
 def _vector_after(
-    tensor: gs.Tensor, op: str, width: int, graph: gs.Graph
+    tensor: gs.Tensor, op: str, shape: tuple[int, ...], graph: gs.Graph
 ) -> tuple[np.ndarray | None, gs.Tensor]:
     """The vector that the only reader of a tensor combines it with, and the result."""
     if len(tensor.outputs) != 1 or any(tensor is output for output in graph.outputs):
@@ -158,9 +158,16 @@ def _vector_after(
     for other in reader.inputs:
         if isinstance(other, gs.Constant) and other.dtype == np.float32:
             values = np.asarray(other.values)
-            if values.size == width and values.shape[-1:] == (width,):
+            if _is_vector(values, shape):
                 return values.reshape(-1), reader.outputs[0]
     return None, tensor
+
+
+def _is_vector(values: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether it has one entry for each of the last axis, and leaves the rank as it is."""
+    width = shape[-1]
+    alone = values.size == width and values.shape[-1:] == (width,)
+    return alone and values.ndim <= len(shape)
 
 
 def _maker(tensor: gs.Tensor, op: str) -> gs.Node | None:

@@ -16,6 +16,9 @@ from corp_onnx.statistics import Batch
 
 Range = tuple[float, float]
 
+LEAST = float(np.finfo(np.float32).tiny)
+"""The smallest size of a step: one below it has fewer digits in float32, or none."""
+
 BINS = 4096
 """Of the histogram from which a range is chosen."""
 
@@ -74,7 +77,7 @@ def ranges(
     session = open_session(exposed(model, tensors), runtime)
     for batch in batches:
         for name, values in session.run(batch, list(tensors)).items():
-            reach = largest[name] or 1.0
+            reach = max(largest[name], LEAST)
             counts[name] += np.histogram(values, BINS, (-reach, reach))[0]
     return {name: best_range(counts[name], largest[name], symmetric=symmetric) for name in tensors}
 

@@ -32,6 +32,9 @@ STEPS = frozenset("Abs Add Clip Div Max Min Mul Neg Reciprocal Sqrt Sub".split()
 MOVEMENT = frozenset("Flatten Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split())
 """What makes no number larger, so that the range of its input is enough to know."""
 
+SPREAD = MOVEMENT | {"Expand"}
+"""What leaves every number as it is: a sum that went through is a sum still."""
+
 WEIGHTED = frozenset("Conv ConvTranspose Gemm MatMul".split())
 """Operators whose second input holds weights, where it is constant."""
 
@@ -138,11 +141,12 @@ def _around_reductions(graph: gs.Graph, types: Types) -> Iterator[tuple[gs.Node,
     behind = [reader for node in sums for reader in _readers(node)]
     while behind:
         node = behind.pop()
-        if node.op not in STEPS:
-            continue
-        yield node, "it works on a sum"
-        if _is_scalar_step(node):
+        if node.op in SPREAD:
             behind += _readers(node)
+        elif node.op in STEPS:
+            yield node, "it works on a sum"
+            if _is_scalar_step(node):
+                behind += _readers(node)
 
 
 def _from_whole_numbers(graph: gs.Graph, types: Types) -> Iterator[tuple[gs.Node, str]]:
@@ -200,8 +204,10 @@ def _is_scalar_step(node: gs.Node) -> bool:
 
 
 def _reads_whole_numbers(node: gs.Node, types: Types) -> bool:
-    kinds = [types.known(tensor) for tensor in node.inputs]
-    return node.op == "Cast" and all(kind is not None and kind.kind in "iub" for kind in kinds)
+    if node.op not in {"Cast", "CastLike"}:
+        return False
+    kind = types.known(node.inputs[0])
+    return kind is not None and kind.kind in "iub"
 
 
 def _has_weight(node: gs.Node) -> bool:

@@ -11,6 +11,7 @@ from corp_onnx.emit import Emitter
 from corp_onnx.graph import Model
 from corp_onnx.precision.integers import require_some
 from corp_onnx.precision.layers import Layer, layers_of
+from corp_onnx.precision.ranges import LEAST
 from corp_onnx.precision.records import Draft, WeightOnly
 
 BITS = {"int8": 8, "int4": 4}
@@ -58,7 +59,7 @@ def packed(
     split = filled.reshape(width_out, blocks, BLOCK)
     low, high = np.minimum(split.min(axis=2), 0.0), np.maximum(split.max(axis=2), 0.0)
     most = 2**bits - 1
-    scale = np.where(high > low, high - low, most) / most
+    scale = np.where(high - low >= most * LEAST, high - low, most) / most
     zero = np.rint(-low / scale)
     whole = np.clip(np.rint(split / scale[..., None]) + zero[..., None], 0, most)
     return (

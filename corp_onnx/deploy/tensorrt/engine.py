@@ -11,8 +11,7 @@ import numpy as np
 
 from corp_onnx.data import InputSpec
 from corp_onnx.deploy.records import PROFILED_RUNS, Build
-from corp_onnx.deploy.tensorrt.cuda import device
-from corp_onnx.deploy.tensorrt.library import (
+from corp_onnx.deploy.tensorrt.bindings import (
     new_logger,
     new_profiler,
     started,
@@ -20,6 +19,7 @@ from corp_onnx.deploy.tensorrt.library import (
     trt,
     version,
 )
+from corp_onnx.deploy.tensorrt.cuda import device
 from corp_onnx.deploy.tensorrt.tensors import Tensors
 from corp_onnx.deploy.tensorrt.work import Work
 from corp_onnx.errors import GraphError

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from corp_onnx.deploy.shape_ranges import fitted
-from corp_onnx.deploy.tensorrt.library import (
+from corp_onnx.deploy.tensorrt.bindings import (
     major,
     new_logger,
     started,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from corp_onnx.deploy.records import ShapeRange
 from corp_onnx.errors import PlanError
+from corp_onnx.graph import made, require_writable
 
 Verbosity = Literal["none", "names", "detailed"]
 """How much an engine can tell of its layers."""
@@ -51,7 +52,10 @@ class Options:
 
         Raises:
             PlanError: If not.
+            OutputError: If the timing cache cannot be written.
         """
+        if self.timing_cache is not None:
+            require_writable(made(self.timing_cache.parent) / self.timing_cache.name)
         if not 0 <= self.optimization_level <= HIGHEST_LEVEL:
             raise PlanError(
                 f"{self.optimization_level} is no optimisation level of TensorRT; they go from 0, "

@@ -12,10 +12,10 @@ from google.protobuf.message import DecodeError
 
 from corp_onnx.deploy.records import Build, Precision
 from corp_onnx.deploy.shape_ranges import exactly
+from corp_onnx.deploy.tensorrt.bindings import version, versions
 from corp_onnx.deploy.tensorrt.building import build_apart
 from corp_onnx.deploy.tensorrt.cuda import device
 from corp_onnx.deploy.tensorrt.engine import TensorRTEngine
-from corp_onnx.deploy.tensorrt.library import version, versions
 from corp_onnx.deploy.tensorrt.options import ENGINE, Options
 from corp_onnx.errors import GraphError, PlanError
 from corp_onnx.sizes import Sizes

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from corp_onnx.data import InputSpec
-from corp_onnx.deploy.tensorrt.library import trt
+from corp_onnx.deploy.tensorrt.bindings import trt
 from corp_onnx.errors import DataError, GraphError
 
 DTYPES: Mapping[str, np.dtype] = {

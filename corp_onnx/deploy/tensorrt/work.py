@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from corp_onnx.deploy.tensorrt.bindings import told, trt
 from corp_onnx.deploy.tensorrt.cuda import Graph, Memory, Stream
-from corp_onnx.deploy.tensorrt.library import told, trt
 from corp_onnx.deploy.tensorrt.tensors import Tensors
 from corp_onnx.errors import DataError, GraphError
 

@@ -19,9 +19,7 @@ else:
         """TensorRT, imported when something is asked of it; type checkers see the module."""
 
         def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the module has)
-            if name != "__version__" and name.startswith(
-                "__"
-            ):  # whoever only looks, such as doctest
+            if name != "__version__" and name.startswith("__"):  # a look only, as of doctest
                 raise AttributeError(name)
             return getattr(_tensorrt(), name)
 
@@ -45,9 +43,9 @@ Made = TypeVar("Made")
 
 MAJORS = (10, 11)
 HOW_TO_GET_IT = (
-    "install it with `pip install 'corp_onnx[tensorrt]' --extra-index-url https://pypi.nvidia.com` "
-    "(its libraries are in NVIDIA's own index); on a Jetson it comes with JetPack, so make the "
-    "environment with `python -m venv --system-site-packages`"
+    "install it with `pip install 'corp_onnx[tensorrt]' --extra-index-url INDEX`, where INDEX is "
+    "NVIDIA's package index, which TensorRT's installation guide names; on a Jetson it comes with "
+    "JetPack, so make the environment with `python -m venv --system-site-packages`"
 )
 
 
