@@ -147,7 +147,7 @@ def prune(
     params: options.ParamsKept = None,
     latency: options.LatencyKept = None,
     target: engine_options.TargetName = "ort-cpu",
-    batch: engine_options.Batch = 1,
+    batch: engine_options.Batch = None,
     cache: engine_options.Cache = None,
     align: options.Align = DEFAULT_ALIGN,
     ridge: options.Ridge = DEFAULT_RIDGE,
@@ -171,6 +171,8 @@ def prune(
     """Cut a model, repair it, verify it, write it. Without shares: --mlp 0.5 --qk 0.5."""
     if (data is None) == (stats is None):
         raise PlanError("give either --data (inputs to calibrate on) or --stats (a file of them)")
+    if latency is None and (batch is not None or cache is not None):
+        raise PlanError("--batch and --cache say how a model is timed for --latency; give that too")
     settings = Settings(
         align,
         Recipe(method, ranking, ridge, device=device_of(device)),
@@ -184,12 +186,11 @@ def prune(
     source = None if data is None else Source(data, samples, seed, allow_random)
     asked = TargetOptions(threads=threads, cache=cache, custom_op_library=custom_op_library)
     sizes = options.sizes_of(shapes)
+    watch = Stopwatch(engine_options.batch_of(sizes) if batch is None else batch, sizes)
     wanted = options.widths_of(
         {"mlp": mlp, "qk": qk, "vo": vo},
         {"macs": macs, "params": params},
-        engine_options.deadline_of(
-            *(latency, open_target(target, asked), precision, Stopwatch(batch, sizes), cache)
-        ),
+        engine_options.deadline_of(*(latency, open_target(target, asked), precision, watch, cache)),
     )
     screen.run(commands.Prune(model, output, source, stats, wanted, settings), as_json, log_level)
 
@@ -201,6 +202,7 @@ def sweep(
     folder: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
     macs: options.MacsList = None,
     params: options.ParamsList = None,
+    target: engine_options.TargetName = "ort-cpu",
     method: options.MethodName = "best",
     align: options.Align = DEFAULT_ALIGN,
     ridge: options.Ridge = DEFAULT_RIDGE,
@@ -229,7 +231,9 @@ def sweep(
         crops,
     )
     source, budgets = Source(data, samples, seed, allow_random), options.budgets_of(macs, params)
-    screen.run(commands.Sweep(model, folder, source, budgets, settings), as_json, log_level)
+    timed_on = open_target(target, TargetOptions(threads, custom_op_library=custom_op_library))
+    command = commands.Sweep(model, folder, source, budgets, settings, timed_on)
+    screen.run(command, as_json, log_level)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -16,13 +17,13 @@ BUSY = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """An NVIDIA device: what it is, clock, power and temperature."""
+    """An NVIDIA device: what it is, clock, power and temperature; None where it does not tell."""
 
     name: str
-    clock_mhz: int
-    power_w: float
-    temperature_c: int
-    memory_bytes: int
+    clock_mhz: float | None
+    power_w: float | None
+    temperature_c: float | None
+    memory_bytes: float | None
     """In use, by all processes."""
 
 
@@ -55,12 +56,17 @@ def read() -> Conditions:
     heat = [sensor.current for group in told.values() for sensor in group]
     return Conditions(
         processor(),
-        len(psutil.Process().cpu_affinity() or ()) or os.cpu_count() or 1,
+        _cores(),
         busy,
         clock.current if clock else None,
         max(heat, default=None),
         _gpus(),
     )
+
+
+def devices() -> tuple[str, ...]:
+    """The processor and the NVIDIA devices, as they name themselves."""
+    return processor(), *(gpu.name for gpu in _gpus())
 
 
 def processor() -> str:
@@ -71,6 +77,12 @@ def processor() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    process = psutil.Process()
+    allowed = process.cpu_affinity() if hasattr(process, "cpu_affinity") else ()  # none on macOS
+    return len(allowed) or os.cpu_count() or 1
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -89,12 +101,18 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def _gpu(nvml: ModuleType, device: object) -> Gpu:
+    def told(ask: Callable[[], float]) -> float | None:
+        try:
+            return ask()
+        except nvml.NVMLError:
+            return None
+
     return Gpu(
         str(nvml.nvmlDeviceGetName(device)),
-        int(nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)),
-        nvml.nvmlDeviceGetPowerUsage(device) / 1000,
-        int(nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)),
-        int(nvml.nvmlDeviceGetMemoryInfo(device).used),
+        told(lambda: nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)),
+        told(lambda: nvml.nvmlDeviceGetPowerUsage(device) / 1000),
+        told(lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)),
+        told(lambda: nvml.nvmlDeviceGetMemoryInfo(device).used),
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import onnx_graphsurgeon as gs
+
 from corp_onnx import latency_table
 from corp_onnx.blocks import Catalog
 from corp_onnx.budget import least_harm, plan_of
@@ -66,6 +68,16 @@ class Deadline:
                 "must be above 0 and at most 1 (0.6 keeps 60 %), or a time such as 5ms"
             )
 
+    def require(self, graph: gs.Graph) -> None:
+        """See whether a model can be timed so, before any work is done for it.
+
+        Raises:
+            BackendUnavailable: As `Target.require`.
+            PlanError: Likewise, or as `Stopwatch.sizes_of`.
+        """
+        self.target.require(self.precision)
+        self.stopwatch.sizes_of(graph)
+
     def share(self, dense_ms: float) -> float:
         """As a share of the dense model's time."""
         return self.limit / dense_ms if self.in_ms else self.limit
@@ -109,6 +121,7 @@ def scheduled(
     *,
     align: int,
     typed: Callable[[Model], Model] = lambda model: model,
+    types: str = "fp32",
     on_variant: Callable[[int], None] = lambda variants: None,
 ) -> Schedule:
     """Choose widths by harm and by measured time together, until the clock agrees.
@@ -128,12 +141,13 @@ def scheduled(
         deadline: What is to be kept.
         align: Widths are multiples of this.
         typed: Brings a model into the types in which it is to run.
+        types: What those are, in words.
         on_variant: Called with the number of variants that were timed.
 
     Raises:
         CorpError: As `Stopwatch.race`.
     """
-    trial = _Trial(dense, model, catalog, statistics, probes, deadline, align, typed)
+    trial = _Trial(dense, model, catalog, statistics, probes, deadline, align, typed, types)
     table = latency_table.kept(
         lambda: latency_table.measured(
             *(probes, trial.shrunk, deadline.target, deadline.stopwatch),
@@ -159,6 +173,7 @@ class _Trial:
     deadline: Deadline
     align: int
     typed: Callable[[Model], Model] = lambda model: model
+    types: str = "fp32"
 
     def shrunk(self, widths: Mapping[int, int]) -> Model:
         """A model of these widths, without repair: as fast, and soon made."""
@@ -176,6 +191,7 @@ class _Trial:
             "versions": dict(self.deadline.target.versions()),
             "batch": watch.batch,
             "precision": self.deadline.precision,
+            "types": self.types,
             "sizes": {name: list(shape) for name, shape in watch.sizes.items()},
             "align": self.align,
         }

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
+from corp_onnx.commands import Source
 from corp_onnx.deadline import Deadline
 from corp_onnx.deploy.records import PRECISIONS, Precision, Target
 from corp_onnx.deploy.shape_ranges import parse_ranges
 from corp_onnx.deploy.targets import TARGETS, TargetOptions
 from corp_onnx.errors import PlanError
 from corp_onnx.session import GraphLevel
+from corp_onnx.sizes import DEFAULT_BATCH, Sizes
 from corp_onnx.timing import Stopwatch
 
 TargetName = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
@@ -24,9 +26,11 @@ PrecisionNames = Annotated[
     str, typer.Option("--precision", help=f"One or several of {', '.join(PRECISIONS)}.")
 ]
 Batch = Annotated[
-    int, typer.Option("--batch", min=1, help="Samples of one inference, for --latency.")
+    int | None, typer.Option("--batch", min=1, help="Samples of one inference, for --latency.")
 ]
-Batches = Annotated[str, typer.Option("--batch", help="Samples of one inference, such as 1,8,32.")]
+Batches = Annotated[
+    str | None, typer.Option("--batch", help="Samples of one inference, such as 1,8,32.")
+]
 Level = Annotated[
     GraphLevel, typer.Option("--graph-level", help="How far ONNX Runtime rewrites the graph.")
 ]
@@ -122,13 +126,36 @@ def names_of(text: str, known: Iterable[Name], flag: str) -> tuple[Name, ...]:
     return tuple(by_text[name] for name in names)
 
 
-def batches_of(text: str) -> tuple[int, ...]:
+def source_of(data: str | None, precisions: Sequence[Precision], seed: int = 0) -> Source | None:
+    """Inputs to bring models into a precision with.
+
+    Raises:
+        PlanError: If there is nothing to do with them.
+    """
+    if data is None:
+        return None
+    if set(precisions) == {"fp32"}:
+        raise PlanError(
+            "--data is for ranges and the check of another precision, and none is asked for: leave "
+            "it out, or give --precision too"
+        )
+    return Source(data, seed=seed)
+
+
+def batch_of(sizes: Sizes) -> int:
+    """The batch where none is asked for: that of the sizes that are given, else 1."""
+    return next((shape[0] for shape in sizes.values() if shape), DEFAULT_BATCH)
+
+
+def batches_of(text: str | None, sizes: Sizes) -> tuple[int, ...]:
     """Batch sizes from ``1,8,32``.
 
     Raises:
         PlanError: If the text is of another form.
     """
+    if text is None:
+        return (batch_of(sizes),)
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise PlanError(f"--batch {text!r} is no list of sizes such as 1,8,32")
     return tuple(dict.fromkeys(map(int, parts)))

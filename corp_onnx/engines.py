@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from corp_onnx import commands, engine_options, options, screen
-from corp_onnx.commands import Source
 from corp_onnx.deploy.records import PRECISIONS
-from corp_onnx.deploy.targets import TARGETS, open_target
+from corp_onnx.deploy.targets import TARGETS, open_target, require_taken
 from corp_onnx.latency import RUNS, WARMUP
 from corp_onnx.timing import Stopwatch
 
@@ -41,7 +40,8 @@ def build(
         optimization_level=optimization_level,
         custom_op_library=custom_op_library,
     )
-    source = None if data is None else Source(data)
+    require_taken(asked, [target])
+    source = engine_options.source_of(data, [precision])
     command = commands.Build(model, folder, open_target(target, asked), precision, source)
     screen.run(command, as_json, log_level)
 
@@ -53,7 +53,7 @@ def bench(
     targets: engine_options.TargetNames = "ort-cpu",
     precisions: engine_options.PrecisionNames = "fp32",
     data: options.MaybeData = None,
-    batches: engine_options.Batches = "1",
+    batches: engine_options.Batches = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Turns not counted.")] = WARMUP,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Turns counted.")] = RUNS,
     profile: Annotated[
@@ -90,13 +90,16 @@ def bench(
         custom_op_library=custom_op_library,
     )
     names = engine_options.names_of(targets, TARGETS, "--target")
+    require_taken(asked, names)
+    types = engine_options.names_of(precisions, PRECISIONS, "--precision")
+    sizes = options.sizes_of(shapes)
     command = commands.Bench(
         tuple(models),
         tuple(open_target(name, asked) for name in names),
-        engine_options.names_of(precisions, PRECISIONS, "--precision"),
-        engine_options.batches_of(batches),
-        Stopwatch(sizes=options.sizes_of(shapes), warmup=warmup, runs=runs, seed=seed),
-        None if data is None else Source(data, seed=seed),
+        types,
+        engine_options.batches_of(batches, sizes),
+        Stopwatch(sizes=sizes, warmup=warmup, runs=runs, seed=seed),
+        engine_options.source_of(data, types, seed),
         profile,
         memory,
         plot,

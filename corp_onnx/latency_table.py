@@ -13,7 +13,7 @@ import numpy as np
 import platformdirs
 from jaxtyping import Float64
 
-from corp_onnx.conditions import processor
+from corp_onnx.conditions import devices
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.errors import OutputError
 from corp_onnx.graph import Model, whole
@@ -138,12 +138,13 @@ def kept(
         key: All that the times depend on: model, target and its versions, sizes, machine.
         folder: Where tables are kept; the user's cache unless told otherwise.
     """
-    text = json.dumps({**key, "processor": processor(), "shares": SHARES}, sort_keys=True)
+    text = json.dumps({**key, "devices": devices(), "shares": SHARES}, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = (folder or platformdirs.user_cache_path("corp_onnx")) / f"latency-{name}.json"
-    if path.is_file():
+    known = _read(path)
+    if known is not None:
         log.info("latency table taken from %s", path)
-        return _read(path)
+        return known
     table = measure()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,10 +155,17 @@ def kept(
     return table
 
 
-def _read(path: Path) -> LatencyTable:
-    document = json.loads(path.read_text(encoding="utf-8"))
-    variants = {
-        kind: {int(width): time for width, time in times.items()}
-        for kind, times in document["variants_ms"].items()
-    }
-    return LatencyTable(document["whole_ms"], variants)
+def _read(path: Path) -> LatencyTable | None:
+    """The table in a file; None if there is none, or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        variants = {
+            kind: {int(width): float(time) for width, time in times.items()}
+            for kind, times in document["variants_ms"].items()
+        }
+        return LatencyTable(float(document["whole_ms"]), variants)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("the latency table %s cannot be read (%s) and is measured again", path, error)
+        return None

@@ -181,7 +181,7 @@ def sizes_of(shapes: list[str] | None) -> Sizes:
     for text in shapes or []:
         name, _, dims = text.rpartition(":")
         numbers = dims.split("x")
-        if not name or not all(number.isdigit() and int(number) for number in numbers):
+        if not name or not all(number.isdecimal() and int(number) for number in numbers):
             raise PlanError(f"--shapes {text!r} is not of the form NAME:1x3x224x224")
         sizes[name] = tuple(int(number) for number in numbers)
     return sizes
@@ -194,6 +194,6 @@ def shard_of(text: str) -> tuple[int, int]:
         PlanError: If the text is of another form.
     """
     index, _, parts = text.partition("/")
-    if not (index.isdigit() and parts.isdigit() and int(index) < int(parts)):
+    if not (index.isdecimal() and parts.isdecimal() and int(index) < int(parts)):
         raise PlanError(f"--shard {text!r} is not of the form i/n with i from 0 to n - 1")
     return int(index), int(parts)

@@ -117,6 +117,8 @@ def prune(
     """
     require_writable(output)
     work = Work.begun(path, settings or Settings())
+    if isinstance(budget, Deadline):
+        budget.require(work.model.graph)
     if budget is None:
         plan = uniform(work.catalog, shares_removed, align=work.settings.align)
         result = work.informed(knowledge).cut(plan)
@@ -229,6 +231,7 @@ class Work:
                 *(path, self.model, self.catalog, self.statistics, self.probed(), deadline),
                 align=self.settings.align,
                 typed=self._typed_for_timing,
+                types=self.settings.request.name,
             )
         result = self.cut(schedule.plan)
         with self.clock.stage("latency"):

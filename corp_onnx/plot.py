@@ -31,7 +31,7 @@ def curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     error.invert_xaxis()
     speed = error.twinx()
     speed.plot(left, [point["speedup"]["ratio"] for point in points], "s--", color="#b0522d")
-    speed.set_ylabel("times as fast, batch of 1", color="#b0522d")
+    speed.set_ylabel("times as fast", color="#b0522d")
     speed.set_ylim(bottom=0)
     with whole(path) as draft:
         figure.savefig(draft, dpi=DPI, format="png")

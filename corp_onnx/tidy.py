@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.catalog import probed
 from corp_onnx.emit import Emitter
 from corp_onnx.facts import Facts
-from corp_onnx.shapes import usual_facts
+from corp_onnx.shapes import evaluate, usual_facts
+from corp_onnx.sizes import input_sizes
 
 CHOICES = frozenset({"If", "Loop", "Scan"})
+
+LONG, LONG_BATCH = (6007, 2003, 509), 3
+"""Sequences, of which the first is tried that the model admits; primes divide by nothing else."""
 
 AS_IT_WAS, WHATEVER_IS_LEFT = 0, -1
 """Entries of a target of Reshape: the input's dimension at that place, and the one that follows."""
@@ -28,12 +32,13 @@ def tidy_reshapes(graph: gs.Graph) -> None:
     Nodes that only served the old target are left to `gs.Graph.cleanup`.
 
     Nothing is done where the sizes that can be probed do not tell all: a graph with pictures of any
-    size, or with branches that may depend on sizes.
+    size, with dimensions of different names that always have the same size here, or with branches
+    that may depend on sizes.
     """
     if any(node.op in CHOICES for node in graph.nodes):
         return
-    probes = [*probed(graph), usual_facts(graph)]
-    if not all(_varies(tensor, probes) for tensor in graph.inputs):
+    probes = _probes(graph)
+    if not _tell_apart(graph, probes):
         return
     emit = Emitter(graph, "reshape", set(graph.tensors()) | {node.name for node in graph.nodes})
     for node in graph.nodes:
@@ -47,13 +52,32 @@ def tidy_reshapes(graph: gs.Graph) -> None:
             node.attrs.pop("allowzero", None)
 
 
-def _varies(tensor: gs.Tensor, probes: Sequence[Facts]) -> bool:
-    """Whether every dimension of an input that is not fixed is probed at more than one size."""
-    sizes = zip(*(facts.sizes[tensor.name] for facts in probes), strict=True)
-    return all(
-        isinstance(declared, int) or len(set(found)) > 1
-        for declared, found in zip(tensor.shape or (), sizes, strict=False)
-    )
+def _probes(graph: gs.Graph) -> list[Facts]:
+    """Facts at short sizes, at the usual one, and at one as long as the model admits.
+
+    The last tells sizes that are padded to a multiple from those that are fixed.
+    """
+    usual = usual_facts(graph)
+    probes = [*probed(graph), usual]
+    for sequence in LONG:
+        long = evaluate(graph, input_sizes(graph, batch=LONG_BATCH, sequence=sequence))
+        if len(long.shapes) >= len(usual.shapes):
+            return [*probes, long]
+    return probes
+
+
+def _tell_apart(graph: gs.Graph, probes: Sequence[Facts]) -> bool:
+    """Whether every dimension that may vary has a course over the probes that no other has."""
+    names: dict[tuple[int, ...], Hashable] = {}
+    for tensor in graph.inputs:
+        courses = zip(*(facts.sizes[tensor.name] for facts in probes), strict=True)
+        for place, (declared, course) in enumerate(zip(tensor.shape or (), courses, strict=False)):
+            if isinstance(declared, int):
+                continue
+            name = declared or (tensor.name, place)
+            if len(set(course)) == 1 or names.setdefault(course, name) != name:
+                return False
+    return True
 
 
 def _target(

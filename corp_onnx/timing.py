@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -46,12 +46,12 @@ class Lane:
                 yield self._built(self.target.sized(sizes), Path(folder)), sizes
 
     @contextmanager
-    def opened(self, sizes_of: SizesOf) -> Iterator[tuple[Engine, Sizes]]:
-        """The engine until it is no longer needed, and the sizes of its inputs."""
+    def opened(self, sizes_of: SizesOf) -> Iterator[tuple[Engine, Sizes | None]]:
+        """The engine until it is no longer needed; sizes of its inputs, likewise."""
         with self.built(sizes_of) as (build, sizes):
             engine = self.target.load(build)
             try:
-                yield engine, sizes or sizes_of(inputs_of(engine))
+                yield engine, sizes
             finally:
                 engine.close()
 
@@ -97,8 +97,9 @@ class Stopwatch:
             PlanError: If a model is of another batch, or an input is not to be found.
         """
         with ExitStack() as opened:
-            engines = [opened.enter_context(lane.opened(self.sizes_of)) for lane in lanes]
-            self._require_known([engine for engine, _ in engines])
+            found = [opened.enter_context(lane.opened(self.sizes_of)) for lane in lanes]
+            self._require_known([engine for engine, _ in found])
+            engines = self._sized(found)
             log.info("timing %d engines at batch %d", len(engines), self.batch)
             return race(
                 [self._inference(*engine) for engine in engines],
@@ -116,7 +117,8 @@ class Stopwatch:
         """
         found = []
         for lane in lanes:
-            with lane.opened(self.sizes_of) as (engine, sizes):
+            with lane.opened(self.sizes_of) as opened:
+                ((engine, sizes),) = self._sized([opened])
                 feeds = timing_inputs(engine.inputs, sizes, seed=self.seed)
                 found.append(engine.operator_times(feeds))
         return tuple(found)
@@ -127,17 +129,32 @@ class Stopwatch:
         return lambda: engine.run(feeds)
 
     def sizes_of(self, graph: gs.Graph) -> Sizes:
-        """Dimensions of all inputs: those given, the batch, and what is usual."""
+        """Dimensions of all inputs: those given, the batch, and what is usual.
+
+        Raises:
+            PlanError: If the batch cannot be kept.
+        """
         known = {tensor.name for tensor in graph.inputs}
         given = {name: shape for name, shape in self.sizes.items() if name in known}
         sequence = usual_sequence(graph, given)
         sizes = input_sizes(graph, batch=self.batch, sequence=sequence, given=given)
-        if not given and (found := next(iter(sizes.values()))[0]) != self.batch:
+        found = {shape[0] for shape in sizes.values() if shape}
+        if found and self.batch not in found:
+            where = "--shapes gives" if given else "a model has"
+            fixed = "a batch of" if given else "a fixed batch of"
+            what = "give --batch so too" if given else "export it with a dynamic one"
             raise PlanError(
-                f"a model has a fixed batch of {found}, so it cannot be timed at batch "
-                f"{self.batch}; export it with a dynamic one"
+                f"{where} {fixed} {min(found)}, so it cannot be timed at batch {self.batch}; {what}"
             )
         return sizes
+
+    def _sized(self, engines: Sequence[tuple[Engine, Sizes | None]]) -> list[tuple[Engine, Sizes]]:
+        """Engines with sizes of their inputs: where no model is at hand, those of the others."""
+        known: dict[str, tuple[int, ...]] = {}
+        for _, sizes in engines:
+            known |= sizes or {}
+        alike = replace(self, sizes=known | dict(self.sizes))
+        return [(engine, sizes or alike.sizes_of(inputs_of(engine))) for engine, sizes in engines]
 
     def _require_known(self, engines: Sequence[Engine]) -> None:
         known = {spec.name for engine in engines for spec in engine.inputs}
@@ -149,7 +166,7 @@ class Stopwatch:
 
 
 def described(path: Path) -> gs.Graph:
-    """The graph of a file; of a quantised one, which can be run but not be cut, its inputs.
+    """The graph of a file; of a quantised one, which can be run but not be cut, as it is there.
 
     Raises:
         GraphError: If it is no ONNX model that can be read.
@@ -157,9 +174,7 @@ def described(path: Path) -> gs.Graph:
     try:
         return load(path).graph
     except QuantisedModel:
-        proto = onnx.load(path, load_external_data=False)
-        bare = onnx.helper.make_graph([], "inputs", proto.graph.input, [])
-        return gs.import_onnx(onnx.helper.make_model(bare))
+        return gs.import_onnx(onnx.load(path))
 
 
 def inputs_of(engine: Engine) -> gs.Graph:

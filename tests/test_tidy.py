@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx.parser
 import onnx_graphsurgeon as gs
+import pytest
 
 from corp_onnx import tidy
 from corp_onnx.blocks.catalog import probed
@@ -100,9 +101,8 @@ def test_one_probe_would_write_down_what_changes(monkeypatch):
     body = SPLIT_HEADS.replace("Concat<axis = 0>(b, n, rest)", "Concat<axis = 0>(n, b, rest)")
     before = model("float[B,N,12] x", "float[N,B,4,3] y", body)
     assert targets(tidied(before)) == [None]
-    monkeypatch.setattr(tidy, "_varies", lambda tensor, probes: True)
-    monkeypatch.setattr(tidy, "probed", lambda graph: probed(graph)[:1])
-    monkeypatch.setattr(tidy, "usual_facts", lambda graph: probed(graph)[0])
+    monkeypatch.setattr(tidy, "_tell_apart", lambda graph, probes: True)
+    monkeypatch.setattr(tidy, "_probes", lambda graph: probed(graph)[:1])
     assert targets(tidied(before)) == [[5, 2, 4, 3]]
 
 
@@ -135,3 +135,62 @@ def test_a_fixed_size_that_is_equal_by_chance_is_not_copied():
     after = tidied(before)
     assert targets(after) == [[0, 4, 4, 4]]
     assert same(before, after, x=(3, 16, 4))
+
+
+PADDED = """
+    s = Shape(x)
+    b = Slice(s, zero, one)
+    n = Slice(s, one, two)
+    up = Add(n, above)
+    blocks = Div(up, wide)
+    long = Mul(blocks, wide)
+    flat = Mul(long, last)
+    ends = Concat<axis = 0>(b, flat)
+    e = Expand(nought, ends)
+    t = Concat<axis = 0>(b, long, rest)
+    y = Reshape(e, t)
+"""
+
+
+def test_sequences_padded_to_a_multiple_are_not_of_one_length(monkeypatch):
+    """The twin: up to 512, which the usual sizes never go beyond, all are padded to the same."""
+    text = f"""{HEAD} g (float[B,N,12] x) => (float[B,M,4,3] y)
+        <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] last = {{12}},
+         int64[1] above = {{511}}, int64[1] wide = {{512}}, int64[2] rest = {{4, -1}},
+         float[1,1] nought = {{0.0}}> {{ {PADDED} }}"""
+    before = from_proto(onnx.parser.parse_model(text))
+    after = tidied(before)
+    for length in (5, 600):
+        assert same(before, after, x=(2, length, 12))
+    monkeypatch.setattr(tidy, "LONG", ())
+    assert targets(tidied(before)) == [[0, 512, 4, 3]]
+
+
+@pytest.mark.parametrize(("second", "tidied_target"), [("N", [0, 0, 0]), ("M", None)])
+def test_dimensions_that_only_happen_to_be_equal_are_told_apart_by_name(second, tidied_target):
+    """The twin: were they one, the target would be that of the input."""
+    body = "s = Shape(k) y = Reshape(x, s)"
+    before = model(f"float[B,N,{second}] x, float[B,{second},N] k", "float[P,Q,R] y", body)
+    assert targets(tidied(before)) == [tidied_target]
+
+
+def test_a_graph_with_choices_is_left_alone():
+    body = (
+        SPLIT_HEADS.replace("y = ", "z = ")
+        + """
+        c = Equal(b, n)
+        y = If (c) <then_branch = g1 () => (float[P,Q,4,3] u) { u = Identity(z) },
+                    else_branch = g2 () => (float[P,Q,4,3] v) { v = Neg(z) }>
+    """
+    )
+    before = model("float[B,N,12] x", "float[P,Q,4,3] y", body)
+    assert targets(tidied(before)) == [None]
+
+
+def test_a_target_written_down_means_the_input_by_zero_whatever_it_was_before():
+    body = SPLIT_HEADS.replace("Reshape(x, t)", "Reshape<allowzero = 1>(x, t)")
+    before = model("float[B,N,12] x", "float[B,N,4,3] y", body)
+    after = tidied(before)
+    (node,) = (node for node in after.graph.nodes if node.op == "Reshape")
+    assert not node.attrs.get("allowzero")
+    assert same(before, after, x=(2, 3, 12))

@@ -38,11 +38,15 @@ PLAIN = """
 """
 
 
-def attention(body=PLAIN, outputs="float[B,N,12] y"):
-    text = f"""<ir_version: 8, opset_import: ["" : 17]>
-    g (float[B,N,8] q, float[B,M,8] k, float[B,M,12] v) => ({outputs})
+INPUTS = "float[B,N,8] q, float[B,M,8] k, float[B,M,12] v"
+
+
+def attention(body=PLAIN, outputs="float[B,N,12] y", inputs=INPUTS, opset=17, half=0.5):
+    text = f"""<ir_version: 8, opset_import: ["" : {opset}]>
+    g ({inputs}) => ({outputs})
     <int64[4] heads = {{0, 0, 2, 4}}, int64[4] wide = {{0, 0, 2, 6}}, int64[3] together =
-     {{0, 0, 12}}, float half = {{0.5}}, float[1] two = {{2.0}}>
+     {{0, 0, 12}}, int64[4] single = {{0, 0, 1, 4}}, float half = {{{half}}},
+     float[1] two = {{2.0}}>
     {{ {body} }}"""
     return gs.import_onnx(onnx.parser.parse_model(text))
 
@@ -91,6 +95,7 @@ def test_the_scale_counts():
         ("k2 = Transpose<perm = [0, 2, 3, 1]>(k1)", "k2 = Transpose<perm = [2, 0, 3, 1]>(k1)"),
         ("c = MatMul(p, v2)", "v3 = Mul(v2, half) c = MatMul(p, v3)"),
         ("y = Reshape(c1, together)", "y = Identity(c1)"),
+        ("c1 = Transpose<perm = [0, 2, 1, 3]>(c)", "c1 = Transpose<perm = [0, 3, 1, 2]>(c)"),
     ],
     ids=[
         "a function of the logits",
@@ -98,6 +103,7 @@ def test_the_scale_counts():
         "another turn",
         "a scaled value",
         "no joining",
+        "joined in another order",
     ],
 )
 def test_attention_of_another_form_stays(old, new):
@@ -106,6 +112,54 @@ def test_attention_of_another_form_stays(old, new):
     before = operators(graph)
     assert write_whole(graph) == 0
     assert operators(graph) == before
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        "float[1,N,8] q, float[B,M,8] k, float[B,M,12] v",
+        "float[B,N,2,4] q, float[B,M,8] k, float[B,M,12] v",
+        "float16[B,N,8] q, float16[B,M,8] k, float16[B,M,12] v",
+    ],
+    ids=["queries for all samples", "of four axes", "of a type without a kernel"],
+)
+def test_operands_that_the_operator_does_not_take_stay(inputs):
+    assert write_whole(attention(inputs=INPUTS)) == 1
+    assert write_whole(attention(inputs=inputs)) == 0
+
+
+def test_a_type_with_a_kernel_is_taken():
+    body = PLAIN.replace("q3 = Mul(q2, half)", "").replace("q3", "q2")
+    graph = attention(body, "float16[B,N,12] y", INPUTS.replace("float[", "float16["))
+    assert write_whole(graph, [np.dtype(np.float16)]) == 1
+
+
+def test_without_an_axis_a_softmax_of_an_old_opset_is_along_another():
+    """Before opset 13 the default is the second axis, and all behind it."""
+    body = PLAIN.replace("Softmax<axis = -1>", "Softmax")
+    assert write_whole(attention(body, opset=13)) == 1
+    assert write_whole(attention(body, opset=12)) == 0
+
+
+def test_logits_that_are_all_zero_stay():
+    """To the operator a scale of 0 says that it shall take its own."""
+    assert write_whole(attention(half=0.25)) == 1
+    assert write_whole(attention(half=0.0)) == 0
+
+
+def test_a_scaled_key_counts():
+    body = PLAIN.replace("l = MatMul(q3, k2)", "k3 = Mul(k2, two) l = MatMul(q3, k3)")
+    graph = attention(body)
+    before = computed(graph)
+    assert write_whole(graph) == 1
+    assert graph.nodes[0].attrs["scale"] == 1.0
+    assert np.abs(computed(graph)[0] - before[0]).max() < 1e-5
+
+
+def test_one_head_of_keys_for_two_of_queries_stays():
+    body = PLAIN.replace("k1 = Reshape(k, heads)", "k1 = Reshape(k, single)")
+    graph = attention(body, inputs=INPUTS.replace("float[B,M,8] k", "float[B,M,4] k"))
+    assert write_whole(graph) == 0
 
 
 def test_attention_whose_weights_are_shown_stays():

@@ -10,6 +10,7 @@ from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.footprint import peak_bytes
+from corp_onnx.graph import require_writable
 from corp_onnx.plot import bars
 from corp_onnx.timing import Lane, Stopwatch
 
@@ -37,6 +38,8 @@ class Bench:
         for target in self.targets:
             for precision in self.precisions:
                 target.require(precision)
+        if self.plot is not None:
+            require_writable(self.plot)
         names, lanes = self._lanes(progress)
         machine = conditions.read()
         races, labels = [], []

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typed import Typist
-from corp_onnx.deploy.records import Precision, Target
+from corp_onnx.deploy.records import RECORD, Precision, Target
+from corp_onnx.errors import OutputError
 from corp_onnx.graph import Model, made, write
 from corp_onnx.timing import described
 
@@ -30,6 +31,7 @@ class Build:
         """Build the engine, and keep its record beside it."""
         self.target.require(self.precision)
         described(self.model)
+        self._require_nothing_lost()
         made(self.folder)
         typed = Typist(self.source).typed(self.model, self.target, self.precision)
         with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
@@ -46,3 +48,15 @@ class Build:
             f"{built.precision}`"
         )
         return Answer(asdict(built) | {"path": str(built.path)}, Text(text))
+
+    def _require_nothing_lost(self) -> None:
+        """A folder of its own: what lies there already may bear the names of an engine's files."""
+        folder = self.folder
+        beside = folder.resolve() == self.model.resolve().parent
+        others = folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file()
+        if beside or others:
+            raise OutputError(
+                f"{folder} holds {'the model itself' if beside else 'files that are no engine'}, "
+                "which those of an engine may replace; name a folder that is new, or an engine's, "
+                "with -o"
+            )

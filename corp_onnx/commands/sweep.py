@@ -9,13 +9,13 @@ from corp_onnx import points, present
 from corp_onnx.budget import Budget
 from corp_onnx.commands.prune import keep_preprocessing, opener, telling
 from corp_onnx.commands.records import Answer, Progress, Source
-from corp_onnx.deploy.targets import TargetOptions, open_target
+from corp_onnx.deploy.records import Target
 from corp_onnx.graph import made, whole
 from corp_onnx.latency import Race
 from corp_onnx.pipeline import Settings, sweep
 from corp_onnx.plot import curve
-from corp_onnx.session import Runtime
-from corp_onnx.timing import Lane, Stopwatch
+from corp_onnx.sizes import DEFAULT_BATCH, input_sizes
+from corp_onnx.timing import Lane, Stopwatch, described
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,13 @@ class Sweep:
     source: Source
     budgets: tuple[Budget, ...]
     settings: Settings
+    target: Target
+    """Where the models are timed."""
 
     def __call__(self, progress: Progress) -> Answer:
         """Calibrate once; cut, verify and time every budget; write models, table and plot."""
+        self.target.require("fp32")
+        watch = self._stopwatch()
         made(self.folder)
         outputs = {self._output(budget): budget for budget in self.budgets}
         found = sweep(
@@ -40,7 +44,7 @@ class Sweep:
         )
         for output in outputs:
             keep_preprocessing(self.model, output)
-        document = points.sweep_json(self.model, outputs, found, self._raced(list(outputs)))
+        document = points.sweep_json(self.model, outputs, found, self._raced(list(outputs), watch))
         with whole(self.folder / "sweep.json") as draft:
             draft.write_text(present.as_json(document) + "\n", encoding="utf-8")
         curve(document["points"], self.folder / "sweep.png")
@@ -51,9 +55,12 @@ class Sweep:
         percent = f"{100 * budget.kept:g}".replace(".", "_")
         return self.folder / f"{self.model.stem}_{budget.unit}{percent}.onnx"
 
-    def _raced(self, paths: list[Path]) -> Race:
-        """The dense model and all others, timed turn by turn on one sample."""
-        runtime = self.settings.runtime or Runtime()
-        asked = TargetOptions(runtime.threads, custom_op_library=runtime.custom_op_library)
-        lanes = [Lane(path, open_target("ort-cpu", asked)) for path in (self.model, *paths)]
-        return Stopwatch(sizes=self.settings.sizes or {}).race(lanes)
+    def _stopwatch(self) -> Stopwatch:
+        """For the sizes that are given, the batch of the model, or one sample."""
+        sizes = input_sizes(described(self.model), given=self.settings.sizes)
+        batch = next((shape[0] for shape in sizes.values() if shape), DEFAULT_BATCH)
+        return Stopwatch(batch, self.settings.sizes or {})
+
+    def _raced(self, paths: list[Path], watch: Stopwatch) -> Race:
+        """The dense model and all others, timed turn by turn."""
+        return watch.race([Lane(path, self.target) for path in (self.model, *paths)])

@@ -14,7 +14,7 @@ from corp_onnx.deploy.targets import BY_ITSELF, SYMMETRIC
 from corp_onnx.errors import PlanError, QuantisedModel
 from corp_onnx.graph import Model, load
 from corp_onnx.latency import timing_inputs
-from corp_onnx.precision import Request, in_precision, stored_type
+from corp_onnx.precision import STORED, Request, in_precision, stored_type
 from corp_onnx.session import open_session
 from corp_onnx.shapes import usual_sequence
 from corp_onnx.sizes import Sizes, input_sizes
@@ -42,20 +42,23 @@ class Typist:
     def typed(self, model: Path, target: Target, precision: Precision) -> Model | Path:
         """The model to build; as it is where nothing is to be done.
 
-        That is so for engines that are built, for models that are in 16 bits or quantised already,
-        and where the target rounds by itself.
+        That is so for engines that are built, for models that have the types already, and where
+        the target rounds by itself. Asked for fp32, a model keeps the types that it has.
 
         Raises:
             CorpError: As `in_precision`, and `open_data`.
-            PlanError: If there are no inputs, and the result is for more than timing.
+            PlanError: If the model has other types than float32 and those asked for, or there are
+                no inputs, and the result is for more than timing.
         """
         if precision == "fp32" or model.is_dir() or precision in BY_ITSELF.get(target.name, ()):
             return model
         try:
             wide = load(model)
         except QuantisedModel:
-            return model
-        if stored_type(wide) != np.float32:
+            if precision == "int8":
+                return model
+            raise
+        if STORED.get(stored_type(wide).name) == precision:
             return model
         if self.source is None and not self.only_timed:
             raise PlanError(
@@ -70,8 +73,10 @@ class Typist:
     def _batches(self, path: Path, model: Model) -> tuple[Sequence[Batch], Sequence[Batch]]:
         session = open_session(model)
         if self.source is None:
-            sequence = usual_sequence(model.graph, self.sizes)
-            sizes = input_sizes(model.graph, sequence=sequence, given=self.sizes)
+            known = {tensor.name for tensor in model.graph.inputs}  # others are another model's
+            given = {name: shape for name, shape in self.sizes.items() if name in known}
+            sequence = usual_sequence(model.graph, given)
+            sizes = input_sizes(model.graph, sequence=sequence, given=given)
             drawn = [timing_inputs(session.inputs, sizes, seed=seed) for seed in (0, 1)]
             return drawn[:1], drawn[1:]
         data = self.source.open(path, session)

@@ -15,6 +15,7 @@ import numpy as np
 from corp_onnx.data import InputSpec
 from corp_onnx.deploy.records import PROFILED_RUNS, Build, Precision
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
+from corp_onnx.graph import require_writable
 from corp_onnx.sizes import Sizes
 
 DEVICE = "CPU"
@@ -63,6 +64,7 @@ class OpenVino:
         self.require(precision)
         openvino = _openvino()
         path = folder / ENGINE
+        require_writable(path)
         start = perf_counter()
         try:
             translated = openvino.Core().read_model(model)
@@ -111,7 +113,7 @@ class OpenVinoEngine:
         """As the compiled model has them."""
         return tuple(
             InputSpec(
-                tensor.any_name,
+                _name(tensor),
                 tensor.element_type.to_dtype(),
                 tuple(dim.get_length() if dim.is_static else None for dim in tensor.partial_shape),
             )
@@ -121,7 +123,7 @@ class OpenVinoEngine:
     @property
     def outputs(self) -> tuple[str, ...]:
         """As the compiled model has them."""
-        return tuple(tensor.any_name for tensor in self.compiled.outputs)
+        return tuple(map(_name, self.compiled.outputs))
 
     @property
     def device_ms(self) -> float | None:
@@ -135,7 +137,7 @@ class OpenVinoEngine:
             results = self.request.infer(taken)
         except RuntimeError as error:
             raise DataError(f"{_cannot_run(taken)}: {str(error).strip()}") from error
-        return {name: results[name] for name in self.outputs}
+        return {_name(port): results[port] for port in self.compiled.outputs}
 
     def operator_times(
         self, feeds: Mapping[str, np.ndarray], *, runs: int = PROFILED_RUNS
@@ -166,6 +168,12 @@ class OpenVinoEngine:
 
     def close(self) -> None:
         """Nothing: the request goes with its last reference."""
+
+
+def _name(port: Any) -> str:  # noqa: ANN401 (OpenVINO ships no types)
+    """As the ONNX file has it: a tensor that is moved about before may bring other names along."""
+    name = str(port.node.friendly_name).removesuffix("/sink_port_0")
+    return name if name in port.names else str(port.any_name)
 
 
 def _cannot_run(feeds: Mapping[str, np.ndarray]) -> str:

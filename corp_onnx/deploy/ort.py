@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
-from corp_onnx.data import InputSpec
-from corp_onnx.deploy.records import PROFILED_RUNS, Build, Precision
-from corp_onnx.deploy.whole import DOMAIN, write_whole
+from corp_onnx.deploy.records import Build, Precision
+from corp_onnx.deploy.sessions import SessionEngine
+from corp_onnx.deploy.whole import DOMAIN, FLOAT, write_whole
 from corp_onnx.errors import PlanError
-from corp_onnx.graph import is_large, write
+from corp_onnx.graph import is_large, require_writable, write
 from corp_onnx.session import GraphLevel, Runtime, Session, open_session, require_providers, version
 from corp_onnx.sizes import Sizes
 
@@ -34,13 +34,11 @@ PROVIDERS: Mapping[str, str] = {
 LACKING: Mapping[str, tuple[Precision, ...]] = {"ort-cpu": ("bf16",)}
 """Types without kernels."""
 
-WHOLE: Mapping[str, tuple[Precision, ...]] = {
-    "ort-cpu": ("fp32", "int8"),
-    "ort-cuda": ("fp32", "fp16", "bf16", "int8"),
-    "ort-tensorrt": (),
-    "ort-openvino": (),
+WHOLE: Mapping[str, tuple[np.dtype, ...]] = {
+    "ort-cpu": FLOAT,
+    "ort-cuda": (*FLOAT, np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)),
 }
-"""Where there are kernels for attention in one piece."""
+"""Where there are kernels for attention in one piece, and their types."""
 
 COMPILING = ("ort-tensorrt", "ort-openvino")
 """Providers that make engines of their own out of graphs."""
@@ -95,8 +93,11 @@ class OnnxRuntime:
         """
         self.require(precision)
         path = folder / ENGINE
+        require_writable(path)
+        for stale in folder.glob(f"{ENGINE}.*"):
+            stale.unlink()
         start = perf_counter()
-        self._write(model, path, precision)
+        self._write(model, path)
         seconds = perf_counter() - start
         files = [path, *folder.glob(f"{ENGINE}.*")]
         build = Build(
@@ -107,10 +108,10 @@ class OnnxRuntime:
         build.write()
         return build
 
-    def _write(self, model: Path, path: Path, precision: Precision) -> None:
+    def _write(self, model: Path, path: Path) -> None:
         proto = _read(model)
-        if proto is not None and precision in WHOLE[self.name] and self.graph_level != "none":
-            proto = _with_attention_whole(proto)
+        if proto is not None and self.name in WHOLE and self.graph_level != "none":
+            proto = _with_attention_whole(proto, WHOLE[self.name])
         if proto is None:
             open_session(model, self._runtime(self.graph_level))  # says what is wrong
         elif self.name in COMPILING:
@@ -123,10 +124,14 @@ class OnnxRuntime:
                 apart = replace(runtime, optimised_apart=is_large(proto))
                 open_session(Path(folder) / ENGINE, apart)
 
-    def load(self, build: Build) -> OrtEngine:
+    def load(self, build: Build) -> SessionEngine:
         """The optimised graph as it is: it is not optimised again."""
         runtime = self._runtime(self.graph_level if self.name in COMPILING else "none")
-        return OrtEngine(open_session(build.path, runtime), build.path, runtime)
+
+        def profiled(path: Path) -> Session:
+            return open_session(build.path, replace(runtime, profile=path))
+
+        return SessionEngine(open_session(build.path, runtime), profiled)
 
     def _runtime(self, graph_level: GraphLevel) -> Runtime:
         provider = PROVIDERS[self.name]
@@ -142,62 +147,18 @@ class OnnxRuntime:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OrtEngine:
-    """A session of ONNX Runtime."""
-
-    session: Session
-    path: Path
-    runtime: Runtime
-    device_ms: float | None = None
-
-    @property
-    def inputs(self) -> tuple[InputSpec, ...]:
-        """As the session has them."""
-        return self.session.inputs
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """As the session has them."""
-        return self.session.outputs
-
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One inference."""
-        return self.session.run(feeds)
-
-    def operator_times(
-        self, feeds: Mapping[str, np.ndarray], *, runs: int = PROFILED_RUNS
-    ) -> Mapping[str, float]:
-        """By type of operator, in a session of their own."""
-        with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
-            profile = replace(self.runtime, profile=Path(folder) / "profile")
-            session = open_session(self.path, profile)
-            for _ in range(runs):
-                session.run(feeds)
-            events = json.loads(session.profile().read_text(encoding="utf-8"))
-        times: dict[str, float] = {}
-        for event in events:
-            if event.get("name", "").endswith("_kernel_time"):
-                op = event["args"]["op_name"]
-                times[op] = times.get(op, 0.0) + event["dur"] / 1000 / runs
-        return times
-
-    def close(self) -> None:
-        """Nothing: the session goes with its last reference."""
-
-
 def _read(model: Path) -> onnx.ModelProto | None:
     """The file; None if it is no model, of which ONNX Runtime says what is wrong."""
     try:
         return onnx.load(model)
-    except (DecodeError, OSError):
+    except (DecodeError, OSError, onnx.checker.ValidationError):  # the last of weights beside it
         return None
 
 
-def _with_attention_whole(proto: onnx.ModelProto) -> onnx.ModelProto:
+def _with_attention_whole(proto: onnx.ModelProto, dtypes: Collection[np.dtype]) -> onnx.ModelProto:
     """The model with every plain attention as one operator."""
     graph = gs.import_onnx(proto)
-    if write_whole(graph) == 0:
+    if write_whole(graph, dtypes) == 0:
         return proto
     whole = gs.export_onnx(graph, do_type_check=False)
     if all(opset.domain != DOMAIN for opset in whole.opset_import):

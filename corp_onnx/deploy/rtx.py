@@ -11,13 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-from corp_onnx.data import InputSpec
-from corp_onnx.deploy.records import PROFILED_RUNS, Build, Precision, ShapeRange
+from corp_onnx.deploy.records import Build, Precision, ShapeRange
+from corp_onnx.deploy.sessions import SessionEngine
 from corp_onnx.deploy.shape_ranges import exactly
 from corp_onnx.errors import BackendUnavailable, GraphError
-from corp_onnx.session import LOG_ONLY_FATAL, Session, library, wrapped
+from corp_onnx.session import LOG_ONLY_FATAL, library, wrapped
 from corp_onnx.sizes import Sizes
 
 ENGINE = "model.onnx"
@@ -84,7 +82,7 @@ class TensorRTRTX:
         build.write()
         return build
 
-    def load(self, build: Build) -> TensorRTRTXEngine:
+    def load(self, build: Build) -> SessionEngine:
         """Open what was compiled."""
         self.require(build.precision)
         ort, failures = library()
@@ -95,7 +93,7 @@ class TensorRTRTX:
                 f"TensorRT for RTX cannot load {build.path}: {str(error).strip()}; build it again "
                 f"if another version or GPU made it ({dict(build.versions)})"
             ) from error
-        return TensorRTRTXEngine(wrapped(session))
+        return SessionEngine(wrapped(session))
 
     def _session_options(self) -> Any:  # noqa: ANN401 (ONNX Runtime ships no types)
         ort, _ = library()
@@ -116,37 +114,6 @@ class TensorRTRTX:
             options["nv_profile_opt_shapes"] = _profile((n, r.likeliest) for n, r in ranges)
             options["nv_profile_max_shapes"] = _profile((n, r.largest) for n, r in ranges)
         return options
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorRTRTXEngine:
-    """A session of ONNX Runtime with the provider."""
-
-    session: Session
-    device_ms: float | None = None
-
-    @property
-    def inputs(self) -> tuple[InputSpec, ...]:
-        """As the session has them."""
-        return self.session.inputs
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """As the session has them."""
-        return self.session.outputs
-
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One inference."""
-        return self.session.run(feeds)
-
-    def operator_times(
-        self, feeds: Mapping[str, np.ndarray], *, runs: int = PROFILED_RUNS
-    ) -> Mapping[str, float]:
-        """None: what was compiled is one node to ONNX Runtime."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing: the session goes with its last reference."""
 
 
 def _profile(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:

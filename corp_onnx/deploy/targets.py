@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,21 @@ class TargetOptions:
     workspace_bytes: int | None = None
     optimization_level: int = 3
     custom_op_library: Path | None = None
+
+
+def require_taken(options: TargetOptions, targets: Sequence[str]) -> None:
+    """See whether everything that is asked for concerns one of the targets.
+
+    Raises:
+        PlanError: If something does not; says which flag, and where it would.
+    """
+    for name, flag in FLAGS.items():
+        asked = getattr(options, name) != getattr(TargetOptions(), name)
+        if asked and not any(name in TAKEN.get(target, ()) for target in targets):
+            takers = ", ".join(target for target, taken in TAKEN.items() if name in taken)
+            raise PlanError(
+                f"{flag} means nothing to {', '.join(targets)}, it is for {takers}; leave it out"
+            )
 
 
 def open_target(name: str, options: TargetOptions | None = None) -> Target:
@@ -97,6 +112,32 @@ TARGETS: Mapping[str, Callable[[str, TargetOptions], Target]] = {
     "tensorrt-rtx": _tensorrt_rtx,
 }
 """Every target, and what makes it."""
+
+_OF_ORT = frozenset({"threads", "arena", "graph_level", "custom_op_library"})
+_OF_TENSORRT = frozenset({"shapes", "workspace_bytes", "cache"})
+
+TAKEN: Mapping[str, frozenset[str]] = {
+    "ort-cpu": _OF_ORT,
+    "ort-cuda": _OF_ORT,
+    "ort-tensorrt": _OF_ORT | {"cache"},
+    "ort-openvino": _OF_ORT,
+    "openvino": frozenset({"threads"}),
+    "tensorrt": _OF_TENSORRT | {"optimization_level", "threads"},
+    "tensorrt-rtx": _OF_TENSORRT,
+}
+"""Fields of `TargetOptions` that concern a target."""
+
+FLAGS: Mapping[str, str] = {
+    "threads": "--threads",
+    "arena": "--no-arena",
+    "graph_level": "--graph-level",
+    "cache": "--cache",
+    "shapes": "--opt-shapes",
+    "workspace_bytes": "--workspace",
+    "optimization_level": "--optimization-level",
+    "custom_op_library": "--custom-op-library",
+}
+"""What those fields are on the command line."""
 
 SYMMETRIC = ("ort-tensorrt", "tensorrt", "tensorrt-rtx")
 """Those that take whole-number activations only with zero in the middle."""

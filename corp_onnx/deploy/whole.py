@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from corp_onnx.blocks.catalog import probed
+from corp_onnx.facts import Facts
+
 OPERATOR, DOMAIN = "MultiHeadAttention", "com.microsoft"
+
+FLOAT = (np.dtype(np.float32),)
+
+LAST_BY_DEFAULT = 13
+"""The first opset whose Softmax is along the last axis unless told otherwise."""
 
 HEADS_FIRST, KEYS_TURNED = [0, 2, 1, 3], [0, 2, 3, 1]
 """From ``[b, t, h, e]``: to ``[b, h, t, e]`` and to ``[b, h, e, t]``."""
@@ -22,15 +31,21 @@ class _Operand:
     scale: float
 
 
-def write_whole(graph: gs.Graph) -> int:
+def write_whole(graph: gs.Graph, dtypes: Collection[np.dtype] = FLOAT) -> int:
     """Let `MultiHeadAttention` stand for every plain attention, in place; how many there were.
 
     ``Reshape, Transpose`` of query, key and value, the product of the first two, ``Softmax``, the
     product with the value, ``Transpose, Reshape``: one operator does it without writing all these
-    tensors. Where a piece has another reader, or is of another form, as with a mask, the graph
-    stays as it is.
+    tensors. Where a piece has another reader, is of another form, as with a mask, or of another
+    type, the graph stays as it is.
+
+    Args:
+        graph: Is changed.
+        dtypes: Types that there are kernels for.
     """
-    nodes = [_whole(node, graph) for node in graph.nodes if node.op == "Softmax"]
+    softmaxes = [node for node in graph.nodes if node.op == "Softmax"]
+    probes = probed(graph) if softmaxes else ()
+    nodes = [_whole(node, graph, probes, dtypes) for node in softmaxes]
     found = [node for node in nodes if node is not None]
     if found:
         graph.nodes += found
@@ -38,27 +53,47 @@ def write_whole(graph: gs.Graph) -> int:
     return len(found)
 
 
-def _whole(softmax: gs.Node, graph: gs.Graph) -> gs.Node | None:
+def _whole(
+    softmax: gs.Node, graph: gs.Graph, probes: Sequence[Facts], dtypes: Collection[np.dtype]
+) -> gs.Node | None:
     """The operator that stands for the attention of a softmax, its output taken over."""
     logits = _only_writer(softmax.inputs[0], "MatMul")
     context = _only_reader(softmax, "MatMul", graph)
     joined = context and _joined(context, graph)
     if logits is None or context is None or joined is None:
         return None
-    if softmax.attrs.get("axis", -1) not in {-1, 3} or context.inputs[0] is not softmax.outputs[0]:
+    if not _over_keys(softmax, graph.opset) or context.inputs[0] is not softmax.outputs[0]:
         return None
     query = _operand(logits.inputs[0], HEADS_FIRST)
     key = _operand(logits.inputs[1], KEYS_TURNED)
     value = _operand(context.inputs[1], HEADS_FIRST)
     if query is None or key is None or value is None or value.scale != 1.0:
         return None
-    if not query.heads == key.heads == value.heads:
+    tensors = [query.tensor, key.tensor, value.tensor]
+    scale = query.scale * key.scale
+    if not query.heads == key.heads == value.heads or scale == 0.0:  # 0 asks for the default
+        return None
+    if not all(_alike(tensors, facts, dtypes) for facts in probes):
         return None
     outputs = list(joined.outputs)
     joined.outputs.clear()
-    attrs = {"num_heads": query.heads, "scale": query.scale * key.scale}
-    inputs = [query.tensor, key.tensor, value.tensor]
-    return gs.Node(OPERATOR, f"{softmax.name}/whole", attrs, inputs, outputs, domain=DOMAIN)
+    attrs = {"num_heads": query.heads, "scale": scale}
+    return gs.Node(OPERATOR, f"{softmax.name}/whole", attrs, tensors, outputs, domain=DOMAIN)
+
+
+def _over_keys(softmax: gs.Node, opset: int) -> bool:
+    """Whether it sums up along the last of four axes."""
+    return softmax.attrs.get("axis", -1 if opset >= LAST_BY_DEFAULT else 1) in {-1, 3}
+
+
+def _alike(tensors: Sequence[gs.Tensor], facts: Facts, dtypes: Collection[np.dtype]) -> bool:
+    """Whether query, key and value are sequences of one batch, keys and values of one length."""
+    shapes = [facts.shape(tensor) for tensor in tensors]
+    query, key, value = shapes
+    if query is None or key is None or value is None or {len(s) for s in shapes if s} != {3}:
+        return False
+    kinds = {facts.dtype(tensor) for tensor in tensors}
+    return query[0] == key[0] and key[:2] == value[:2] and len(kinds) == 1 and kinds <= {*dtypes}
 
 
 def _joined(context: gs.Node, graph: gs.Graph) -> gs.Node | None:

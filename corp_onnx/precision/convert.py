@@ -15,7 +15,7 @@ from corp_onnx.graph import Model
 from corp_onnx.precision.check import checked
 from corp_onnx.precision.halves import halved
 from corp_onnx.precision.integers import in_integers
-from corp_onnx.precision.records import Draft, Request, Typed
+from corp_onnx.precision.records import STORED, Draft, Request, Typed
 from corp_onnx.precision.stored import with_stored_weights
 from corp_onnx.session import Runtime
 from corp_onnx.statistics import Batch
@@ -88,7 +88,7 @@ def require_convertible(model: Model, request: Request) -> None:
             f"the weights of the model are {stored.name}"
             + (
                 ", which is what is asked for: leave --precision out"
-                if request.precision == {"float16": "fp16", "bfloat16": "bf16"}.get(stored.name)
+                if request.precision == STORED.get(stored.name)
                 else f"; take the float32 model for {request.name}"
             )
         )

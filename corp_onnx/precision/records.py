@@ -17,6 +17,9 @@ from corp_onnx.verify import Comparison
 
 WeightOnly = Literal["int8", "int4"]
 
+STORED: Mapping[str, Precision] = {"float16": "fp16", "bfloat16": "bf16"}
+"""What a model is in, by the type of its weights."""
+
 LIMITS: Mapping[str, float] = {
     "fp16": 1e-3,
     "bf16": 1e-2,
@@ -83,6 +86,11 @@ class Request:
             raise PlanError(
                 f"weights of {self.weight_only} alone leave all else in fp32, so they do not go "
                 f"with precision {self.precision}; ask for one of the two"
+            )
+        if self.weight_only is not None and self.symmetric:
+            raise PlanError(
+                "weights alone of few bits are an operator of ONNX Runtime that TensorRT does not "
+                "have; ask for --precision int8 or fp16"
             )
 
     @property

@@ -1,0 +1,66 @@
+"""An engine that is a session of ONNX Runtime, whoever runs the graph."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from corp_onnx.data import InputSpec
+from corp_onnx.deploy.records import PROFILED_RUNS
+from corp_onnx.session import Session
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SessionEngine:
+    """A session of ONNX Runtime.
+
+    Attributes:
+        session: That runs.
+        profiled: Opens one more, which writes a profile that begins with this path; None where
+            what was compiled is one node to ONNX Runtime.
+        device_ms: Not told.
+    """
+
+    session: Session
+    profiled: Callable[[Path], Session] | None = None
+    device_ms: float | None = None
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """As the session has them."""
+        return self.session.inputs
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """As the session has them."""
+        return self.session.outputs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One inference."""
+        return self.session.run(feeds)
+
+    def operator_times(
+        self, feeds: Mapping[str, np.ndarray], *, runs: int = PROFILED_RUNS
+    ) -> Mapping[str, float]:
+        """By type of operator, in a session of their own."""
+        if self.profiled is None:
+            return {}
+        with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
+            session = self.profiled(Path(folder) / "profile")
+            for _ in range(runs):
+                session.run(feeds)
+            events = json.loads(session.profile().read_text(encoding="utf-8"))
+        times: dict[str, float] = {}
+        for event in events:
+            if event.get("name", "").endswith("_kernel_time"):
+                op = event["args"]["op_name"]
+                times[op] = times.get(op, 0.0) + event["dur"] / 1000 / runs
+        return times
+
+    def close(self) -> None:
+        """Nothing: the session goes with its last reference."""
