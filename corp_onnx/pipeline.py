@@ -117,8 +117,6 @@ def prune(
     """
     require_writable(output)
     work = Work.begun(path, settings or Settings())
-    if isinstance(budget, Deadline):
-        budget.require(work.model.graph)
     if budget is None:
         plan = uniform(work.catalog, shares_removed, align=work.settings.align)
         result = work.informed(knowledge).cut(plan)
@@ -126,6 +124,7 @@ def prune(
         work = work.informed(knowledge).calibrated()
         result = work.cut(work.within(budget, work.probed()))
     else:
+        budget.require(work.model.graph)
         result = work.informed(knowledge).calibrated().in_time(path, budget)
     result = work.typed(result)
     with work.clock.stage("save"):

@@ -142,9 +142,9 @@ class Stopwatch:
         if found and self.batch not in found:
             where = "--shapes gives" if given else "a model has"
             fixed = "a batch of" if given else "a fixed batch of"
-            what = "give --batch so too" if given else "export it with a dynamic one"
             raise PlanError(
-                f"{where} {fixed} {min(found)}, so it cannot be timed at batch {self.batch}; {what}"
+                f"{where} {fixed} {min(found)}, so it cannot be timed at batch {self.batch}; give "
+                f"--batch {min(found)}" + ("" if given else ", or export it with a dynamic one")
             )
         return sizes
 

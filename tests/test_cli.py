@@ -270,6 +270,30 @@ def test_a_model_of_one_batch_is_not_timed_at_another(command, tmp_path):
     assert_refused(ended, "a model has a fixed batch of 1")
 
 
+def test_bench_takes_the_batch_of_the_sizes_and_no_other(command, files):
+    four = ("--shapes", "ids:4x16", "--shapes", "seen:4x16", "--runs", 2)
+    (run,) = document(command("bench", files.text_model, *four, "--json"))["runs"]
+    assert run["batch"] == 4
+    assert_refused(command("bench", files.text_model, *four, "--batch", 8), "a batch of 4")
+
+
+def test_an_engine_takes_the_place_of_no_other_file(command, files, tmp_path):
+    model = tmp_path / "model.onnx"
+    model.write_bytes(files.model.read_bytes())
+    ended = command("build", model, "-o", tmp_path)
+    assert_refused(ended, "holds the model itself")
+    ended = command("build", files.model, "-o", tmp_path)
+    assert_refused(ended, "holds files that are no engine")
+    assert model.read_bytes() == files.model.read_bytes()
+    for _ in range(2):  # a second engine may take the place of the first
+        assert command("build", model, "-o", tmp_path / "engine").status == 0
+
+
+def test_a_picture_that_cannot_be_drawn_is_an_error_before_anything_is_timed(command, files):
+    ended = command("bench", files.model, "--plot", files.folder / "none" / "times.png")
+    assert_refused(ended, "does not exist")
+
+
 def test_bench_takes_sizes_by_input_name(command, files):
     long = ("--shapes", "ids:1x16", "--shapes", "seen:1x16")
     ended = command("bench", files.text_model, "--runs", 2, *long, "--json")
@@ -798,6 +822,22 @@ def test_bench_refuses_sizes_of_inputs_that_are_not_there(command, files):
         (("bench", "model.onnx", "--precision", "fp4"), "is none of fp32, "),
         (("bench", "model.onnx", "--batch", "0"), "is no list of sizes"),
         (("build", "model.onnx", "-o", "out", "--target", "abacus"), "is none of"),
+        (("bench", "model.onnx", "--batch", "²"), "is no list of sizes"),
+        (("bench", "model.onnx", "--shapes", "x:²"), "--shapes"),
+        (("bench", "model.onnx", "--workspace", "1"), "--workspace means nothing to ort-cpu"),
+        (
+            ("build", "model.onnx", "-o", "out", "--target", "openvino", "--graph-level", "basic"),
+            "--graph-level means nothing to openvino",
+        ),
+        (("bench", "model.onnx", "--data", "d.npz"), "--data is for ranges"),
+        (("prune", "m.onnx", "-o", "o.onnx", "--data", "d", "--batch", "2"), "for --latency"),
+        (
+            (
+                *("prune", "m.onnx", "-o", "o.onnx", "--data", "d.npz"),
+                *("--weight-only", "int8", "--target", "tensorrt"),
+            ),
+            "TensorRT does not have",
+        ),
     ],
 )
 def test_a_command_that_is_not_complete_is_exit_status_2(command, arguments, words):

@@ -13,7 +13,7 @@ from corp_onnx import example, latency_table
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import gather
 from corp_onnx.commands import Source
-from corp_onnx.deadline import Deadline, scheduled
+from corp_onnx.deadline import Deadline, Timed, scheduled
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import load
 from corp_onnx.latency_table import LatencyTable, kind_of
@@ -217,6 +217,37 @@ def test_tables_that_cannot_be_kept_are_measured_all_the_same(tmp_path, caplog):
     table = LatencyTable(1.0, {"mlp": {2: 0.5}})
     assert latency_table.kept(lambda: table, {"a": 1}, blocked / "cache") == table
     assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"whole_ms": 1.0, "variants_ms": {"mlp": [1]}}'])
+def test_a_damaged_table_is_measured_again(tmp_path, caplog, text):
+    table = LatencyTable(1.25, {"mlp": {2: 0.5}})
+    latency_table.kept(lambda: table, {"a": 1}, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_text(text)
+    assert latency_table.kept(lambda: table, {"a": 1}, tmp_path) == table
+    assert "is measured again" in caplog.text
+    assert json.loads(path.read_text())["whole_ms"] == 1.25
+
+
+def test_of_several_that_keep_the_limit_the_slowest_is_taken_else_the_fastest():
+    found = {(1,): Timed(0.5, 0.4), (2,): Timed(0.5, 0.48), (3,): Timed(0.5, 0.6)}
+    assert deadlines._best(found, 0.5) == (2,)
+    assert deadlines._best(found, 0.3) == (1,)
+
+
+def test_a_table_is_of_the_types_that_were_timed(known, clock, tmp_path):
+    for types in ("fp32", "weight-only int8", "weight-only int8"):
+        asked = Deadline(0.7, False, Abacus(clock), Stopwatch(warmup=0, runs=1), tmp_path)
+        scheduled(example.MODEL, *known, asked, align=ALIGN, types=types)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_cannot_be_timed_is_refused_before_any_work(tmp_path, clock):
+    sizes = {"image": (4, 1, 28, 28)}
+    asked = Deadline(0.5, False, Abacus(clock), Stopwatch(8, sizes))
+    with pytest.raises(PlanError, match="a batch of 4"):
+        prune(example.MODEL, tmp_path / "out.onnx", lambda _: pytest.fail("work"), budget=asked)
 
 
 def test_a_kept_table_is_read_as_it_was(tmp_path):

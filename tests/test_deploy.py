@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import onnx
@@ -14,8 +14,15 @@ from corp_onnx.commands import Source
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy import ort
 from corp_onnx.deploy.records import Build, ShapeRange
-from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target
-from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
+from corp_onnx.deploy.targets import TAKEN, TARGETS, TargetOptions, open_target
+from corp_onnx.errors import (
+    BackendUnavailable,
+    CorpError,
+    DataError,
+    GraphError,
+    OutputError,
+    PlanError,
+)
 from corp_onnx.graph import write
 from corp_onnx.session import open_session
 from tests.builders import WIDTH, Net
@@ -203,6 +210,64 @@ def test_models_that_need_no_other_types_stay(built):
     assert typist.typed(example.MODEL, target, "fp32") == example.MODEL
     assert typist.typed(build.path.parent, target, "int8") == build.path.parent
     assert typist.typed(example.MODEL, open_target("openvino"), "bf16") == example.MODEL
+
+
+def test_models_of_other_types_are_not_called_what_they_are_not(tmp_path):
+    """The twin: an int8 model timed "in fp16" would be reported as such."""
+    typist, target = Typist(None, only_timed=True), open_target("ort-cuda")
+    for precision, other in (("fp16", "int8"), ("int8", "fp16")):
+        path = tmp_path / f"{precision}.onnx"
+        write(typist.typed(example.MODEL, target, precision).proto(), path)
+        assert typist.typed(path, target, precision) == path
+        with pytest.raises(CorpError, match=r"float16|quantised"):
+            typist.typed(path, target, other)
+
+
+def test_sizes_of_another_model_do_not_matter_to_a_precision():
+    typist = Typist(None, only_timed=True, sizes={"ids": (1, 16)})
+    assert typist.typed(example.MODEL, open_target("ort-cpu"), "int8")
+
+
+def test_weights_that_an_earlier_engine_left_are_not_counted(tmp_path):
+    (tmp_path / "model.onnx.data").write_bytes(bytes(10**6))
+    build = open_target("ort-cpu").build(example.MODEL, tmp_path, "fp32")
+    assert build.size_bytes == build.path.stat().st_size
+
+
+def test_weights_that_are_missing_are_an_error(tmp_path):
+    onnx.save(
+        onnx.load(example.MODEL),
+        tmp_path / "m.onnx",
+        save_as_external_data=True,
+        location="m.data",
+        size_threshold=0,
+    )
+    (tmp_path / "m.data").unlink()
+    with pytest.raises(GraphError, match=r"m\.data|external"):
+        open_target("ort-cpu").build(tmp_path / "m.onnx", tmp_path, "fp32")
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_folder_that_takes_no_files_is_an_error(tmp_path, name):
+    with pytest.raises(OutputError, match="does not exist"):
+        open_target(name).build(example.MODEL, tmp_path / "none", "fp32")
+
+
+def test_openvino_calls_outputs_what_the_model_calls_them(tmp_path):
+    """A tensor that is only moved about has several names there, of which any may come first."""
+    net = Net(0)
+    z = net("Identity", net("Relu", net.x()))
+    onnx.save(net.build(z), tmp_path / "model.onnx")
+    target = open_target("openvino")
+    engine = target.load(target.build(tmp_path / "model.onnx", tmp_path, "fp32"))
+    assert engine.outputs == tuple(open_session(tmp_path / "model.onnx").outputs)
+
+
+def test_every_flag_of_a_target_is_somebody_s():
+    for field in fields(TargetOptions):
+        takers = [name for name, taken in TAKEN.items() if field.name in taken]
+        assert takers or field.name == "spinning"
+    assert TAKEN.keys() == TARGETS.keys()
 
 
 def test_onnx_runtime_has_no_bf16_on_the_processor():

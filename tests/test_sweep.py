@@ -92,6 +92,25 @@ def test_a_request_that_makes_no_sense_is_exit_status_2(command, tmp_path, optio
 
 
 @pytest.mark.slow
+def test_a_model_of_a_fixed_batch_is_timed_at_that_and_on_the_target(command, tmp_path):
+    fixed = onnx.load(example.MODEL)
+    for tensor in (*fixed.graph.input, *fixed.graph.output):
+        tensor.type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(fixed, tmp_path / "fixed.onnx")
+    asked = ("--macs", "0.8", "--target", "openvino", "-o", tmp_path / "out", "--method", "corp")
+    ended = command("sweep", tmp_path / "fixed.onnx", *QUICK, *asked, "--json")
+    assert ended.status == 0
+    assert json.loads(ended.stdout)["points"][0]["speedup"]["ratio"] > 0
+
+
+def test_a_target_that_is_not_here_is_refused_before_any_work(command, tmp_path):
+    ended = command("sweep", example.MODEL, *QUICK, "--target", "ort-cuda", "-o", tmp_path / "out")
+    assert ended.status == 2
+    assert "CUDAExecutionProvider" in ended.message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_prune_keeps_a_budget(command, tmp_path):
     arguments = ("prune", example.MODEL, *QUICK, "-o", tmp_path / "out.onnx", "--json")
     ended = command(*arguments, "--params", 0.7)

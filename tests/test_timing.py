@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 from corp_onnx import conditions, example, timetable
 from corp_onnx.conditions import Conditions
 from corp_onnx.deploy.targets import open_target
-from corp_onnx.errors import PlanError
+from corp_onnx.errors import CorpError, PlanError
 from corp_onnx.footprint import peak_bytes
 from corp_onnx.graph import load
 from corp_onnx.latency import Latency, Race, Speedup
@@ -57,6 +58,58 @@ def test_sizes_of_inputs_that_no_engine_reads_are_refused(clock):
     watch = Stopwatch(sizes={"picture": (1, 1, 28, 28)}, warmup=0, runs=1)
     with pytest.raises(PlanError, match="--shapes names picture, but the inputs are image"):
         watch.race([Lane(example.MODEL, Abacus(clock))])
+
+
+def test_sizes_of_another_batch_than_asked_for_are_refused(clock):
+    sizes = {"image": (4, 1, 28, 28)}
+    with pytest.raises(PlanError, match="--shapes gives a batch of 4, so it cannot be timed at"):
+        Stopwatch(8, sizes, warmup=0, runs=1).race([Lane(example.MODEL, Abacus(clock))])
+    Stopwatch(4, sizes, warmup=0, runs=1).race([Lane(example.MODEL, Sized(clock))])
+    assert clock.sizes == sizes
+
+
+def short(folder, quantised=False):
+    """A model of sequences of at most 16, as its table of positions has it."""
+    net = Net(0)
+    x = net.x()
+    length = net("Slice", net("Shape", x), np.array([1]), np.array([2]))
+    table = net("Slice", net.random(16, WIDTH), np.array([0]), length, np.array([0]))
+    y = net.linear(net("Add", x, table), WIDTH, WIDTH)
+    if quantised:
+        scale, zero = np.float32(0.1), np.int8(0)
+        y = net("DequantizeLinear", net("QuantizeLinear", y, scale, zero), scale, zero)
+    path = folder / ("quantised.onnx" if quantised else "short.onnx")
+    onnx.save(net.build(y), path)
+    return path
+
+
+def test_the_sequence_of_a_quantised_model_fits_it(clock, tmp_path):
+    watch = Stopwatch(warmup=0, runs=1)
+    for quantised in (False, True):
+        watch.race([Lane(short(tmp_path, quantised), Sized(clock))])
+        assert clock.sizes["x"] == (1, 16, WIDTH)
+
+
+def test_an_engine_is_timed_at_the_sizes_of_the_models_beside_it(tmp_path):
+    """The twin: alone nothing says how long its sequences are, and 128 do not fit."""
+    path, target = short(tmp_path), open_target("ort-cpu")
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    target.build(path, engine, "fp32")
+    watch = Stopwatch(warmup=0, runs=1)
+    assert len(watch.race([Lane(engine, target), Lane(path, target)]).latencies) == 2
+    with pytest.raises(CorpError, match="x"):
+        watch.race([Lane(engine, target)])
+
+
+def test_inputs_without_a_batch_have_no_say_in_it(tmp_path):
+    net = Net(0)
+    scale = net.input("scale")
+    onnx.save(net.build(net("Mul", net.x(), scale)), tmp_path / "scaled.onnx")
+    race = Stopwatch(3, warmup=0, runs=1).race(
+        [Lane(tmp_path / "scaled.onnx", open_target("ort-cpu"))]
+    )
+    assert race.latencies[0].median_ms > 0
 
 
 def test_an_engine_with_more_weights_takes_more_memory(tmp_path):
@@ -104,6 +157,31 @@ def test_a_gpu_is_read_where_its_library_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     assert conditions.read().gpus == (conditions.Gpu("GPU", 1500, 70.5, 41, 2**30),)
     assert closed == [True]
+
+
+def test_what_a_gpu_does_not_tell_is_none(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError
+
+    kinds = dict.fromkeys(("ClockInfo", "PowerUsage", "Temperature", "MemoryInfo"), refuse)
+    fake = SimpleNamespace(
+        NVMLError=RuntimeError,
+        NVML_CLOCK_SM=1,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda at: at,
+        nvmlDeviceGetName=lambda device: "GPU",
+        **{f"nvmlDeviceGet{kind}": ask for kind, ask in kinds.items()},
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert conditions.read().gpus == (conditions.Gpu("GPU", None, None, None, None),)
+
+
+def test_a_system_that_does_not_tell_which_cores_are_allowed_has_all_of_them(monkeypatch):
+    monkeypatch.setattr(conditions.psutil, "Process", SimpleNamespace)
+    assert conditions.read().cores == os.cpu_count()
 
 
 def test_a_gpu_without_a_driver_is_none(monkeypatch):

@@ -19,7 +19,7 @@ OPTIONAL = (
 
 DOORS = {
     "onnxruntime": {"session.py"},
-    "tensorrt": {"library.py"},
+    "tensorrt": {"bindings.py"},
     "cuda": {"cuda.py"},
     "onnxruntime_ep_nv_tensorrt_rtx": {"rtx.py"},
     "openvino": {"openvino.py"},
