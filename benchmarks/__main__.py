@@ -21,6 +21,7 @@ from benchmarks import (
     language,
     latency,
     macs,
+    precisions,
     quality,
     rotary,
     sizes,
@@ -84,6 +85,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "half of the latency, by choice of widths",
         (*DATA, "openvino"),
         deadlines.MODELS,
+    ),
+    "precisions": Benchmark(
+        precisions.measure, "cut, then rounded: errors and sizes", DATA, precisions.MODELS
     ),
     "macs": Benchmark(macs.measure, "multiply-adds of DeiT, dense and cut, by hand count", TORCH),
 }

@@ -56,7 +56,7 @@ def measure(place: Place) -> Outcome:
         checks += _checks(subject.title, found)
         if name == MODELS[0]:
             alignment = _alignment(subject.with_samples(few))
-    tables = {"half of the latency": rows, "alignment": alignment}
+    tables = {"half of the latency": rows} | ({"alignment": alignment} if alignment else {})
     settings = {"limit": LIMIT, "batch": BATCH, "tokens": TOKENS, "samples": dict(SAMPLES)}
     return Outcome(tables, tuple(checks), settings | {"widths": widths})
 
