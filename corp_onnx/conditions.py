@@ -7,8 +7,11 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeVar
 
 import psutil
+
+Found = TypeVar("Found")
 
 WATCHED_S = 0.5
 BUSY = 0.1
@@ -85,7 +88,19 @@ def _cores() -> int:
     return len(allowed) or os.cpu_count() or 1
 
 
+def own_device_bytes() -> int | None:
+    """What this process holds on all NVIDIA devices; None where nothing tells."""
+    held = _of_devices(_held_by_this_process)
+    told = [each for each in held if each is not None]
+    return sum(told) if told else None
+
+
 def _gpus() -> tuple[Gpu, ...]:
+    return _of_devices(_gpu)
+
+
+def _of_devices(look: Callable[[ModuleType, object], Found]) -> tuple[Found, ...]:
+    """What is found out of every NVIDIA device; nothing without library or driver."""
     nvml = _nvml()
     if nvml is None:
         return ()
@@ -95,7 +110,7 @@ def _gpus() -> tuple[Gpu, ...]:
         return ()  # no driver
     try:
         devices = [nvml.nvmlDeviceGetHandleByIndex(at) for at in range(nvml.nvmlDeviceGetCount())]
-        return tuple(_gpu(nvml, device) for device in devices)
+        return tuple(look(nvml, device) for device in devices)
     finally:
         nvml.nvmlShutdown()
 
@@ -116,8 +131,18 @@ def _gpu(nvml: ModuleType, device: object) -> Gpu:
     )
 
 
+def _held_by_this_process(nvml: ModuleType, device: object) -> int | None:
+    """None on another device, and where processes are numbered otherwise, as in containers."""
+    try:
+        processes = nvml.nvmlDeviceGetComputeRunningProcesses(device)
+    except nvml.NVMLError:
+        return None
+    held = [each.usedGpuMemory for each in processes if each.pid == os.getpid()]
+    return held[0] if held else None
+
+
 def _nvml() -> ModuleType | None:
-    """NVIDIA's management library, where the extra ``gpu`` brought it."""
+    """NVIDIA's management library, where one of the extras for GPUs brought it."""
     try:
         import pynvml
     except ImportError:

@@ -10,6 +10,7 @@ import typer
 from corp_onnx import commands, engine_options, options, screen
 from corp_onnx.deploy.records import PRECISIONS
 from corp_onnx.deploy.targets import TARGETS, open_target, require_taken
+from corp_onnx.errors import PlanError
 from corp_onnx.latency import RUNS, WARMUP
 from corp_onnx.timing import Stopwatch
 
@@ -48,7 +49,10 @@ def build(
 
 def bench(
     models: Annotated[
-        list[Path], typer.Argument(help="Models, or folders of engines; the first is the measure.")
+        list[Path],
+        typer.Argument(
+            help="Models, folders of engines, or times of trtexec; the first is the measure."
+        ),
     ],
     targets: engine_options.TargetNames = "ort-cpu",
     precisions: engine_options.PrecisionNames = "fp32",
@@ -93,11 +97,21 @@ def bench(
     require_taken(asked, names)
     types = engine_options.names_of(precisions, PRECISIONS, "--precision")
     sizes = options.sizes_of(shapes)
+    counts = engine_options.batches_of(batches, sizes)
+    if commands.are_times(tuple(models)):
+        if profile or memory or len(types) > 1 or len(counts) > 1:
+            raise PlanError(
+                "times of trtexec are of one precision and one batch, and say nothing of operators "
+                "or memory: leave --profile and --memory out, and name one of each"
+            )
+        imported = commands.Imported(tuple(models), types[0], counts[0], seed, plot)
+        screen.run(imported, as_json, log_level)
+        return
     command = commands.Bench(
         tuple(models),
         tuple(open_target(name, asked) for name in names),
         types,
-        engine_options.batches_of(batches, sizes),
+        counts,
         Stopwatch(sizes=sizes, warmup=warmup, runs=runs, seed=seed),
         engine_options.source_of(data, types, seed),
         profile,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from corp_onnx.conditions import own_device_bytes
 from corp_onnx.deploy.records import Build, Target
 from corp_onnx.latency import timing_inputs
 from corp_onnx.sizes import Sizes
@@ -15,11 +17,22 @@ from corp_onnx.timing import Lane, Stopwatch, inputs_of
 RUNS = 3
 
 
-def peak_bytes(lane: Lane, watch: Stopwatch) -> int | None:
+@dataclass(frozen=True, slots=True)
+class Footprint:
     """The most memory that a process holds which loads an engine and runs it a few times.
 
-    It is that of the whole process, Python and the runtime included; None where the operating
-    system does not tell. Memory of a device is not in it.
+    Attributes:
+        peak_bytes: Of the whole process, Python and the runtime included; None where the operating
+            system does not tell.
+        device_bytes: That it holds on NVIDIA devices at the end; None where nothing tells.
+    """
+
+    peak_bytes: int | None
+    device_bytes: int | None
+
+
+def footprint(lane: Lane, watch: Stopwatch) -> Footprint:
+    """The memory of one engine, in a process of its own.
 
     Raises:
         CorpError: As `Lane.built`, and whatever the engine raises.
@@ -28,16 +41,17 @@ def peak_bytes(lane: Lane, watch: Stopwatch) -> int | None:
         lane.built(watch.sizes_of) as (build, sizes),
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart,
     ):
-        return apart.submit(_peak_of, lane.target, build, watch, sizes).result()
+        return apart.submit(_alone, lane.target, build, watch, sizes).result()
 
 
-def _peak_of(target: Target, build: Build, watch: Stopwatch, sizes: Sizes | None) -> int | None:
+def _alone(target: Target, build: Build, watch: Stopwatch, sizes: Sizes | None) -> Footprint:
     engine = target.load(build)
     feeds = timing_inputs(engine.inputs, sizes or watch.sizes_of(inputs_of(engine)))
     for _ in range(RUNS):
         engine.run(feeds)
+    on_device = own_device_bytes()
     engine.close()
-    return own_peak_bytes()
+    return Footprint(own_peak_bytes(), on_device)
 
 
 def own_peak_bytes() -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -117,6 +117,31 @@ def race(
     return _race(np.array(counted), on_device, len(warm), rng)
 
 
+def unpaired(
+    times_ms: Sequence[Float64[np.ndarray, " n"]],
+    on_device_ms: Sequence[Float64[np.ndarray, " n"]],
+    *,
+    seed: int = 0,
+) -> Race:
+    """What times show that were not measured in turn: ratios are those of medians.
+
+    Args:
+        times_ms: Of every engine.
+        on_device_ms: Likewise, on the device alone.
+        seed: Of the bootstrap, which draws from the times of both engines.
+    """
+    rng = np.random.default_rng(seed)
+    latencies = tuple(map(_latency, times_ms, on_device_ms))
+    medians = [_medians(times, rng) for times in times_ms]
+    intervals = [np.percentile(medians[0] / drawn, [2.5, 97.5]) for drawn in medians]
+    first = latencies[0]
+    speedups = (
+        Speedup(first.median_ms / latency.median_ms, float(low), float(high))
+        for latency, (low, high) in zip(latencies, intervals, strict=True)
+    )
+    return Race(latencies, tuple(speedups), 0, _spread(first))
+
+
 def _settled(turns: Sequence[Sequence[float]], warmup: int) -> bool:
     """Whether the last turns took as long as those before, or patience ends."""
     if warmup == 0 or len(turns) >= MOST_WARMUPS * warmup:
@@ -139,16 +164,16 @@ def _race(
     of_device: list[Sequence[float | None]] = list(zip(*on_device, strict=True))
     devices = of_device or [()] * len(columns)
     latencies = tuple(_latency(*each) for each in zip(columns, devices, strict=True))
-    first = latencies[0]
-    return Race(
-        latencies,
-        tuple(_speedup(columns[0] / column, rng) for column in columns),
-        warmup,
-        (first.p95_ms - first.p5_ms) / first.median_ms if first.median_ms else 0.0,
-    )
+    speedups = tuple(_speedup(columns[0] / column, rng) for column in columns)
+    return Race(latencies, speedups, warmup, _spread(latencies[0]))
 
 
-def _latency(times_ms: Float64[np.ndarray, " n"], device: Sequence[float | None]) -> Latency:
+def _spread(latency: Latency) -> float:
+    middle = latency.median_ms
+    return (latency.p95_ms - latency.p5_ms) / middle if middle else 0.0
+
+
+def _latency(times_ms: Float64[np.ndarray, " n"], device: Iterable[float | None]) -> Latency:
     low, middle, high = (float(found) for found in np.percentile(times_ms, [5, 50, 95]))
     told = [time for time in device if time is not None]
     on_device = float(np.median(told)) if told else None
@@ -156,9 +181,16 @@ def _latency(times_ms: Float64[np.ndarray, " n"], device: Sequence[float | None]
 
 
 def _speedup(ratios: Float64[np.ndarray, " n"], rng: np.random.Generator) -> Speedup:
-    draws = np.median(rng.choice(ratios, (RESAMPLES, len(ratios))), axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
+    low, high = np.percentile(_medians(ratios, rng), [2.5, 97.5])
     return Speedup(float(np.median(ratios)), float(low), float(high))
+
+
+def _medians(
+    values: Float64[np.ndarray, " n"], rng: np.random.Generator
+) -> Float64[np.ndarray, " r"]:
+    """Of as many values, drawn anew again and again."""
+    drawn: np.ndarray = np.median(rng.choice(values, (RESAMPLES, len(values))), axis=1)
+    return drawn
 
 
 def timing_inputs(

@@ -19,14 +19,20 @@ LABELS = ("model", "target", "precision", "batch")
 SHOWN_OPERATORS = 12
 """Rows of the table of operators; the JSON has all of them."""
 
+MEMORY = {"peak_bytes": "peak memory", "device_bytes": "on devices"}
+"""Columns of the table of memory."""
+
 Label = Mapping[str, Any]
 """An engine by `LABELS`."""
 
 
 def race_json(
-    labels: Sequence[Sequence[Label]], races: Sequence[Race], conditions: Conditions
+    labels: Sequence[Sequence[Label]], races: Sequence[Race], conditions: Conditions | None
 ) -> Json:
-    """Every run, and how much faster than the first engine of its race each other one is."""
+    """Every run, and how much faster than the first engine of its race each other one is.
+
+    Of times that were measured elsewhere there are no conditions.
+    """
     runs: list[Json] = []
     speedups: list[Json] = []
     for engines, race in zip(labels, races, strict=True):
@@ -38,7 +44,7 @@ def race_json(
     return {
         "runs": runs,
         "speedups": speedups,
-        "conditions": asdict(conditions),
+        "conditions": conditions and asdict(conditions),
         "warnings": [*_busy(conditions), *_noise(races)],
     }
 
@@ -72,13 +78,18 @@ def race_table(document: Mapping[str, Any]) -> RenderableType:
 
 
 def _memory_table(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Peak memory of a process with each engine alone."""
-    table = table_of("engine", "peak memory")
+    """Memory of a process with each engine alone; on devices only where one of them is used."""
+    kinds = ["peak_bytes"]
+    kinds += ["device_bytes"] if any(entry["device_bytes"] for entry in entries) else []
+    table = table_of("engine", *(MEMORY[kind] for kind in kinds))
     for entry in entries:
-        peak = entry["peak_bytes"]
-        shown = "not told" if peak is None else f"{peak / 1e6:.0f} MB"
-        table.add_row(" ".join(str(entry[name]) for name in LABELS), shown)
+        shown = (_megabytes(entry[kind]) for kind in kinds)
+        table.add_row(" ".join(str(entry[name]) for name in LABELS), *shown)
     return table
+
+
+def _megabytes(size: int | None) -> str:
+    return "not told" if size is None else f"{size / 1e6:.0f} MB"
 
 
 def _profile_table(profiles: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -95,8 +106,8 @@ def _profile_table(profiles: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
-def _busy(conditions: Conditions) -> list[str]:
-    if conditions.busy <= BUSY:
+def _busy(conditions: Conditions | None) -> list[str]:
+    if conditions is None or conditions.busy <= BUSY:
         return []
     return [
         f"other processes kept {conditions.busy:.0%} of the processor busy before the timing; "

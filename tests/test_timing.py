@@ -15,7 +15,7 @@ from corp_onnx import conditions, example, timetable
 from corp_onnx.conditions import Conditions
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.errors import CorpError, PlanError
-from corp_onnx.footprint import peak_bytes
+from corp_onnx.footprint import footprint
 from corp_onnx.graph import load
 from corp_onnx.latency import Latency, Race, Speedup
 from corp_onnx.timing import Lane, Stopwatch
@@ -123,7 +123,7 @@ def test_an_engine_with_more_weights_takes_more_memory(tmp_path):
             net.build(net.linear(net.linear(net.x(), WIDTH, width), width, width)),
             tmp_path / "model.onnx",
         )
-        peaks[width] = peak_bytes(Lane(tmp_path / "model.onnx", target), watch)
+        peaks[width] = footprint(Lane(tmp_path / "model.onnx", target), watch).peak_bytes
     assert peaks[8192] - peaks[16] > 4 * 8192**2
     assert peaks[16] < 3 * len(held)
 
@@ -157,6 +157,26 @@ def test_a_gpu_is_read_where_its_library_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     assert conditions.read().gpus == (conditions.Gpu("GPU", 1500, 70.5, 41, 2**30),)
     assert closed == [True]
+
+
+def test_memory_on_a_device_is_that_of_this_process_alone(monkeypatch):
+    processes = {0: [(os.getpid(), 3), (1, 100)], 1: [(1, 100)], 2: [(os.getpid(), 4)]}
+    fake = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 3,
+        nvmlDeviceGetHandleByIndex=lambda at: at,
+        nvmlDeviceGetComputeRunningProcesses=lambda device: [
+            SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in processes[device]
+        ],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert conditions.own_device_bytes() == 7
+    del processes[0][0], processes[2][0]
+    assert conditions.own_device_bytes() is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert conditions.own_device_bytes() is None
 
 
 def test_what_a_gpu_does_not_tell_is_none(monkeypatch):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
+from corp_onnx import example
 from corp_onnx.deploy.trtexec import read_times
 from corp_onnx.errors import DataError
 
@@ -40,6 +44,42 @@ def test_every_inference_has_its_times(times):
     assert found.device_ms.tolist() == [4.0, 3.0]
     with pytest.raises(ValueError, match="read-only"):
         found.latency_ms[0] = 0.0
+
+
+def longer(text, factor):
+    return re.sub(r'"(latencyMs|computeMs)" : ([0-9.]+)',
+                  lambda m: f'"{m[1]}" : {float(m[2]) * factor}', text)  # fmt: skip
+
+
+def test_bench_reports_them(command, tmp_path):
+    """The twin: the other way round it is slower."""
+    (tmp_path / "dense.json").write_text(longer(TIMES, 2))
+    (tmp_path / "cut.json").write_text(TIMES)
+    asked = ("--batch", 8, "--precision", "fp16", "--json")
+    files = tmp_path / "dense.json", tmp_path / "cut.json"
+    ended = command("bench", *files, *asked)
+    assert ended.status == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    first, second = found["runs"]
+    assert (first["target"], first["precision"], first["batch"]) == ("trtexec", "fp16", 8)
+    assert second["median_ms"] == pytest.approx(3.7)
+    assert second["device_ms"] == pytest.approx(3.5)
+    (speedup,) = found["speedups"]
+    assert speedup["ratio"] == pytest.approx(2.0)
+    assert 2 * 3.2 / 4.2 <= speedup["low"] <= 2.0 <= speedup["high"] <= 2 * 4.2 / 3.2
+    assert found["conditions"] is None
+    assert json.loads(command("bench", *files[::-1], *asked).stdout)["speedups"][0]["ratio"] < 1
+    assert "2.00x" in command("bench", *files).stdout
+
+
+def test_times_from_elsewhere_do_not_race_with_models(command, tmp_path):
+    (tmp_path / "dense.json").write_text(TIMES)
+    ended = command("bench", tmp_path / "dense.json", example.MODEL)
+    assert ended.status == 2
+    assert "cannot race with models" in ended.message
+    ended = command("bench", tmp_path / "dense.json", "--profile")
+    assert ended.status == 2
+    assert "one precision and one batch" in ended.message
 
 
 def test_a_warm_up_can_be_left_out(times):

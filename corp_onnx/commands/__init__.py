@@ -4,6 +4,7 @@ from corp_onnx.commands.bench import Bench
 from corp_onnx.commands.build import Build
 from corp_onnx.commands.calibrate import Calibrate, Merge
 from corp_onnx.commands.export import Export
+from corp_onnx.commands.imported import Imported, are_times
 from corp_onnx.commands.inspect import Inspect
 from corp_onnx.commands.prune import Prune
 from corp_onnx.commands.records import Answer, Progress, Source
@@ -16,6 +17,7 @@ __all__ = [
     "Build",
     "Calibrate",
     "Export",
+    "Imported",
     "Inspect",
     "Merge",
     "Progress",
@@ -23,4 +25,5 @@ __all__ = [
     "Source",
     "Sweep",
     "Verify",
+    "are_times",
 ]

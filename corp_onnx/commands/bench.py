@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from corp_onnx import conditions, timetable
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import Precision, Target
-from corp_onnx.footprint import peak_bytes
+from corp_onnx.footprint import footprint
 from corp_onnx.graph import require_writable
 from corp_onnx.plot import bars
 from corp_onnx.timing import Lane, Stopwatch
@@ -53,7 +53,7 @@ class Bench:
         watch = replace(self.stopwatch, batch=self.batches[0])
         if self.memory:
             document["memory"] = [
-                {**label, "peak_bytes": peak_bytes(lane, watch)}
+                {**label, **asdict(footprint(lane, watch))}
                 for label, lane in zip(labels[0], lanes, strict=True)
             ]
         if self.profile:

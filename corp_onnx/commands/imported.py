@@ -1,0 +1,59 @@
+"""`bench` on times that `trtexec` measured elsewhere, as on a Jetson."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from corp_onnx import timetable
+from corp_onnx.commands.records import Answer, Progress
+from corp_onnx.deploy.records import Precision
+from corp_onnx.deploy.trtexec import read_times
+from corp_onnx.errors import PlanError
+from corp_onnx.latency import unpaired
+from corp_onnx.plot import bars
+
+SUFFIX, MEASURED_BY = ".json", "trtexec"
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """Latency of engines from files of ``trtexec --exportTimes``; nothing is run."""
+
+    files: tuple[Path, ...]
+    precision: Precision
+    batch: int
+    """Both as they were measured: the files do not say."""
+    seed: int = 0
+    plot: Path | None = None
+
+    def __call__(self, progress: Progress) -> Answer:
+        """Each is held against the first; they were not timed in turn, so medians are compared."""
+        times = [read_times(path) for path in self.files]
+        race = unpaired(
+            [each.latency_ms for each in times], [each.device_ms for each in times], seed=self.seed
+        )
+        labels = [
+            {"model": str(path), "target": MEASURED_BY, "precision": self.precision}
+            | {"batch": self.batch}
+            for path in self.files
+        ]
+        document = timetable.race_json([labels], [race], None)
+        if self.plot is not None:
+            bars(document["runs"], self.plot)
+        return Answer(document, timetable.race_table(document))
+
+
+def are_times(paths: tuple[Path, ...]) -> bool:
+    """Whether what is to be timed was timed already.
+
+    Raises:
+        PlanError: If some of it was.
+    """
+    found = [path.suffix == SUFFIX for path in paths]
+    if any(found) and not all(found):
+        raise PlanError(
+            "times that trtexec exported (.json) were measured elsewhere and cannot race with "
+            "models that are timed here; give files of one kind"
+        )
+    return all(found)
