@@ -191,15 +191,16 @@ def require_enough(statistics: Statistics) -> None:
     scarcest = min(per_channel, key=per_channel.__getitem__, default="")
     if scarcest and per_channel[scarcest] < 1:
         raise _too_few(statistics, scarcest)
-    for name, tokens in per_channel.items():
-        if tokens < ENOUGH_TOKENS_PER_CHANNEL:
-            log.warning(
-                "%s has only %.1f tokens per channel; the repair may fit the calibration data more "
-                "than the task: %d or more are better",
-                name,
-                tokens,
-                ENOUGH_TOKENS_PER_CHANNEL,
-            )
+    few = sum(tokens < ENOUGH_TOKENS_PER_CHANNEL for tokens in per_channel.values())
+    if few:
+        log.warning(
+            "%s has only %.1f tokens per channel%s; the repair may fit the calibration data more "
+            "than the task: %d or more are better",
+            scarcest,
+            per_channel[scarcest],
+            f", and {few - 1} other sites have few" if few > 1 else "",
+            ENOUGH_TOKENS_PER_CHANNEL,
+        )
 
 
 def _too_few(statistics: Statistics, site: str) -> DataError:

@@ -436,6 +436,14 @@ def test_below_ten_tokens_per_channel_there_is_a_warning(tiny, caplog):
     assert "mlp.0.hidden has only 9.9 tokens per channel" in record.getMessage()
 
 
+def test_several_sites_of_few_tokens_are_one_warning(tiny, caplog):
+    require_enough(gathered(tiny("transformer"), {"x": activations(4, 6)}))
+    (record,) = caplog.records
+    assert re.search(
+        r"mlp\.0\.hidden has only .*, and \d other sites have few", record.getMessage()
+    )
+
+
 def test_ten_tokens_per_channel_are_enough(tiny, caplog):
     require_enough(gathered(tiny("mlp"), {"x": activations(10 * HIDDEN, 1)}))
     assert not caplog.records
