@@ -146,7 +146,7 @@ def prune(
     macs: options.MacsKept = None,
     params: options.ParamsKept = None,
     latency: options.LatencyKept = None,
-    target: engine_options.TargetName = "ort-cpu",
+    target: engine_options.MaybeTarget = None,
     batch: engine_options.Batch = None,
     cache: engine_options.Cache = None,
     align: options.Align = DEFAULT_ALIGN,
@@ -173,6 +173,9 @@ def prune(
         raise PlanError("give either --data (inputs to calibrate on) or --stats (a file of them)")
     if latency is None and (batch is not None or cache is not None):
         raise PlanError("--batch and --cache say how a model is timed for --latency; give that too")
+    if target is not None and latency is None and precision != "int8" and weight_only is None:
+        raise PlanError("--target is where --latency is measured, or int8 is to run; give one too")
+    place = target or engine_options.DEFAULT_TARGET
     settings = Settings(
         align,
         Recipe(method, ranking, ridge, device=device_of(device)),
@@ -181,7 +184,7 @@ def prune(
         options.runtime_of(providers, threads, custom_op_library, device),
         seed,
         crops,
-        Request(precision, weight_only, symmetric=target in SYMMETRIC),
+        Request(precision, weight_only, symmetric=place in SYMMETRIC),
     )
     source = None if data is None else Source(data, samples, seed, allow_random)
     asked = TargetOptions(threads=threads, cache=cache, custom_op_library=custom_op_library)
@@ -190,7 +193,7 @@ def prune(
     wanted = options.widths_of(
         {"mlp": mlp, "qk": qk, "vo": vo},
         {"macs": macs, "params": params},
-        engine_options.deadline_of(*(latency, open_target(target, asked), precision, watch, cache)),
+        engine_options.deadline_of(*(latency, open_target(place, asked), precision, watch, cache)),
     )
     screen.run(commands.Prune(model, output, source, stats, wanted, settings), as_json, log_level)
 

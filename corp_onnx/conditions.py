@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Callable
@@ -108,11 +109,14 @@ def _of_devices(look: Callable[[ModuleType, object], Found]) -> tuple[Found, ...
         nvml.nvmlInit()
     except nvml.NVMLError:
         return ()  # no driver
+    found = []
     try:
-        devices = [nvml.nvmlDeviceGetHandleByIndex(at) for at in range(nvml.nvmlDeviceGetCount())]
-        return tuple(look(nvml, device) for device in devices)
+        for at in range(nvml.nvmlDeviceGetCount()):
+            with contextlib.suppress(nvml.NVMLError):  # a device that is lost, or another's
+                found.append(look(nvml, nvml.nvmlDeviceGetHandleByIndex(at)))
     finally:
         nvml.nvmlShutdown()
+    return tuple(found)
 
 
 def _gpu(nvml: ModuleType, device: object) -> Gpu:
@@ -138,7 +142,8 @@ def _held_by_this_process(nvml: ModuleType, device: object) -> int | None:
     except nvml.NVMLError:
         return None
     held = [each.usedGpuMemory for each in processes if each.pid == os.getpid()]
-    return held[0] if held else None
+    known = [each for each in held if each is not None]
+    return sum(known) if known else None
 
 
 def _nvml() -> ModuleType | None:

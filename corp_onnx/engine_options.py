@@ -15,18 +15,21 @@ from corp_onnx.deploy.shape_ranges import parse_ranges
 from corp_onnx.deploy.targets import TARGETS, TargetOptions
 from corp_onnx.errors import PlanError
 from corp_onnx.session import GraphLevel
-from corp_onnx.sizes import DEFAULT_BATCH, Sizes
+from corp_onnx.sizes import Sizes
+from corp_onnx.sizes import batch_of as sizes_batch
 from corp_onnx.timing import Stopwatch
 
 TargetName = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
+MaybeTarget = Annotated[str | None, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
 TargetNames = Annotated[
     str, typer.Option("--target", help=f"One or several of {', '.join(TARGETS)}.")
 ]
 PrecisionNames = Annotated[
-    str, typer.Option("--precision", help=f"One or several of {', '.join(PRECISIONS)}.")
+    str | None, typer.Option("--precision", help=f"One or several of {', '.join(PRECISIONS)}.")
 ]
 Batch = Annotated[
-    int | None, typer.Option("--batch", min=1, help="Samples of one inference, for --latency.")
+    int | None,
+    typer.Option("--batch", min=1, help="Samples of one inference; default: of --shapes."),
 ]
 Batches = Annotated[
     str | None, typer.Option("--batch", help="Samples of one inference, such as 1,8,32.")
@@ -57,6 +60,8 @@ Effort = Annotated[
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Folder for what a builder may use again.")
 ]
+
+DEFAULT_TARGET = "ort-cpu"
 
 Name = TypeVar("Name", bound=str)
 
@@ -144,7 +149,7 @@ def source_of(data: str | None, precisions: Sequence[Precision], seed: int = 0) 
 
 def batch_of(sizes: Sizes) -> int:
     """The batch where none is asked for: that of the sizes that are given, else 1."""
-    return next((shape[0] for shape in sizes.values() if shape), DEFAULT_BATCH)
+    return sizes_batch({name: shape for name, shape in sizes.items() if len(shape) > 1})
 
 
 def batches_of(text: str | None, sizes: Sizes) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import typer
 
 from corp_onnx import commands, engine_options, options, screen
 from corp_onnx.deploy.records import PRECISIONS
-from corp_onnx.deploy.targets import TARGETS, open_target, require_taken
+from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target, require_taken
 from corp_onnx.errors import PlanError
 from corp_onnx.latency import RUNS, WARMUP
 from corp_onnx.timing import Stopwatch
@@ -41,9 +41,10 @@ def build(
         optimization_level=optimization_level,
         custom_op_library=custom_op_library,
     )
+    built_for = open_target(target, asked)
     require_taken(asked, [target])
     source = engine_options.source_of(data, [precision])
-    command = commands.Build(model, folder, open_target(target, asked), precision, source)
+    command = commands.Build(model, folder, built_for, precision, source)
     screen.run(command, as_json, log_level)
 
 
@@ -55,7 +56,7 @@ def bench(
         ),
     ],
     targets: engine_options.TargetNames = "ort-cpu",
-    precisions: engine_options.PrecisionNames = "fp32",
+    precisions: engine_options.PrecisionNames = None,
     data: options.MaybeData = None,
     batches: engine_options.Batches = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Turns not counted.")] = WARMUP,
@@ -64,7 +65,7 @@ def bench(
         bool, typer.Option("--profile", help="Tell where the time goes, by operator.")
     ] = False,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Tell the peak memory of each engine alone.")
+        bool, typer.Option("--memory", help="Tell the memory of each engine alone.")
     ] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="A PNG of the times.")] = None,
     shapes: options.Shapes = None,
@@ -95,16 +96,21 @@ def bench(
     )
     names = engine_options.names_of(targets, TARGETS, "--target")
     require_taken(asked, names)
-    types = engine_options.names_of(precisions, PRECISIONS, "--precision")
+    types = engine_options.names_of(precisions or "fp32", PRECISIONS, "--precision")
     sizes = options.sizes_of(shapes)
     counts = engine_options.batches_of(batches, sizes)
     if commands.are_times(tuple(models)):
-        if profile or memory or len(types) > 1 or len(counts) > 1:
+        run_here = (targets, warmup, runs, asked, data, shapes) != (
+            *("ort-cpu", WARMUP, RUNS, TargetOptions(), None, None),
+        )
+        if run_here or profile or memory or len(types) > 1 or len(counts) > 1:
             raise PlanError(
-                "times of trtexec are of one precision and one batch, and say nothing of operators "
-                "or memory: leave --profile and --memory out, and name one of each"
+                "times of trtexec are of one precision and one batch, and nothing is run: give no "
+                "flags but --precision, --batch, --seed, --plot and --json"
             )
-        imported = commands.Imported(tuple(models), types[0], counts[0], seed, plot)
+        imported = commands.Imported(
+            tuple(models), types[0] if precisions else None, counts[0], seed, plot
+        )
         screen.run(imported, as_json, log_level)
         return
     command = commands.Bench(

@@ -12,7 +12,7 @@ from corp_onnx.conditions import own_device_bytes
 from corp_onnx.deploy.records import Build, Target
 from corp_onnx.latency import timing_inputs
 from corp_onnx.sizes import Sizes
-from corp_onnx.timing import Lane, Stopwatch, inputs_of
+from corp_onnx.timing import Lane, Stopwatch
 
 RUNS = 3
 
@@ -38,7 +38,7 @@ def footprint(lane: Lane, watch: Stopwatch) -> Footprint:
         CorpError: As `Lane.built`, and whatever the engine raises.
     """
     with (
-        lane.built(watch.sizes_of) as (build, sizes),
+        lane.built(watch) as (build, sizes),
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart,
     ):
         return apart.submit(_alone, lane.target, build, watch, sizes).result()
@@ -46,7 +46,7 @@ def footprint(lane: Lane, watch: Stopwatch) -> Footprint:
 
 def _alone(target: Target, build: Build, watch: Stopwatch, sizes: Sizes | None) -> Footprint:
     engine = target.load(build)
-    feeds = timing_inputs(engine.inputs, sizes or watch.sizes_of(inputs_of(engine)))
+    feeds = timing_inputs(engine.inputs, sizes or watch.sizes_of_engine(engine))
     for _ in range(RUNS):
         engine.run(feeds)
     on_device = own_device_bytes()

@@ -189,8 +189,7 @@ def _medians(
     values: Float64[np.ndarray, " n"], rng: np.random.Generator
 ) -> Float64[np.ndarray, " r"]:
     """Of as many values, drawn anew again and again."""
-    drawn: np.ndarray = np.median(rng.choice(values, (RESAMPLES, len(values))), axis=1)
-    return drawn
+    return np.array([np.median(rng.choice(values, len(values))) for _ in range(RESAMPLES)])
 
 
 def timing_inputs(

@@ -57,6 +57,16 @@ def input_sizes(
     return {tensor.name: sizes[tensor.name] for tensor in graph.inputs}
 
 
+def batch_of(sizes: Sizes) -> int:
+    """The first dimension of the first input that has others behind it, else of any; else 1.
+
+    >>> batch_of({"scale": (), "places": (64,), "ids": (8, 64)})
+    8
+    """
+    shapes = sorted(sizes.values(), key=lambda shape: len(shape) < 2)
+    return next((shape[0] for shape in shapes if shape), DEFAULT_BATCH)
+
+
 def _static(size: object) -> int | None:
     return int(size) if isinstance(size, (int, np.integer)) and size > 0 else None
 

@@ -1,4 +1,4 @@
-"""What exporters leave over: shapes computed that are always the same, nodes that do nothing."""
+"""Shape arithmetic that always comes to the same, written as the constant that it is."""
 
 from __future__ import annotations
 
@@ -7,49 +7,18 @@ from collections.abc import Hashable, Sequence
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.catalog import probed
-from corp_onnx.emit import Emitter, replace_readers
+from corp_onnx.emit import Emitter
 from corp_onnx.facts import Facts
 from corp_onnx.shapes import evaluate, usual_facts
 from corp_onnx.sizes import input_sizes
 
 CHOICES = frozenset({"If", "Loop", "Scan"})
 
-LONG, LONG_BATCH = (6007, 2003, 509), 3
+LONG, LONG_BATCH = (2003, 509), 3
 """Sequences, of which the first is tried that the model admits; primes divide by nothing else."""
 
 AS_IT_WAS, WHATEVER_IS_LEFT = 0, -1
 """Entries of a target of Reshape: the input's dimension at that place, and the one that follows."""
-
-
-def tidy(graph: gs.Graph) -> None:
-    """Take out of a graph, in place, what runtimes would have to carry along."""
-    tidy_reshapes(graph)
-    drop_idle(graph)
-    graph.cleanup(remove_unused_graph_inputs=False)
-
-
-def drop_idle(graph: gs.Graph) -> None:
-    """Let readers of what a node gives back as it got it read that itself; in place.
-
-    Such are Identity, a Cast to the type that a tensor has, and a Transpose that leaves all axes
-    where they are. One that makes an output of the graph stays, for its name.
-    """
-    facts = usual_facts(graph)
-    shown = {id(tensor) for tensor in graph.outputs}
-    shown |= {id(end) for body in graph.subgraphs(recursive=True) for end in body.outputs}
-    for node in graph.nodes:
-        if _is_idle(node, facts) and id(node.outputs[0]) not in shown:
-            replace_readers(node.outputs[0], node.inputs[0])
-
-
-def _is_idle(node: gs.Node, facts: Facts) -> bool:
-    if node.op == "Cast":
-        kind = facts.dtype(node.inputs[0])
-        return kind is not None and kind == facts.dtype(node.outputs[0])
-    if node.op == "Transpose":
-        perm = list(node.attrs.get("perm", ()))
-        return bool(perm) and perm == sorted(perm)
-    return bool(node.op == "Identity")
 
 
 def tidy_reshapes(graph: gs.Graph) -> None:
@@ -103,9 +72,9 @@ def _tell_apart(graph: gs.Graph, probes: Sequence[Facts]) -> bool:
     for tensor in graph.inputs:
         courses = zip(*(facts.sizes[tensor.name] for facts in probes), strict=True)
         for place, (declared, course) in enumerate(zip(tensor.shape or (), courses, strict=False)):
-            if isinstance(declared, int):
+            if isinstance(declared, int) and declared > 0:
                 continue
-            name = declared or (tensor.name, place)
+            name = declared if isinstance(declared, str) and declared else (tensor.name, place)
             if len(set(course)) == 1 or names.setdefault(course, name) != name:
                 return False
     return True

@@ -45,7 +45,7 @@ def race_json(
         "runs": runs,
         "speedups": speedups,
         "conditions": conditions and asdict(conditions),
-        "warnings": [*_busy(conditions), *_noise(races)],
+        "warnings": [] if conditions is None else [*_busy(conditions), *_noise(races)],
     }
 
 
@@ -106,8 +106,8 @@ def _profile_table(profiles: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
-def _busy(conditions: Conditions | None) -> list[str]:
-    if conditions is None or conditions.busy <= BUSY:
+def _busy(conditions: Conditions) -> list[str]:
+    if conditions.busy <= BUSY:
         return []
     return [
         f"other processes kept {conditions.busy:.0%} of the processor busy before the timing; "

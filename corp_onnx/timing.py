@@ -13,17 +13,15 @@ from pathlib import Path
 import onnx
 import onnx_graphsurgeon as gs
 
+from corp_onnx.data import InputSpec
 from corp_onnx.deploy.records import Build, Engine, Precision, Target
 from corp_onnx.errors import PlanError, QuantisedModel
 from corp_onnx.graph import Model, load, write
 from corp_onnx.latency import RUNS, WARMUP, Race, race, timing_inputs
 from corp_onnx.shapes import usual_sequence
-from corp_onnx.sizes import DEFAULT_BATCH, Sizes, input_sizes
+from corp_onnx.sizes import DEFAULT_BATCH, Sizes, batch_of, input_sizes
 
 log = logging.getLogger(__name__)
-
-SizesOf = Callable[[gs.Graph], Sizes]
-"""From a graph to the dimensions of all its inputs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,24 +32,31 @@ class Lane:
     target: Target
     precision: Precision = "fp32"
 
+    def graph(self) -> gs.Graph | None:
+        """That of the model; None of an engine that was built."""
+        if isinstance(self.model, Path):
+            return None if self.model.is_dir() else described(self.model)
+        return self.model.graph
+
     @contextmanager
-    def built(self, sizes_of: SizesOf) -> Iterator[tuple[Build, Sizes | None]]:
+    def built(self, watch: Stopwatch) -> Iterator[tuple[Build, Sizes | None]]:
         """The build until it is no longer needed; sizes of its inputs, where the model is known."""
         with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
-            if isinstance(self.model, Path) and self.model.is_dir():
+            graph = self.graph()
+            if graph is None:
+                assert isinstance(self.model, Path), "a folder"
                 yield self._fitting(Build.read(self.model)), None
             else:
-                graph = described(self.model) if isinstance(self.model, Path) else self.model.graph
-                sizes = sizes_of(graph)
+                sizes = watch.sizes_of(graph)
                 yield self._built(self.target.sized(sizes), Path(folder)), sizes
 
     @contextmanager
-    def opened(self, sizes_of: SizesOf) -> Iterator[tuple[Engine, Sizes | None]]:
-        """The engine until it is no longer needed; sizes of its inputs, likewise."""
-        with self.built(sizes_of) as (build, sizes):
+    def opened(self, watch: Stopwatch) -> Iterator[tuple[Engine, Sizes]]:
+        """The engine until it is no longer needed, and the sizes of its inputs."""
+        with self.built(watch) as (build, sizes):
             engine = self.target.load(build)
             try:
-                yield engine, sizes
+                yield engine, sizes or watch.sizes_of_engine(engine)
             finally:
                 engine.close()
 
@@ -81,6 +86,7 @@ class Stopwatch:
         warmup: Turns that do not count, at the least.
         runs: Turns that count.
         seed: Of the inputs, and of the order within turns.
+        likely: Sizes of models beside an engine, for dimensions that it leaves open.
     """
 
     batch: int = DEFAULT_BATCH
@@ -88,6 +94,7 @@ class Stopwatch:
     warmup: int = WARMUP
     runs: int = RUNS
     seed: int = 0
+    likely: Sizes = field(default_factory=dict)
 
     def race(self, lanes: Sequence[Lane]) -> Race:
         """Build every model, or take what was built of it, and time all turn by turn.
@@ -97,9 +104,9 @@ class Stopwatch:
             PlanError: If a model is of another batch, or an input is not to be found.
         """
         with ExitStack() as opened:
-            found = [opened.enter_context(lane.opened(self.sizes_of)) for lane in lanes]
-            self._require_known([engine for engine, _ in found])
-            engines = self._sized(found)
+            watch = self.beside(lanes)
+            engines = [opened.enter_context(lane.opened(watch)) for lane in lanes]
+            self._require_known([engine for engine, _ in engines])
             log.info("timing %d engines at batch %d", len(engines), self.batch)
             return race(
                 [self._inference(*engine) for engine in engines],
@@ -115,10 +122,9 @@ class Stopwatch:
         Raises:
             CorpError: As `race`.
         """
-        found = []
+        found, watch = [], self.beside(lanes)
         for lane in lanes:
-            with lane.opened(self.sizes_of) as opened:
-                ((engine, sizes),) = self._sized([opened])
+            with lane.opened(watch) as (engine, sizes):
                 feeds = timing_inputs(engine.inputs, sizes, seed=self.seed)
                 found.append(engine.operator_times(feeds))
         return tuple(found)
@@ -138,23 +144,26 @@ class Stopwatch:
         given = {name: shape for name, shape in self.sizes.items() if name in known}
         sequence = usual_sequence(graph, given)
         sizes = input_sizes(graph, batch=self.batch, sequence=sequence, given=given)
-        found = {shape[0] for shape in sizes.values() if shape}
-        if found and self.batch not in found:
-            where = "--shapes gives" if given else "a model has"
-            fixed = "a batch of" if given else "a fixed batch of"
+        found = batch_of(sizes)
+        if sizes and found != self.batch:
             raise PlanError(
-                f"{where} {fixed} {min(found)}, so it cannot be timed at batch {self.batch}; give "
-                f"--batch {min(found)}" + ("" if given else ", or export it with a dynamic one")
+                f"{'--shapes gives a batch' if given else 'a model has a fixed batch'} of {found}, "
+                f"so it cannot be timed at batch {self.batch}; give --batch {found}"
+                + ("" if given else ", or export it with a dynamic one")
             )
         return sizes
 
-    def _sized(self, engines: Sequence[tuple[Engine, Sizes | None]]) -> list[tuple[Engine, Sizes]]:
-        """Engines with sizes of their inputs: where no model is at hand, those of the others."""
-        known: dict[str, tuple[int, ...]] = {}
-        for _, sizes in engines:
-            known |= sizes or {}
-        alike = replace(self, sizes=known | dict(self.sizes))
-        return [(engine, sizes or alike.sizes_of(inputs_of(engine))) for engine, sizes in engines]
+    def sizes_of_engine(self, engine: Engine) -> Sizes:
+        """The same of an engine, whose model is not at hand to say what is usual."""
+        return self.sizes_of(inputs_of(engine, self.likely))
+
+    def beside(self, lanes: Sequence[Lane]) -> Stopwatch:
+        """One that knows the sizes of the models among the lanes, where there are engines too."""
+        graphs = [lane.graph() for lane in lanes] if any(map(_is_engine, lanes)) else []
+        likely: dict[str, tuple[int, ...]] = {}
+        for graph in graphs:
+            likely |= {} if graph is None else self.sizes_of(graph)
+        return replace(self, likely=likely)
 
     def _require_known(self, engines: Sequence[Engine]) -> None:
         known = {spec.name for engine in engines for spec in engine.inputs}
@@ -177,9 +186,22 @@ def described(path: Path) -> gs.Graph:
         return gs.import_onnx(onnx.load(path))
 
 
-def inputs_of(engine: Engine) -> gs.Graph:
-    """A graph without nodes, to say what an engine reads whose model is not at hand."""
-    return gs.Graph(inputs=[gs.Variable(s.name, s.dtype, list(s.shape)) for s in engine.inputs])
+def inputs_of(engine: Engine, likely: Sizes) -> gs.Graph:
+    """A graph without nodes, to say what an engine reads; open dimensions as they likely are."""
+
+    def dims(spec: InputSpec) -> list[int | None]:
+        known = likely.get(spec.name, ())
+        fits = len(known) == len(spec.shape)
+        guessed = known if fits else (None,) * len(spec.shape)
+        return [
+            guess if size is None else size for size, guess in zip(spec.shape, guessed, strict=True)
+        ]
+
+    return gs.Graph(inputs=[gs.Variable(s.name, s.dtype, dims(s)) for s in engine.inputs])
+
+
+def _is_engine(lane: Lane) -> bool:
+    return isinstance(lane.model, Path) and lane.model.is_dir()
 
 
 def _device_ms(engine: Engine) -> float | None:

@@ -285,6 +285,8 @@ def test_an_engine_takes_the_place_of_no_other_file(command, files, tmp_path):
     ended = command("build", files.model, "-o", tmp_path)
     assert_refused(ended, "holds files that are no engine")
     assert model.read_bytes() == files.model.read_bytes()
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "build.log").write_text("of a build that failed")
     for _ in range(2):  # a second engine may take the place of the first
         assert command("build", model, "-o", tmp_path / "engine").status == 0
 
@@ -831,6 +833,14 @@ def test_bench_refuses_sizes_of_inputs_that_are_not_there(command, files):
         ),
         (("bench", "model.onnx", "--data", "d.npz"), "--data is for ranges"),
         (("prune", "m.onnx", "-o", "o.onnx", "--data", "d", "--batch", "2"), "for --latency"),
+        (
+            ("prune", "m.onnx", "-o", "o.onnx", "--data", "d", "--target", "openvino"),
+            "give one too",
+        ),
+        (
+            ("build", "m.onnx", "-o", "e", "--target", "abacus", "--cache", "c"),
+            "is none of ort-cpu",
+        ),
         (
             (
                 *("prune", "m.onnx", "-o", "o.onnx", "--data", "d.npz"),

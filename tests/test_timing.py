@@ -100,6 +100,34 @@ def test_an_engine_is_timed_at_the_sizes_of_the_models_beside_it(tmp_path):
     assert len(watch.race([Lane(engine, target), Lane(path, target)]).latencies) == 2
     with pytest.raises(CorpError, match="x"):
         watch.race([Lane(engine, target)])
+    both = [Lane(path, target), Lane(engine, target)]
+    assert all(watch.operator_times(both))
+    assert footprint(both[1], watch.beside(both)).peak_bytes
+
+
+def test_an_engine_of_one_batch_beside_a_model_of_any_says_so(tmp_path):
+    net = Net(0)
+    proto = net.build(net.linear(net.x(), WIDTH, WIDTH))
+    onnx.save(proto, tmp_path / "any.onnx")
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(proto, tmp_path / "four.onnx")
+    target, engine = open_target("ort-cpu"), tmp_path / "engine"
+    engine.mkdir()
+    target.build(tmp_path / "four.onnx", engine, "fp32")
+    lanes = [Lane(tmp_path / "any.onnx", target), Lane(engine, target)]
+    with pytest.raises(PlanError, match="a model has a fixed batch of 4"):
+        Stopwatch(warmup=0, runs=1).race(lanes)
+    assert Stopwatch(4, warmup=0, runs=1).race(lanes)
+
+
+def test_the_batch_is_that_of_the_first_input(tmp_path):
+    """The twin: masks of 8 beside a picture of 1 would be counted as 8 samples."""
+    net = Net(0)
+    picture = net.input("picture", 1, WIDTH)
+    onnx.save(net.build(net("Add", picture, net.x("batch", WIDTH))), tmp_path / "one.onnx")
+    lane = Lane(tmp_path / "one.onnx", open_target("ort-cpu"))
+    with pytest.raises(PlanError, match="a fixed batch of 1"):
+        Stopwatch(8, warmup=0, runs=1).race([lane])
 
 
 def test_inputs_without_a_batch_have_no_say_in_it(tmp_path):
@@ -161,12 +189,18 @@ def test_a_gpu_is_read_where_its_library_is(monkeypatch):
 
 def test_memory_on_a_device_is_that_of_this_process_alone(monkeypatch):
     processes = {0: [(os.getpid(), 3), (1, 100)], 1: [(1, 100)], 2: [(os.getpid(), 4)]}
+
+    def handle(at):
+        if at == 3:
+            raise RuntimeError
+        return at
+
     fake = SimpleNamespace(
         NVMLError=RuntimeError,
         nvmlInit=lambda: None,
         nvmlShutdown=lambda: None,
-        nvmlDeviceGetCount=lambda: 3,
-        nvmlDeviceGetHandleByIndex=lambda at: at,
+        nvmlDeviceGetCount=lambda: 4,  # the last is lost
+        nvmlDeviceGetHandleByIndex=handle,
         nvmlDeviceGetComputeRunningProcesses=lambda device: [
             SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in processes[device]
         ],

@@ -156,6 +156,18 @@ def test_a_scaled_key_counts():
     assert np.abs(computed(graph)[0] - before[0]).max() < 1e-5
 
 
+def test_attention_that_a_branch_finishes_stays():
+    """What lies in a body cannot be taken out of it."""
+    head, tail = PLAIN.split("    c = ")
+    body = f"""{head}
+    n = ReduceMax<keepdims = 0>(q)
+    yes = Cast<to = 9>(n)
+    y = If (yes) <then_branch = g1 () => (float[P,Q,R] u) {{ c = {tail.replace("y =", "u =")} }},
+                  else_branch = g2 () => (float[P,Q,R] w) {{ w = Identity(v) }}>
+    """
+    assert write_whole(attention(body)) == 0
+
+
 def test_one_head_of_keys_for_two_of_queries_stays():
     body = PLAIN.replace("k1 = Reshape(k, heads)", "k1 = Reshape(k, single)")
     graph = attention(body, inputs=INPUTS.replace("float[B,M,8] k", "float[B,M,4] k"))

@@ -50,7 +50,7 @@ class Bench:
         document = timetable.race_json(labels, races, machine)
         if self.plot is not None:
             bars(document["runs"], self.plot)
-        watch = replace(self.stopwatch, batch=self.batches[0])
+        watch = replace(self.stopwatch, batch=self.batches[0]).beside(lanes)
         if self.memory:
             document["memory"] = [
                 {**label, **asdict(footprint(lane, watch))}

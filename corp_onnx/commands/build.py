@@ -10,7 +10,7 @@ from rich.text import Text
 
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typed import Typist
-from corp_onnx.deploy.records import RECORD, Precision, Target
+from corp_onnx.deploy.records import LOG, RECORD, Precision, Target
 from corp_onnx.errors import OutputError
 from corp_onnx.graph import Model, made, write
 from corp_onnx.timing import described
@@ -53,7 +53,8 @@ class Build:
         """A folder of its own: what lies there already may bear the names of an engine's files."""
         folder = self.folder
         beside = folder.resolve() == self.model.resolve().parent
-        others = folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file()
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        others = names - {LOG} and RECORD not in names
         if beside or others:
             raise OutputError(
                 f"{folder} holds {'the model itself' if beside else 'files that are no engine'}, "

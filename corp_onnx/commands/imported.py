@@ -10,6 +10,7 @@ from corp_onnx.commands.records import Answer, Progress
 from corp_onnx.deploy.records import Precision
 from corp_onnx.deploy.trtexec import read_times
 from corp_onnx.errors import PlanError
+from corp_onnx.graph import require_writable
 from corp_onnx.latency import unpaired
 from corp_onnx.plot import bars
 
@@ -21,7 +22,7 @@ class Imported:
     """Latency of engines from files of ``trtexec --exportTimes``; nothing is run."""
 
     files: tuple[Path, ...]
-    precision: Precision
+    precision: Precision | None
     batch: int
     """Both as they were measured: the files do not say."""
     seed: int = 0
@@ -29,6 +30,8 @@ class Imported:
 
     def __call__(self, progress: Progress) -> Answer:
         """Each is held against the first; they were not timed in turn, so medians are compared."""
+        if self.plot is not None:
+            require_writable(self.plot)
         times = [read_times(path) for path in self.files]
         race = unpaired(
             [each.latency_ms for each in times], [each.device_ms for each in times], seed=self.seed

@@ -14,7 +14,7 @@ from corp_onnx.graph import made, whole
 from corp_onnx.latency import Race
 from corp_onnx.pipeline import Settings, sweep
 from corp_onnx.plot import curve
-from corp_onnx.sizes import DEFAULT_BATCH, input_sizes
+from corp_onnx.sizes import batch_of, input_sizes
 from corp_onnx.timing import Lane, Stopwatch, described
 
 
@@ -58,8 +58,7 @@ class Sweep:
     def _stopwatch(self) -> Stopwatch:
         """For the sizes that are given, the batch of the model, or one sample."""
         sizes = input_sizes(described(self.model), given=self.settings.sizes)
-        batch = next((shape[0] for shape in sizes.values() if shape), DEFAULT_BATCH)
-        return Stopwatch(batch, self.settings.sizes or {})
+        return Stopwatch(batch_of(sizes), self.settings.sizes or {})
 
     def _raced(self, paths: list[Path], watch: Stopwatch) -> Race:
         """The dense model and all others, timed turn by turn."""

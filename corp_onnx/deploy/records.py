@@ -19,8 +19,8 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
 PROFILED_RUNS = 10
 
-RECORD = "build.json"
-"""The record of a build, beside what was built."""
+RECORD, LOG = "build.json", "build.log"
+"""The record of a build, beside what was built, and what the builder said, if it says anything."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,9 +133,11 @@ def _only_reader(node: gs.Node, op: str, graph: gs.Graph) -> gs.Node | None:
     """The node of a kind that reads what a node gives, if nobody else sees it."""
     (output,) = node.outputs
     readers = output.outputs
-    if len(readers) != 1 or any(output is shown for shown in graph.outputs):
+    ends = [end for each in (graph, *graph.subgraphs(recursive=True)) for end in each.outputs]
+    if len(readers) != 1 or any(output is shown for shown in ends):
         return None
-    return readers[0] if readers[0].op == op else None
+    (reader,) = readers
+    return reader if reader.op == op and any(reader is each for each in graph.nodes) else None
 
 
 def _only_writer(tensor: gs.Tensor, op: str) -> gs.Node | None:

@@ -21,7 +21,7 @@ from corp_onnx.session import Runtime
 from corp_onnx.statistics import Batch
 
 FIRST_BF16 = 13
-"""The first opset whose operators take bfloat16."""
+"""The first opset in which operators take bfloat16: products and sums, others later."""
 
 NONE: Mapping[str, Model] = MappingProxyType({})
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from corp_onnx import errors
+from corp_onnx.deploy.records import LOG
 from corp_onnx.deploy.tensorrt.options import Options
 from corp_onnx.errors import GraphError
 
-LOG = "build.log"
 CHILD = "corp_onnx.deploy.tensorrt.child"
 TAIL = 20
 
