@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(name: str, place: Place, out: Path, argv: Sequence[str]) -> int:
     """Measure one thing, print it, write it down unless it was only a glance."""
     benchmark = BENCHMARKS[name]
-    title = f"{name}-{place.only}" if place.only else name
+    title = f"{name}-{place.only.replace(' ', '-')}" if place.only else name
     heading = Heading(title, benchmark.about, benchmark.packages, ("benchmarks", *argv))
     return report(heading, lambda: benchmark.measure(place), None if place.quick else out)
 
