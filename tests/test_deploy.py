@@ -263,6 +263,20 @@ def test_openvino_calls_outputs_what_the_model_calls_them(tmp_path):
     assert engine.outputs == tuple(open_session(tmp_path / "model.onnx").outputs)
 
 
+@pytest.mark.parametrize("name", HERE)
+def test_runtimes_take_out_what_does_nothing(tmp_path, name):
+    """So such nodes may stay in the file, under the names that their readers know."""
+    net = Net(0)
+    y = net("Cast", net("Identity", net.linear(net.x(), WIDTH, WIDTH)), to=1)
+    y = net("Relu", net("Transpose", net("Transpose", y, perm=[0, 2, 1]), perm=[0, 2, 1]))
+    onnx.save(net.build(net.linear(y, WIDTH, WIDTH)), tmp_path / "model.onnx")
+    target = open_target(name)
+    engine = target.load(target.build(tmp_path / "model.onnx", tmp_path, "fp32"))
+    kinds = engine.operator_times({"x": np.ones((2, 3, WIDTH), np.float32)}, runs=1)
+    assert kinds
+    assert not {"Identity", "Cast", "Convert", "Transpose"} & kinds.keys()
+
+
 def test_every_flag_of_a_target_is_somebody_s():
     for field in fields(TargetOptions):
         takers = [name for name, taken in TAKEN.items() if field.name in taken]
