@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from corp_onnx import example
+from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import open_session
 
 QUICK = ("--data", example.CALIBRATION, "--samples", 120)
@@ -97,6 +98,7 @@ def test_a_model_of_a_fixed_batch_is_timed_at_that_and_on_the_target(command, tm
     for tensor in (*fixed.graph.input, *fixed.graph.output):
         tensor.type.tensor_type.shape.dim[0].dim_value = 4
     onnx.save(fixed, tmp_path / "fixed.onnx")
+    Preprocessing.beside(example.MODEL).save_beside(tmp_path / "fixed.onnx")
     asked = ("--macs", "0.8", "--target", "openvino", "-o", tmp_path / "out", "--method", "corp")
     ended = command("sweep", tmp_path / "fixed.onnx", *QUICK, *asked, "--json")
     assert ended.status == 0
