@@ -176,24 +176,25 @@ def prune(
     if target is not None and latency is None and precision != "int8" and weight_only is None:
         raise PlanError("--target is where --latency is measured, or int8 is to run; give one too")
     place = target or engine_options.DEFAULT_TARGET
+    sizes = options.sizes_of(shapes)
+    request = Request(precision, weight_only, symmetric=place in SYMMETRIC)
     settings = Settings(
         align,
         Recipe(method, ranking, ridge, device=device_of(device)),
         Gates(max_error, min_agreement),
-        options.sizes_of(shapes),
+        sizes,
         options.runtime_of(providers, threads, custom_op_library, device),
         seed,
         crops,
-        Request(precision, weight_only, symmetric=place in SYMMETRIC),
+        request,
     )
     source = None if data is None else Source(data, samples, seed, allow_random)
     asked = TargetOptions(threads=threads, cache=cache, custom_op_library=custom_op_library)
-    sizes = options.sizes_of(shapes)
-    watch = Stopwatch(engine_options.batch_of(sizes) if batch is None else batch, sizes)
+    watch = Stopwatch(engine_options.batch_of_shapes(sizes) if batch is None else batch, sizes)
     wanted = options.widths_of(
         {"mlp": mlp, "qk": qk, "vo": vo},
         {"macs": macs, "params": params},
-        engine_options.deadline_of(*(latency, open_target(place, asked), precision, watch, cache)),
+        engine_options.deadline_of(*(latency, open_target(place, asked), request, watch, cache)),
     )
     screen.run(commands.Prune(model, output, source, stats, wanted, settings), as_json, log_level)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TypeVar
@@ -91,9 +91,7 @@ def _cores() -> int:
 
 def own_device_bytes() -> int | None:
     """What this process holds on all NVIDIA devices; None where nothing tells."""
-    held = _of_devices(_held_by_this_process)
-    told = [each for each in held if each is not None]
-    return sum(told) if told else None
+    return _summed(_of_devices(_held_by_this_process))
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -137,12 +135,14 @@ def _gpu(nvml: ModuleType, device: object) -> Gpu:
 
 def _held_by_this_process(nvml: ModuleType, device: object) -> int | None:
     """None on another device, and where processes are numbered otherwise, as in containers."""
-    try:
-        processes = nvml.nvmlDeviceGetComputeRunningProcesses(device)
-    except nvml.NVMLError:
-        return None
+    processes = nvml.nvmlDeviceGetComputeRunningProcesses(device)
     held = [each.usedGpuMemory for each in processes if each.pid == os.getpid()]
-    known = [each for each in held if each is not None]
+    return _summed(held)
+
+
+def _summed(told: Iterable[int | None]) -> int | None:
+    """Of what was told; None if nothing was."""
+    known = [each for each in told if each is not None]
     return sum(known) if known else None
 
 

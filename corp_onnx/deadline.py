@@ -12,12 +12,13 @@ import onnx_graphsurgeon as gs
 from corp_onnx import latency_table
 from corp_onnx.blocks import Catalog
 from corp_onnx.budget import least_harm, plan_of
-from corp_onnx.deploy.records import Precision, Target
+from corp_onnx.deploy.records import Target
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model
 from corp_onnx.latency import Race
 from corp_onnx.latency_table import LatencyTable
 from corp_onnx.plan import Plan
+from corp_onnx.precision import Request
 from corp_onnx.probes import Probe
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.statistics import Statistics
@@ -51,7 +52,7 @@ class Deadline:
         target: Where.
         stopwatch: At which batch and sizes.
         cache: Folder of latency tables; the user's cache unless told otherwise.
-        precision: Of the finished model; the dense one is timed as it is.
+        request: The precision of the finished model; the dense one is timed as it is.
     """
 
     limit: float
@@ -59,7 +60,7 @@ class Deadline:
     target: Target
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     cache: Path | None = None
-    precision: Precision = "fp32"
+    request: Request = field(default_factory=Request)
 
     def __post_init__(self) -> None:
         if not 0 < self.limit < (float("inf") if self.in_ms else 1 + 1e-9):
@@ -75,7 +76,7 @@ class Deadline:
             BackendUnavailable: As `Target.require`.
             PlanError: Likewise, or as `Stopwatch.sizes_of`.
         """
-        self.target.require(self.precision)
+        self.target.require(self.request.precision)
         self.stopwatch.sizes_of(graph)
 
     def share(self, dense_ms: float) -> float:
@@ -121,7 +122,6 @@ def scheduled(
     *,
     align: int,
     typed: Callable[[Model], Model] = lambda model: model,
-    types: str = "fp32",
     on_variant: Callable[[int], None] = lambda variants: None,
 ) -> Schedule:
     """Choose widths by harm and by measured time together, until the clock agrees.
@@ -141,17 +141,16 @@ def scheduled(
         deadline: What is to be kept.
         align: Widths are multiples of this.
         typed: Brings a model into the types in which it is to run.
-        types: What those are, in words.
         on_variant: Called with the number of variants that were timed.
 
     Raises:
         CorpError: As `Stopwatch.race`.
     """
-    trial = _Trial(dense, model, catalog, statistics, probes, deadline, align, typed, types)
+    trial = _Trial(dense, model, catalog, statistics, probes, deadline, align, typed)
     table = latency_table.kept(
         lambda: latency_table.measured(
             *(probes, trial.shrunk, deadline.target, deadline.stopwatch),
-            precision=deadline.precision,
+            precision=deadline.request.precision,
             align=align,
             on_variant=on_variant,
         ),
@@ -173,7 +172,6 @@ class _Trial:
     deadline: Deadline
     align: int
     typed: Callable[[Model], Model] = lambda model: model
-    types: str = "fp32"
 
     def shrunk(self, widths: Mapping[int, int]) -> Model:
         """A model of these widths, without repair: as fast, and soon made."""
@@ -190,8 +188,7 @@ class _Trial:
             "target": str(self.deadline.target),
             "versions": dict(self.deadline.target.versions()),
             "batch": watch.batch,
-            "precision": self.deadline.precision,
-            "types": self.types,
+            "precision": self.deadline.request.name,
             "sizes": {name: list(shape) for name, shape in watch.sizes.items()},
             "align": self.align,
         }
@@ -232,7 +229,7 @@ def _best(found: Mapping[tuple[int, ...], Timed], limit: float) -> tuple[int, ..
 
 def against_dense(dense: Model | Path, model: Model, deadline: Deadline) -> Race:
     """A model and the dense one, turn by turn."""
-    lanes = [Lane(dense, deadline.target), Lane(model, deadline.target, deadline.precision)]
+    lanes = [Lane(dense, deadline.target), Lane(model, deadline.target, deadline.request.precision)]
     return deadline.stopwatch.race(lanes)
 
 

@@ -14,9 +14,9 @@ from corp_onnx.deploy.records import PRECISIONS, Precision, Target
 from corp_onnx.deploy.shape_ranges import parse_ranges
 from corp_onnx.deploy.targets import TARGETS, TargetOptions
 from corp_onnx.errors import PlanError
+from corp_onnx.precision import Request
 from corp_onnx.session import GraphLevel
-from corp_onnx.sizes import Sizes
-from corp_onnx.sizes import batch_of as sizes_batch
+from corp_onnx.sizes import Sizes, batch_of
 from corp_onnx.timing import Stopwatch
 
 TargetName = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
@@ -69,7 +69,7 @@ Name = TypeVar("Name", bound=str)
 def deadline_of(
     latency: str | None,
     target: Target,
-    precision: Precision,
+    request: Request,
     stopwatch: Stopwatch,
     cache: Path | None,
 ) -> Deadline | None:
@@ -87,7 +87,7 @@ def deadline_of(
         raise PlanError(
             f"--latency {latency!r} is neither a share to keep such as 0.6 nor a time such as 5ms"
         ) from error
-    return Deadline(limit, in_ms, target, stopwatch, cache, precision)
+    return Deadline(limit, in_ms, target, stopwatch, cache, request)
 
 
 def target_options(
@@ -147,9 +147,9 @@ def source_of(data: str | None, precisions: Sequence[Precision], seed: int = 0) 
     return Source(data, seed=seed)
 
 
-def batch_of(sizes: Sizes) -> int:
+def batch_of_shapes(sizes: Sizes) -> int:
     """The batch where none is asked for: that of the sizes that are given, else 1."""
-    return sizes_batch({name: shape for name, shape in sizes.items() if len(shape) > 1})
+    return batch_of({name: shape for name, shape in sizes.items() if len(shape) > 1})
 
 
 def batches_of(text: str | None, sizes: Sizes) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ def batches_of(text: str | None, sizes: Sizes) -> tuple[int, ...]:
         PlanError: If the text is of another form.
     """
     if text is None:
-        return (batch_of(sizes),)
+        return (batch_of_shapes(sizes),)
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
         raise PlanError(f"--batch {text!r} is no list of sizes such as 1,8,32")

@@ -230,7 +230,6 @@ class Work:
                 *(path, self.model, self.catalog, self.statistics, self.probed(), deadline),
                 align=self.settings.align,
                 typed=self._typed_for_timing,
-                types=self.settings.request.name,
             )
         result = self.cut(schedule.plan)
         with self.clock.stage("latency"):

@@ -26,6 +26,11 @@ Label = Mapping[str, Any]
 """An engine by `LABELS`."""
 
 
+def label(model: str, target: str, precision: str | None, batch: int) -> Label:
+    """What tells an engine from others; None where nobody said."""
+    return dict(zip(LABELS, (model, target, precision, batch), strict=True))
+
+
 def race_json(
     labels: Sequence[Sequence[Label]], races: Sequence[Race], conditions: Conditions | None
 ) -> Json:

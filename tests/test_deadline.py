@@ -19,6 +19,7 @@ from corp_onnx.graph import load
 from corp_onnx.latency_table import LatencyTable, kind_of
 from corp_onnx.pipeline import Settings, prune
 from corp_onnx.plan import uniform
+from corp_onnx.precision import Request
 from corp_onnx.probes import Probe, probe
 from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe
@@ -237,9 +238,10 @@ def test_of_several_that_keep_the_limit_the_slowest_is_taken_else_the_fastest():
 
 
 def test_a_table_is_of_the_types_that_were_timed(known, clock, tmp_path):
-    for types in ("fp32", "weight-only int8", "weight-only int8"):
-        asked = Deadline(0.7, False, Abacus(clock), Stopwatch(warmup=0, runs=1), tmp_path)
-        scheduled(example.MODEL, *known, asked, align=ALIGN, types=types)
+    for types in (Request(), Request(weight_only="int8"), Request(weight_only="int8")):
+        watch = Stopwatch(warmup=0, runs=1)
+        asked = Deadline(0.7, False, Abacus(clock), watch, tmp_path, types)
+        scheduled(example.MODEL, *known, asked, align=ALIGN)
     assert len(list(tmp_path.iterdir())) == 2
 
 

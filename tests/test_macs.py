@@ -126,6 +126,19 @@ def test_cutting_deit_tiny_to_half_is_counted_as_if_it_had_been_built_so():
     assert surgery.pruned.params == built.params
 
 
+def test_a_layer_between_two_hidden_axes_is_counted_once():
+    """It ends one MLP and begins the next; the twin counts it for both, and passes 100 %."""
+    net = Net(0)
+    y = net("Relu", net.linear(net.x(), WIDTH, 24))
+    y = net("Relu", net.linear(y, 24, 40))
+    catalog = find_blocks(graph.from_proto(net.build(net.linear(y, 40, WIDTH))))
+    assert len(catalog.blocks) == 2
+    assert catalog.macs_prunable == catalog.macs
+    each = list(catalog.macs_by_block.values())
+    tokens = catalog.macs // (WIDTH * 24 + 24 * 40 + 40 * WIDTH)
+    assert each == [tokens * (WIDTH * 24 + 12 * 40), tokens * (12 * 40 + 40 * WIDTH)]
+
+
 def first_half(block):
     if isinstance(block, Mlp):
         kept = np.arange(block.width // 2)

@@ -21,6 +21,7 @@ from corp_onnx.nbits import weight_of
 from corp_onnx.pipeline import Settings, prune
 from corp_onnx.precision import Request, in_precision
 from corp_onnx.precision.halves import with_casts
+from corp_onnx.precision.integers import step
 from corp_onnx.precision.norms import fused_norms
 from corp_onnx.precision.ranges import BINS, best_range, peaks
 from corp_onnx.precision.records import FORMATS
@@ -34,7 +35,7 @@ from corp_onnx.verify import compare
 from tests.assets import asset
 from tests.builders import TINY, WIDTH, Net, feeds
 from tests.inputs import activations
-from tests.norm_builders import NOT_A_NORM, WRITTEN, normed
+from tests.norm_builders import NOT_A_NORM, WRITTEN, normed, written_out
 
 HALF, BRAIN = FORMATS["fp16"], FORMATS["bf16"]
 
@@ -726,3 +727,88 @@ def test_a_real_text_model_keeps_its_vectors(request_):
 
     made = in_precision(model, request_, [batch(), batch()], [batch()])
     assert error(made) < (1e-5 if request_.precision == "fp16" else 2e-2)
+
+
+# Ends of the range, and what is not for the type
+
+
+@pytest.mark.parametrize("request_", [Request("int8"), Request(weight_only="int8")])
+def test_numbers_near_the_end_of_float32_do_not_divide_by_nothing(request_):
+    """Steps of a 255th of 1e-40 are 0 in float32: what they would divide is infinite."""
+    net = Net(0)
+    y = net.linear(net("Mul", net.x(), np.float32(1e-40)), WIDTH, WIDTH)
+    tiny_ = net("Mul", net.linear(net.input("z", "batch", "tokens", WIDTH), WIDTH, WIDTH), 1.0)
+    model = from_proto(net.build(net("Add", net("Mul", y, 0.0), tiny_)))
+    for tensor in model.graph.tensors().values():
+        if isinstance(tensor, gs.Constant) and tensor.shape == (WIDTH, WIDTH):
+            tensor.values = tensor.values * np.float32(1e-40)
+            break
+    batch = {"x": activations(8), "z": activations(8, seed=1)}
+    made = in_precision(model, request_, [batch], [batch])
+    assert error(made) < 1e-2
+
+
+def test_a_step_is_never_too_small_for_float32():
+    """The twin: a scale that float32 rounds to 0 gives NaN for every zero."""
+    assert step(np.array([0.0, 1e-44, 1.0])).astype(np.float32).min() > 0
+    _, scales, _ = packed(np.full((32, 1), 1e-44, np.float32), 8)
+    assert scales.min() >= np.finfo(np.float32).tiny
+
+
+def test_a_norm_over_an_axis_of_any_size_stays():
+    """The twin: one operator with a scale of the length that was seen fails at any other."""
+    net = Net(0)
+    turned = net("Transpose", net.x(), perm=[0, 2, 1])
+    y = written_out(net, turned, gamma=False, beta=False)
+    model = from_proto(net.build(net.linear(net("Transpose", y, perm=[0, 2, 1]), WIDTH, WIDTH)))
+    made = typed(model)
+    assert made.draft.fused == 0
+    wider = [{"x": np.random.default_rng(0).standard_normal((2, 33, WIDTH), dtype=np.float32)}]
+    wanted, found = (open_session(each) for each in (model, rounding(made.model, HALF)))
+    assert compare(wanted, found, wider).relative_error < 1e-4
+
+
+def test_a_scale_that_adds_an_axis_is_no_part_of_a_norm():
+    net = Net(0)
+    y = written_out(net, net.linear(net.x(), WIDTH, WIDTH), gamma=False, beta=False)
+    net.linear(net("Mul", y, np.ones((1, 1, 1, WIDTH))), WIDTH, WIDTH)
+    model = from_proto(net.build(last(net)))
+    assert fused_norms(model)[1] == 0
+
+
+def test_a_sum_is_a_sum_still_behind_a_reshape():
+    """Rows of zeros over their norm: 1e-12 is what keeps that from NaN, and float16 has it not."""
+    net = Net(0, opset=18)
+    x = net.linear(net.x(), WIDTH, WIDTH, bias=False)
+    length = net("ReduceL2", x, [-1], keepdims=1)
+    spread = net("Expand", net("Max", length, 1e-12), net("Shape", x))
+    y = net("Div", x, spread)
+    model = from_proto(net.build(net.linear(y, WIDTH, WIDTH)))
+    seen = [{"x": np.concatenate([activations(8)[:4], np.zeros_like(activations(8)[:4])])}]
+    made = in_precision(model, Request("fp16"), seen, seen)
+    assert error(made) < 1e-4
+    assert "sum" in kept(made)[node_of(model, "Div").name]
+
+
+def test_positions_cast_to_the_type_of_another_tensor_stay_exact():
+    net = Net(0, opset=18)
+    x = net.linear(net.x(), WIDTH, WIDTH)
+    count = net("Squeeze", net("Slice", net("Shape", x), [1], [2]), [0])
+    places = net("CastLike", net("Range", np.int64(0), count, np.int64(1)), x)
+    turned = net("Mul", net("Unsqueeze", places, [0, 2]), 1.0)
+    model = from_proto(net.build(net.linear(net("Add", x, turned), WIDTH, WIDTH)))
+    made = typed(model)
+    assert "whole numbers" in kept(made)[node_of(model, "CastLike").name]
+
+
+def test_before_opset_13_there_is_no_bfloat16():
+    net = Net(0, opset=12)
+    model = from_proto(net.build(net.linear(net.x(), WIDTH, WIDTH)))
+    with pytest.raises(PlanError, match="13 is the first that has it"):
+        typed(model, "bf16")
+    assert typed(model, "fp16")
+
+
+def test_nothing_asked_for_is_nothing_done(tiny):
+    with pytest.raises(PlanError, match="in fp32 as it is"):
+        typed(tiny("mlp"), "fp32")

@@ -76,5 +76,4 @@ class Bench:
 
 
 def _label(name: str, lane: Lane, batch: int) -> timetable.Label:
-    values = (name, lane.target.name, lane.precision, batch)
-    return dict(zip(timetable.LABELS, values, strict=True))
+    return timetable.label(name, lane.target.name, lane.precision, batch)

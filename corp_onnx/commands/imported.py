@@ -37,8 +37,7 @@ class Imported:
             [each.latency_ms for each in times], [each.device_ms for each in times], seed=self.seed
         )
         labels = [
-            {"model": str(path), "target": MEASURED_BY, "precision": self.precision}
-            | {"batch": self.batch}
+            timetable.label(str(path), MEASURED_BY, self.precision, self.batch)
             for path in self.files
         ]
         document = timetable.race_json([labels], [race], None)

@@ -141,11 +141,9 @@ def _around_reductions(graph: gs.Graph, types: Types) -> Iterator[tuple[gs.Node,
     behind = [reader for node in sums for reader in _readers(node)]
     while behind:
         node = behind.pop()
-        if node.op in SPREAD:
-            behind += _readers(node)
-        elif node.op in STEPS:
+        if node.op in STEPS | SPREAD:
             yield node, "it works on a sum"
-            if _is_scalar_step(node):
+            if node.op in SPREAD or _is_scalar_step(node):
                 behind += _readers(node)
 
 

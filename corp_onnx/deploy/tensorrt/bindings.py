@@ -43,9 +43,9 @@ Made = TypeVar("Made")
 
 MAJORS = (10, 11)
 HOW_TO_GET_IT = (
-    "install it with `pip install 'corp_onnx[tensorrt]' --extra-index-url INDEX`, where INDEX is "
-    "NVIDIA's package index, which TensorRT's installation guide names; on a Jetson it comes with "
-    "JetPack, so make the environment with `python -m venv --system-site-packages`"
+    "install it with `pip install 'corp_onnx[tensorrt]'`, pip being told of NVIDIA's own package "
+    "index as TensorRT's installation guide says; on a Jetson it comes with JetPack, so make the "
+    "environment with `python -m venv --system-site-packages`"
 )
 
 
