@@ -21,7 +21,7 @@ from corp_onnx.nbits import weight_of
 from corp_onnx.pipeline import Settings, prune
 from corp_onnx.precision import Request, in_precision
 from corp_onnx.precision.halves import with_casts
-from corp_onnx.precision.integers import step
+from corp_onnx.precision.integers import _off_centre, step
 from corp_onnx.precision.norms import fused_norms
 from corp_onnx.precision.ranges import BINS, best_range, peaks
 from corp_onnx.precision.records import FORMATS
@@ -732,25 +732,10 @@ def test_a_real_text_model_keeps_its_vectors(request_):
 # Ends of the range, and what is not for the type
 
 
-@pytest.mark.parametrize("request_", [Request("int8"), Request(weight_only="int8")])
-def test_numbers_near_the_end_of_float32_do_not_divide_by_nothing(request_):
-    """Steps of a 255th of 1e-40 are 0 in float32: what they would divide is infinite."""
-    net = Net(0)
-    y = net.linear(net("Mul", net.x(), np.float32(1e-40)), WIDTH, WIDTH)
-    tiny_ = net("Mul", net.linear(net.input("z", "batch", "tokens", WIDTH), WIDTH, WIDTH), 1.0)
-    model = from_proto(net.build(net("Add", net("Mul", y, 0.0), tiny_)))
-    for tensor in model.graph.tensors().values():
-        if isinstance(tensor, gs.Constant) and tensor.shape == (WIDTH, WIDTH):
-            tensor.values = tensor.values * np.float32(1e-40)
-            break
-    batch = {"x": activations(8), "z": activations(8, seed=1)}
-    made = in_precision(model, request_, [batch], [batch])
-    assert error(made) < 1e-2
-
-
 def test_a_step_is_never_too_small_for_float32():
     """The twin: a scale that float32 rounds to 0 gives NaN for every zero."""
     assert step(np.array([0.0, 1e-44, 1.0])).astype(np.float32).min() > 0
+    assert np.float32(_off_centre((0.0, 1e-44))[0]) > 0
     _, scales, _ = packed(np.full((32, 1), 1e-44, np.float32), 8)
     assert scales.min() >= np.finfo(np.float32).tiny
 
