@@ -42,9 +42,6 @@ log = logging.getLogger(__name__)
 
 MODELS = (*exports.DEIT, "DINOv2 ViT-S", "MiniLM-L6")
 BATCHES = (1, 8, 32)
-FEWER: Mapping[str, tuple[int, ...]] = {"DeiT-B": (8,)}
-"""Of the largest model only the batch that is judged: at 32 one turn takes half a minute."""
-
 TOKENS = (16, 128, 512)
 TARGETS: Mapping[str, tuple[Precision, ...]] = {
     "ort-cpu": ("fp32", "int8"),
@@ -74,7 +71,7 @@ def measure(place: Place) -> Outcome:
     rows: list[Row] = []
     names = [place.only] if place.only else ["DeiT-T"] if place.quick else list(MODELS)
     for name in names:
-        rows += _Bench.of(place, name).rows(name, (1,) if place.quick else FEWER.get(name, BATCHES))
+        rows += _Bench.of(place, name).rows(name, (1,) if place.quick else BATCHES)
     checks = [check for row in rows for check in _checks(row)]
     settings = {"most seconds a race": MOST_S, "machine": str(conditions.read())}
     return Outcome({"latency": rows}, (*checks, *_both_help(rows)), settings)
