@@ -22,6 +22,7 @@ from benchmarks import (
     latency,
     macs,
     precisions,
+    punctual,
     quality,
     rotary,
     sizes,
@@ -85,6 +86,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "half of the latency, by choice of widths",
         (*DATA, "openvino"),
         deadlines.MODELS,
+    ),
+    "punctual": Benchmark(
+        punctual.measure,
+        "half of the latency, by target and batch: whether it is met",
+        (*TORCH, "openvino"),
+        tuple(punctual.MODELS),
     ),
     "precisions": Benchmark(
         precisions.measure, "cut, then rounded: errors and sizes", DATA, precisions.MODELS

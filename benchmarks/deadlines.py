@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 MODELS = ("dinov2", "minilm-l6")
 LIMIT, ALLOWED = 0.5, 0.05
-BATCH, TOKENS, RUNS = 8, 128, 20
+TARGET, BATCH, TOKENS, RUNS = "ort-cpu", 8, 128, 20
 SAMPLES: Mapping[str, int] = {"dinov2": 128, "minilm-l6": 1024}
 STEPS = 5
 """Of the bisection over shares."""
@@ -70,7 +70,7 @@ def _rows(subject: Subject) -> tuple[list[Row], Plan]:
         *(model, catalog, statistics, few.batches(1, 0), Recipe("best")), align=DEFAULT_ALIGN
     )
     with TemporaryDirectory() as folder:
-        deadline = replace(_deadline(subject), cache=Path(folder))
+        deadline = deadline_at(model, TARGET, BATCH, Path(folder))
         schedule = scheduled(
             *(model, model, catalog, statistics, probes, deadline), align=DEFAULT_ALIGN
         )
@@ -95,19 +95,17 @@ def _rows(subject: Subject) -> tuple[list[Row], Plan]:
     return rows, schedule.plan
 
 
-def _deadline(subject: Subject) -> Deadline:
-    sizes = {
-        tensor.name: (BATCH, TOKENS)
-        for tensor in subject.model.graph.inputs
-        if len(tensor.shape) == 2
-    }
-    watch = Stopwatch(BATCH, sizes, warmup=3, runs=RUNS)
-    return Deadline(LIMIT, False, open_target("ort-cpu"), watch)
+def deadline_at(model: Model, target: str, batch: int, cache: Path | None = None) -> Deadline:
+    """Half of the time on a target, texts being of `TOKENS`."""
+    texts = [tensor.name for tensor in model.graph.inputs if len(tensor.shape) == 2]
+    watch = Stopwatch(batch, dict.fromkeys(texts, (batch, TOKENS)), warmup=3, runs=RUNS)
+    return Deadline(LIMIT, False, open_target(target), watch, cache)
 
 
 def _share(subject: Subject, model: Model) -> float:
     """Of the dense model's time."""
-    return 1.0 / against_dense(subject.model, model, _deadline(subject)).speedups[1].ratio
+    deadline = deadline_at(subject.model, TARGET, BATCH)
+    return 1.0 / against_dense(subject.model, model, deadline).speedups[1].ratio
 
 
 def _bare(subject: Subject, plan: Plan, statistics: Statistics) -> Model:
@@ -121,7 +119,7 @@ def _alignment(subject: Subject) -> list[Row]:
     statistics = subject.statistics()
     (width,) = {block.width for block in subject.catalog.blocks if block.id.startswith("mlp")}
     plans = [uniform(subject.catalog, {"mlp": 1 - to / width}, align=1) for to in UNALIGNED]
-    deadline = _deadline(subject)
+    deadline = deadline_at(subject.model, TARGET, BATCH)
     race = replace(deadline.stopwatch, runs=2 * RUNS).race(
         [Lane(_bare(subject, plan, statistics), deadline.target) for plan in plans]
     )

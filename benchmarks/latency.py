@@ -88,10 +88,10 @@ class _Bench:
 
     @staticmethod
     def of(place: Place, name: str) -> _Bench:
-        exported = _exported(place, name)
-        model = load(exported) if isinstance(exported, Path) else exported
+        found = exported(place, name)
+        model = load(found) if isinstance(found, Path) else found
         catalog = find_blocks(model)
-        drawn = _drawn(model)
+        drawn = inputs_drawn(model, 2)
         statistics = gather(model, catalog, drawn[:1])
         cut = {}
         for kind, shares in SHARES.items():
@@ -109,7 +109,7 @@ class _Bench:
             kind: count(each.graph, evaluate(each.graph, catalog.sizes)).total
             for kind, each in cut.items()
         }
-        return _Bench(exported, models, macs, "input_ids" in catalog.sizes)
+        return _Bench(found, models, macs, "input_ids" in catalog.sizes)
 
     def rows(self, name: str, batches: Sequence[int]) -> Iterator[Row]:
         """One race for every target, batch, and length of texts."""
@@ -150,7 +150,8 @@ class _Bench:
         return {tensor.name: (batch, tokens) for tensor in model.graph.inputs}
 
 
-def _exported(place: Place, name: str) -> Model | Path:
+def exported(place: Place, name: str) -> Model | Path:
+    """One of `MODELS`, as its exporter wrote it."""
     if name in exports.DEIT:
         return exports.deit(place, name)
     if name == "MiniLM-L6":
@@ -158,11 +159,11 @@ def _exported(place: Place, name: str) -> Model | Path:
     return comparable(load(place.asset("vit_s_focus.onnx")), tasks.FEATURES)
 
 
-def _drawn(model: Model) -> list[Batch]:
-    """Two batches of inputs whose values do not matter."""
+def inputs_drawn(model: Model, batches: int) -> list[Batch]:
+    """Inputs whose values do not matter."""
     sizes = input_sizes(model.graph, batch=4, sequence=usual_sequence(model.graph))
     session = open_session(model)
-    return [timing_inputs(session.inputs, sizes, seed=seed) for seed in (0, 1)]
+    return [timing_inputs(session.inputs, sizes, seed=seed) for seed in range(batches)]
 
 
 def _rows(common: Row, labels: Sequence[Row], race: Race) -> Iterator[Row]:

@@ -58,7 +58,7 @@ Effort = Annotated[
     ),
 ]
 Cache = Annotated[
-    Path | None, typer.Option("--cache", help="Folder for what a builder may use again.")
+    Path | None, typer.Option("--cache", help="Folder for what may be used again, such as times.")
 ]
 
 DEFAULT_TARGET = "ort-cpu"

@@ -182,6 +182,12 @@ def _require_takes_files(folder: Path, path: Path) -> None:
         ) from error
 
 
+def require_makeable(folder: Path) -> None:
+    """Likewise, when a folder could not be made or takes no files."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    _require_takes_files(nearest, folder)
+
+
 def made(folder: Path) -> Path:
     """The folder, with those above it, made if it is not there.
 

@@ -118,6 +118,14 @@ class Ended:
 
 
 @pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A folder for an engine."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ended]]:
     """Run the command line in this process."""
     root = logging.getLogger()

@@ -291,6 +291,20 @@ def test_an_engine_takes_the_place_of_no_other_file(command, files, tmp_path):
         assert command("build", model, "-o", tmp_path / "engine").status == 0
 
 
+def test_an_engine_that_cannot_be_built_leaves_no_folder(command, files, tmp_path):
+    folder = tmp_path / "new" / "engine"
+    ended = command(
+        "build", files.model, "-o", folder, "--precision", "fp16", "--target", "openvino"
+    )
+    assert_refused(ended, "fp16")
+    assert not folder.parent.exists()
+
+
+def test_a_folder_for_an_engine_that_cannot_be_made_is_an_error(command, files):
+    ended = command("build", files.model, "-o", files.model / "engine")
+    assert_refused(ended, "takes no files")
+
+
 def test_a_picture_that_cannot_be_drawn_is_an_error_before_anything_is_timed(command, files):
     ended = command("bench", files.model, "--plot", files.folder / "none" / "times.png")
     assert_refused(ended, "does not exist")

@@ -100,11 +100,11 @@ def runtime(monkeypatch):
     rtx._registered.cache_clear()
 
 
-def test_what_is_compiled_gives_what_the_model_gives(runtime, files, tmp_path):
+def test_what_is_compiled_gives_what_the_model_gives(runtime, files, out):
     fake = runtime()
     target = TensorRTRTX()
-    build = target.build(files.model, tmp_path / "out", "fp32")
-    assert build == Build.read(tmp_path / "out")
+    build = target.build(files.model, out, "fp32")
+    assert build == Build.read(out)
     assert build.target == "tensorrt-rtx"
     assert build.size_bytes == build.path.stat().st_size
     assert build.versions["onnxruntime"] == "1.32.0"
@@ -124,14 +124,14 @@ def open_session_of_cpu(model, feeds):
     return ours.run(None, feeds)[0]
 
 
-def test_options_reach_the_provider(runtime, files, tmp_path):
+def test_options_reach_the_provider(runtime, files, tmp_path, out):
     fake = runtime()
     shapes = {
         "x": ShapeRange((1, 2, 10), (4, 9, 10), (8, 16, 10)),
         "y": ShapeRange((1,), (1,), (1,)),
     }
     target = TensorRTRTX(shapes, 1 << 20, True, tmp_path / "cache")
-    target.load(target.build(files.model, tmp_path / "out", "fp16"))
+    target.load(target.build(files.model, out, "fp16"))
     assert fake.opened[0].providers == [
         {
             "enable_cuda_graph": "1",
@@ -142,7 +142,7 @@ def test_options_reach_the_provider(runtime, files, tmp_path):
             "nv_profile_max_shapes": "x:8x16x10,y:1",
         }
     ]
-    assert Build.read(tmp_path / "out").options["cache"] == str(tmp_path / "cache")
+    assert Build.read(out).options["cache"] == str(tmp_path / "cache")
 
 
 def test_a_missing_wheel_is_an_error_that_says_how_to_get_it(runtime, monkeypatch):
@@ -172,13 +172,13 @@ def test_an_old_onnx_runtime_is_an_error(runtime):
         TensorRTRTX().require("fp16")
 
 
-def test_what_it_cannot_compile_or_load_is_an_error(runtime, files, tmp_path):
+def test_what_it_cannot_compile_or_load_is_an_error(runtime, files, tmp_path, out):
     runtime()
     broken = tmp_path / "broken.onnx"
     shutil.copy(files.model, broken)
     with pytest.raises(GraphError, match=r"cannot compile .*not supported"):
-        TensorRTRTX().build(broken, tmp_path / "out", "fp32")
-    build = TensorRTRTX().build(files.model, tmp_path / "out", "fp32")
+        TensorRTRTX().build(broken, out, "fp32")
+    build = TensorRTRTX().build(files.model, out, "fp32")
     build.path.write_bytes(b"nothing")
     with pytest.raises(GraphError, match=r"cannot load .*build it again"):
         TensorRTRTX().load(build)

@@ -66,12 +66,12 @@ def feeds(batch=4, tokens=9):
 
 
 @pytest.mark.parametrize("version", [TEN, ELEVEN])
-def test_an_engine_gives_what_the_model_gives(version, machine, files, tmp_path):
+def test_an_engine_gives_what_the_model_gives(version, machine, files, out):
     gpu = machine(version)
     target = TensorRT(SHAPES, refit=True)
-    build = target.build(files.model, tmp_path / "out", "fp32")
+    build = target.build(files.model, out, "fp32")
 
-    assert build == Build.read(tmp_path / "out")
+    assert build == Build.read(out)
     assert build.target == "tensorrt"
     assert build.size_bytes == build.path.stat().st_size
     assert build.versions == target.versions()
@@ -79,7 +79,7 @@ def test_an_engine_gives_what_the_model_gives(version, machine, files, tmp_path)
     assert build.versions["gpu"] == "Fake GPU (compute capability 8.6)"
     assert (build.versions["driver"], build.versions["cuda"]) == ("13.0", "12.6")
     assert build.options["refit"] is True
-    assert json.loads((tmp_path / "out" / LAYERS).read_text())["Layers"]
+    assert json.loads((out / LAYERS).read_text())["Layers"]
     assert Options.read(build.options) == Options(SHAPES, refit=True)
 
     engine = target.load(build)
@@ -94,36 +94,36 @@ def test_an_engine_gives_what_the_model_gives(version, machine, files, tmp_path)
 
 @pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGABRT])
 def test_a_crash_of_the_builder_is_an_error_with_what_it_said_last(
-    how, machine, files, tmp_path, monkeypatch
+    how, machine, files, out, monkeypatch
 ):
     machine()
     monkeypatch.setenv(CRASH, str(int(how)))
     with pytest.raises(GraphError, match=how.name) as caught:
-        TensorRT(SHAPES).build(files.model, tmp_path / "out", "fp32")
+        TensorRT(SHAPES).build(files.model, out, "fp32")
     assert "[INFO] timing tactic 0x1234 of layer MatMul_7" in str(caught.value)
-    assert str(tmp_path / "out" / "build.log") in str(caught.value)
+    assert str(out / "build.log") in str(caught.value)
 
 
-def test_a_builder_that_was_killed_wanted_memory(machine, files, tmp_path, monkeypatch):
+def test_a_builder_that_was_killed_wanted_memory(machine, files, out, monkeypatch):
     machine()
     monkeypatch.setenv(CRASH, str(int(signal.SIGKILL)))
     with pytest.raises(GraphError, match="ran out of memory"):
-        TensorRT(SHAPES).build(files.model, tmp_path / "out", "fp32")
+        TensorRT(SHAPES).build(files.model, out, "fp32")
 
 
-def test_an_error_of_the_other_process_is_the_same_error_here(machine, files, tmp_path):
+def test_an_error_of_the_other_process_is_the_same_error_here(machine, files, out):
     machine()
     with pytest.raises(PlanError, match=r"--opt-shapes x:1x1x10"):
-        TensorRT().build(files.model, tmp_path / "out", "fp32")
+        TensorRT().build(files.model, out, "fp32")
 
 
 def test_what_is_our_fault_in_the_other_process_is_no_error_of_the_user(
-    machine, files, tmp_path, monkeypatch
+    machine, files, out, monkeypatch
 ):
     machine()
     monkeypatch.setattr(building, "CHILD", "corp_onnx.no_such_module")
     with pytest.raises(RuntimeError, match="no_such_module"):
-        TensorRT(SHAPES).build(files.model, tmp_path / "out", "fp32")
+        TensorRT(SHAPES).build(files.model, out, "fp32")
 
 
 @pytest.mark.parametrize("version", [TEN, ELEVEN])
@@ -205,10 +205,10 @@ def test_what_is_not_asked_for_stays_as_tensorrt_has_it(machine, build_here):
 
 
 @pytest.mark.parametrize("wrong", [{"optimization_level": 6}, {"workspace_bytes": 0}])
-def test_options_without_sense_are_refused(wrong, machine, files, tmp_path):
+def test_options_without_sense_are_refused(wrong, machine, files, out):
     machine()
     with pytest.raises(PlanError):
-        TensorRT(SHAPES, **wrong).build(files.model, tmp_path / "out", "fp32")
+        TensorRT(SHAPES, **wrong).build(files.model, out, "fp32")
 
 
 def test_kernel_times_are_kept_and_used_again(machine, build_here, tmp_path):
@@ -246,13 +246,13 @@ def test_types_that_the_gpu_lacks_are_refused(machine):
         TensorRT().require("bf16")
 
 
-def test_int8_is_a_model_with_quantised_tensors(machine, files, tmp_path):
+def test_int8_is_a_model_with_quantised_tensors(machine, files, tmp_path, out):
     machine()
     with pytest.raises(PlanError, match="no QuantizeLinear"):
-        TensorRT(SHAPES).build(files.model, tmp_path / "out", "int8")
+        TensorRT(SHAPES).build(files.model, out, "int8")
     (tmp_path / "none.onnx").write_bytes(b"none")
     with pytest.raises(GraphError, match="cannot be read"):
-        TensorRT(SHAPES).build(tmp_path / "none.onnx", tmp_path / "out", "int8")
+        TensorRT(SHAPES).build(tmp_path / "none.onnx", out, "int8")
 
 
 def test_no_gpu_is_an_error_that_says_so(machine):

@@ -12,7 +12,7 @@ from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import LOG, RECORD, Precision, Target
 from corp_onnx.errors import OutputError
-from corp_onnx.graph import Model, made, write
+from corp_onnx.graph import Model, made, require_makeable, write
 from corp_onnx.timing import described
 
 
@@ -32,14 +32,14 @@ class Build:
         self.target.require(self.precision)
         described(self.model)
         self._require_nothing_lost()
-        made(self.folder)
+        require_makeable(self.folder)
         typed = Typist(self.source).typed(self.model, self.target, self.precision)
         with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
             path = self.model
             if isinstance(typed, Model):
                 path = Path(folder) / self.model.name
                 write(typed.proto(), path)
-            built = self.target.build(path, self.folder, self.precision)
+            built = self.target.build(path, made(self.folder), self.precision)
         progress(1, "engines")
         text = (
             f"{built.path} for {built.target} in {built.precision}: "

@@ -62,7 +62,6 @@ class TensorRTRTX:
         """Compile the model for the GPUs of this machine."""
         self.require(precision)
         ort, failures = library()
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / ENGINE
         started, clock = time.time_ns(), time.perf_counter()
         try:

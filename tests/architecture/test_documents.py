@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import itertools
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +124,27 @@ def test_the_python_of_the_readme_runs(folder_of_a_reader, capsys):
     for body in blocks(README, "python"):
         exec(compile(body, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out
+
+
+PAGES = [
+    pytest.param(path, id=name)
+    for name, path in zip(NAMES, DOCUMENTS, strict=True)
+    if path.is_relative_to(ROOT / "docs") and (blocks(path, "bash") or blocks(path, "python"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypatch):
+    (tmp_path / "corp_onnx").symlink_to(ROOT / "corp_onnx")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    shells = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+    for language, body in FENCED.findall(page.read_text(encoding="utf-8")):
+        if language in shells:
+            ended = subprocess.run(
+                [*shells[language], body], cwd=tmp_path, check=False, capture_output=True, text=True
+            )
+            assert ended.returncode == 0, (body, ended.stderr)
 
 
 def slugs(path):

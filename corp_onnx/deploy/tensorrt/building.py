@@ -28,7 +28,6 @@ def build_apart(model: Path, folder: Path, options: Options) -> Mapping[str, str
         GraphError: If TensorRT cannot take the model, or crashed.
         PlanError: If the options do not fit the model.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     request = {
         "model": str(model.resolve()),
         "folder": str(folder.resolve()),

@@ -1,0 +1,111 @@
+"""Whether half of the dense time is met, by model, target and batch.
+
+Widths are chosen for the target (`scheduled`); a model of these widths is then raced against the
+dense one once more. As in ``latency`` what is computed does not matter: inputs are drawn, weights
+are cut without repair. What a deadline costs in error is for ``deadlines`` to say.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.deadlines import ALLOWED, LIMIT, deadline_at
+from benchmarks.latency import exported, inputs_drawn
+from benchmarks.outcome import Outcome, Place, Row
+from corp_onnx.blocks import Catalog, find_blocks
+from corp_onnx.calibrate import gather
+from corp_onnx.deadline import Deadline, against_dense, scheduled
+from corp_onnx.graph import Model, load
+from corp_onnx.macs import count
+from corp_onnx.plan import DEFAULT_ALIGN
+from corp_onnx.probes import Probe, probe
+from corp_onnx.shapes import evaluate
+from corp_onnx.solve import Recipe, solve
+from corp_onnx.statistics import Statistics
+from corp_onnx.surgery import operate
+from corp_onnx.verify import Check
+
+log = logging.getLogger(__name__)
+
+TARGETS = ("ort-cpu", "openvino")
+MODELS: Mapping[str, tuple[int, ...]] = {
+    "DeiT-T": (1, 8, 32),
+    "DeiT-S": (1, 8),
+    "DeiT-B": (1,),
+    "DINOv2 ViT-S": (1, 8),
+    "MiniLM-L6": (1, 8, 32),
+}
+"""Batches by model, as far as a table of times takes minutes, not hours."""
+
+SAMPLES = 8
+"""Batches of drawn inputs, to calibrate on."""
+
+
+def measure(place: Place) -> Outcome:
+    """The time that was found, for every model, target and batch."""
+    rows: list[Row] = []
+    for name in [place.only] if place.only else ["DeiT-T"] if place.quick else MODELS:
+        found = exported(place, name)
+        bench = _Bench.of(load(found) if isinstance(found, Path) else found)
+        for target in TARGETS:
+            for batch in MODELS[name][: 1 if place.quick else None]:
+                log.info("%s at batch %d on %s", name, batch, target)
+                rows.append(
+                    {"model": name, "target": target, "batch": batch} | bench.row(target, batch)
+                )
+                log.info("%s", rows[-1])
+    return Outcome({"half of the time": rows}, tuple(_checks(rows)), {"limit": LIMIT})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bench:
+    """A model, and what every axis of it is worth on drawn inputs."""
+
+    model: Model
+    catalog: Catalog
+    statistics: Statistics
+    probes: tuple[Probe, ...]
+
+    @staticmethod
+    def of(model: Model) -> _Bench:
+        catalog = find_blocks(model)
+        inputs = inputs_drawn(model, SAMPLES)
+        statistics = gather(model, catalog, inputs)
+        best = Recipe("best")
+        probes = probe(model, catalog, statistics, inputs[:1], best, align=DEFAULT_ALIGN)
+        return _Bench(model, catalog, statistics, probes)
+
+    def row(self, target: str, batch: int) -> Row:
+        """What was found, and how."""
+        with TemporaryDirectory() as folder:
+            deadline = deadline_at(self.model, target, batch, Path(folder))
+            schedule = scheduled(
+                *(self.model, self.model, self.catalog, self.statistics, self.probes, deadline),
+                align=DEFAULT_ALIGN,
+            )
+        bare = solve(self.model, self.catalog, schedule.plan, self.statistics, Recipe("none"))
+        smaller = operate(self.model, self.catalog, bare).model
+        return {
+            "time": self._share(smaller, deadline),
+            "MACs": self._macs(smaller) / self._macs(self.model),
+            "tries": len(schedule.tries),
+        }
+
+    def _share(self, smaller: Model, deadline: Deadline) -> float:
+        return 1.0 / against_dense(self.model, smaller, deadline).speedups[1].ratio
+
+    def _macs(self, model: Model) -> int:
+        return count(model.graph, evaluate(model.graph, self.catalog.sizes)).total
+
+
+def _checks(rows: list[Row]) -> Iterator[Check]:
+    for row in rows:
+        name = f"{row['model']} on {row['target']}, batch {row['batch']}"
+        met = abs(row["time"] / LIMIT - 1) <= ALLOWED
+        yield Check(
+            f"{name}: {LIMIT:g} of the time is met within {ALLOWED:.0%}", met, f"{row['time']:.3f}"
+        )
