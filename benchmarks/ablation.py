@@ -18,7 +18,7 @@ from benchmarks.spread import summary
 from benchmarks.subjects import CUTS, Subject, subjects
 from corp_onnx.plan import Plan, uniform
 from corp_onnx.sequential import fit_in_sequence
-from corp_onnx.solve import Recipe, refit
+from corp_onnx.solve import DEFAULT_RIDGE, Recipe, refit
 from corp_onnx.solve.folds import Solution
 from corp_onnx.solve.joint import Joint
 from corp_onnx.surgery import operate
@@ -118,6 +118,8 @@ VARIANTS: Mapping[str, Variant] = {
     "in sequence, but not refitted": _without_refit,
     TWO_CROPS: _two_crops,
     "ridge and step fixed instead of chosen": _fixed_refit,
+    "a tenth of the ridge of a single block": _with(Recipe("best", ridge=DEFAULT_RIDGE / 10)),
+    "ten times that ridge": _with(Recipe("best", ridge=DEFAULT_RIDGE * 10)),
     "half of the calibration samples": _half_of_the_data,
 }
 """The first is what the others are held against."""

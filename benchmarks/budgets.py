@@ -18,13 +18,12 @@ from benchmarks.spread import ratios, summary
 from benchmarks.subjects import Subject, subjects
 from corp_onnx.blocks import Axis
 from corp_onnx.budget import Budget, within
-from corp_onnx.calibrate import BATCH_SIZE
 from corp_onnx.errors import PlanError
-from corp_onnx.pipeline import PROBED_BATCHES
 from corp_onnx.plan import DEFAULT_ALIGN, Plan, uniform
 from corp_onnx.probes import Probe, offered, probe
 from corp_onnx.solve import Recipe
 from corp_onnx.verify import Check
+from corp_onnx.work import PROBED
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class _Bench:
     @classmethod
     def of(cls, subject: Subject) -> _Bench:
         bench = cls(subject, ())
-        few, _ = drawn(subject.samples, PROBED_BATCHES * BATCH_SIZE, subject.seed)
+        few, _ = drawn(subject.samples, PROBED, subject.seed)
         model, catalog = subject.model, subject.catalog
         bench.probes = probe(
             *(model, catalog, bench.statistics, few.batches(1, 0), Recipe("best")),

@@ -16,11 +16,9 @@ from benchmarks.methods import BEST, cut, solution
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.samples import drawn
 from benchmarks.subjects import Subject, subjects
-from corp_onnx.calibrate import BATCH_SIZE
 from corp_onnx.deadline import Deadline, against_dense, scheduled
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.graph import Model
-from corp_onnx.pipeline import PROBED_BATCHES
 from corp_onnx.plan import DEFAULT_ALIGN, Plan, uniform
 from corp_onnx.probes import offered, probe
 from corp_onnx.solve import Recipe, solve
@@ -28,6 +26,7 @@ from corp_onnx.statistics import Statistics
 from corp_onnx.surgery import operate
 from corp_onnx.timing import Lane, Stopwatch
 from corp_onnx.verify import Check
+from corp_onnx.work import PROBED
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def measure(place: Place) -> Outcome:
 def _rows(subject: Subject) -> tuple[list[Row], Plan]:
     statistics = subject.statistics()
     every = offered(subject.catalog)
-    few, _ = drawn(subject.samples, PROBED_BATCHES * BATCH_SIZE, subject.seed)
+    few, _ = drawn(subject.samples, PROBED, subject.seed)
     model, catalog = subject.model, subject.catalog
     probes = probe(
         *(model, catalog, statistics, few.batches(1, 0), Recipe("best")), align=DEFAULT_ALIGN

@@ -32,6 +32,12 @@ def gaps(solution: Solution) -> Mapping[str, float]:
 
 def advice(solution: Solution, samples: int) -> tuple[str, ...]:
     """What to do about a set that is too small or too uniform; nothing if it is neither."""
+    unseen = [fold.evidence.unseen for fold in solution.folds]
+    if solution.in_sequence and unseen and set(unseen) == {None}:
+        return (
+            f"{samples} calibration inputs are too few to hold some of them out of a fit, so "
+            "nothing was fitted to the dense stream: give some hundreds",
+        )
     found = gaps(solution)
     if not found:
         return ()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,8 @@ from corp_onnx.blocks import Catalog
 from corp_onnx.errors import PlanError
 from corp_onnx.plan import Cut, Plan, least_width
 from corp_onnx.probes import Probe
+from corp_onnx.surgery import Surgery
+from corp_onnx.verify import Check
 
 Unit = Literal["macs", "params"]
 
@@ -32,6 +35,24 @@ class Budget:
                 "most 1 (0.6 keeps 60 %)"
             )
 
+    def check(self, surgery: Surgery) -> Check:
+        """Whether it was kept."""
+        found = self.share(surgery)
+        said = f"{found:.1%} of the {self.unit} remain; asked for {self.kept:.1%}"
+        return Check(self.unit, found <= self.kept + ROUNDING, said)
+
+    def share(self, surgery: Surgery) -> float:
+        """What is left of the dense model's."""
+        if self.unit == "macs":
+            return surgery.pruned.total / surgery.dense.total
+        return surgery.pruned.params / surgery.dense.params
+
+
+FURTHER = 1e-3
+"""Of the whole, what is cut beyond what was missing, where costs do not add up; then twice that."""
+
+ROUNDING = 1e-9
+"""Of the whole."""
 
 Costs = Sequence[Float64[np.ndarray, " w1"]]
 """Of every probe, what each width 0, 1, … ``width`` of it costs; never less for more."""
@@ -47,14 +68,25 @@ class _Step:
     """Harm for what is saved."""
 
 
-def within(catalog: Catalog, probes: Sequence[Probe], budget: Budget, *, align: int) -> Plan:
+def within(
+    catalog: Catalog,
+    probes: Sequence[Probe],
+    budget: Budget,
+    *,
+    align: int,
+    left: Callable[[Plan], float] | None = None,
+) -> Plan:
     """The plan that keeps a budget and does the least harm, as far as harms add up.
+
+    Costs need not add up: a layer between two hidden axes costs the product of both, and a layer
+    that is repaired gets a bias. So what really stays is counted, and more is cut until it fits.
 
     Args:
         catalog: The blocks.
         probes: What every axis is worth.
         budget: How much may stay.
         align: Widths are multiples of this.
+        left: Counts the share that really stays under a plan; without it costs are added up.
 
     Raises:
         PlanError: If the budget cannot be kept, with the least that can be.
@@ -65,15 +97,22 @@ def within(catalog: Catalog, probes: Sequence[Probe], budget: Budget, *, align: 
         np.arange(probe.width + 1) * max(one, 0.0)
         for probe, one in zip(probes, channels, strict=True)
     ]
-    needed = dense * (1.0 - budget.kept)
-    widths, missing = least_harm(probes, costs, needed, align=align)
-    if missing > 0:
-        least = 1.0 - (needed - missing) / dense
-        raise PlanError(
-            f"--{budget.unit} {budget.kept:g} cannot be kept: with every axis as narrow as it can "
-            f"be, {least:.2f} of the {budget.unit} remain; ask for that or more"
-        )
-    return plan_of(catalog, probes, widths)
+    aim, further = budget.kept, FURTHER
+    while True:
+        widths, missing = least_harm(probes, costs, dense * (1.0 - aim), align=align)
+        plan = plan_of(catalog, probes, widths)
+        saved = sum(float(cost[-1] - cost[to]) for cost, to in zip(costs, widths, strict=True))
+        found = left(plan) if left else 1.0 - saved / dense
+        if found <= budget.kept + ROUNDING:
+            return plan
+        if missing > 0:
+            raise PlanError(
+                f"--{budget.unit} {budget.kept:g} cannot be kept: with every axis as narrow as it "
+                f"can be, {math.ceil(found * 1000) / 1000:.3f} of the {budget.unit} remain; ask "
+                "for that or more"
+            )
+        aim -= found - budget.kept + further
+        further *= 2
 
 
 def least_harm(

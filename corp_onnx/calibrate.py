@@ -106,7 +106,7 @@ def gather(
     *,
     runtime: Runtime | None = None,
     source: str = "",
-    crops: int = 1,
+    crops: float = 1.0,
     seed: int = 0,
     earlier: Statistics | None = None,
     keep: Callable[[Callable[[], Statistics]], None] | None = None,
@@ -211,7 +211,7 @@ def _too_few(statistics: Statistics, site: str) -> DataError:
             f"no token of {statistics.source} reaches {site}: its mask hides all of them; check "
             "the mask among the inputs"
         )
-    samples = int(np.ceil(statistics.samples / statistics.crops))
+    samples = round(statistics.samples / statistics.crops)
     per_sample = moments.count / samples
     used = int(np.ceil(ENOUGH_TOKENS_PER_CHANNEL * moments.width / per_sample))
     held_out = int(np.ceil(used * HELD_OUT_SHARE / (1 - HELD_OUT_SHARE)))

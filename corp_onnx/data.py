@@ -66,11 +66,11 @@ class Dataset:
         return np.array([self.store.place(index) for index in self.indices.tolist()], np.intp)
 
     @property
-    def crops(self) -> int:
-        """How many inputs are made of every picture; 1 where each sample is taken as it is."""
+    def crops(self) -> float:
+        """Inputs made of one picture, on average; 1 where each sample is taken as it is."""
         if not isinstance(self.store, Crops) or not self.samples:
-            return 1
-        return -(-self.samples // len(np.unique(self.indices % len(self.store.pictures))))
+            return 1.0
+        return self.samples / len(np.unique(self.indices % len(self.store.pictures)))
 
     @property
     def fixed_batch(self) -> int | None:
@@ -127,18 +127,22 @@ class Dataset:
         """Two random parts with no sample in common, each in this order.
 
         Args:
-            share: Of the samples, for the first part, between 0 and 1; each part gets at least one.
+            share: Of the samples, for the first part, between 0 and 1; each part gets at least one,
+                and the first whole batches where the model takes batches of one size only.
             seed: Of the draw.
 
         Raises:
-            DataError: If the share is not between 0 and 1, or there are fewer than two samples.
+            DataError: If the share is not between 0 and 1, or there are fewer than two samples, or
+                batches of that size.
         """
-        if not 0 < share < 1 or self.samples < 2:
+        batch = self.fixed_batch or 1
+        if not 0 < share < 1 or self.samples < 2 * batch:
             raise DataError(
                 f"{self.samples} samples of {self.source} cannot be split with a share of {share}; "
-                "it takes at least two samples and a share between 0 and 1"
+                f"it takes at least {2 * batch} samples and a share between 0 and 1"
             )
-        first = min(max(round(share * self.samples), 1), self.samples - 1)
+        wanted = max(round(share * self.samples / batch), 1) * batch
+        first = min(wanted, (self.samples // batch - 1) * batch)
         order = np.random.default_rng(seed).permutation(self.samples)
         return self.take(np.sort(order[:first])), self.take(np.sort(order[first:]))
 

@@ -207,7 +207,7 @@ def how_to_preprocess(folder: Path, spec: InputSpec) -> str:
     """What to say of a folder of images where the model has no recipe for pictures."""
     if len(spec.shape) != 4:
         return (
-            f"{folder} holds images, but the model's input {spec.name!r} has the shape "
+            f"{folder} is a folder, so of images, but the model's input {spec.name!r} has shape "
             f"{shape_text(spec)} and takes none; give arrays in a .npz"
         )
     height, width = (size or 224 for size in spec.shape[2:])

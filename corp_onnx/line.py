@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from corp_onnx.blocks import Block, Catalog
-from corp_onnx.blocks.records import linears_of
+from corp_onnx.blocks.records import linears_of, masks_of
 from corp_onnx.extracts import extract
 from corp_onnx.graph import Model
 from corp_onnx.plan import Plan
@@ -50,7 +50,7 @@ class Line:
         wanted = {cut.block for cut in plan.cuts}
         blocks = [block for block in self.catalog.blocks if block.id in wanted]
         streams = [stream_behind(self.model, facts, block) for block in blocks]
-        masks = {block.id: block.padding.tensor for block in blocks if block.padding}
+        masks = {block.id: masks_of(block) for block in blocks}
         layers = {block.id: [each.output for each in linears_of(block)] for block in blocks}
         return segments_of(self.model, streams, masks, layers)
 

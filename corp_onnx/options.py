@@ -57,7 +57,7 @@ Crops = Annotated[
         "--crops", min=1, help="Inputs of every picture; default: crops fill up to 256 inputs."
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of every random choice.")]
 AllowRandom = Annotated[
     bool, typer.Option("--allow-random", help="Let --data random feed noise (ruins statistics).")
 ]

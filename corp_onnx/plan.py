@@ -82,6 +82,18 @@ def uniform(
     return Plan(cuts)
 
 
+def warn_of_uncut(plan: Plan, shares_removed: Mapping[Axis, float], *, align: int) -> None:
+    """Say which axes keep their width although some of it was to go."""
+    for axis, share in shares_removed.items():
+        widths = {cut.width for cut in plan.cuts if cut.axis == axis and cut.to == cut.width}
+        if share > 0 and widths:
+            log.warning(
+                "--%s %g leaves axes of width %s as they are, rounded to multiples of %d; give a "
+                "smaller --align",
+                *(axis, share, ", ".join(map(str, sorted(widths))), align),
+            )
+
+
 def _narrowed(width: int, share: float, align: int) -> int:
     if share == 0:
         return width

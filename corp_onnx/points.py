@@ -22,8 +22,8 @@ def sweep_json(
 ) -> Json:
     """What ``sweep --json`` prints: a point per budget, and the smallest model that passed."""
     points: list[Json] = []
-    for place, (output, budget) in enumerate(outputs.items(), 1):
-        result = found[output]
+    for place, (output, result) in enumerate(found.items(), 1):
+        budget = outputs[output]
         comparison = result.verification.comparison
         dense_counts, pruned_counts = result.surgery.dense, result.surgery.pruned
         points.append(
@@ -43,11 +43,13 @@ def sweep_json(
             }
         )
     passed = [point for point in points if point["passed"]]
-    smallest = min(passed, key=lambda point: float(point["macs_kept"]), default=None)
+    unit = next(iter(outputs.values())).unit
+    smallest = min(passed, key=lambda point: float(point[f"{unit}_kept"]), default=None)
     return {
         "model": str(dense),
         "dense_ms": times.latencies[0].median_ms,
         "points": points,
+        "unreachable": [budget.kept for output, budget in outputs.items() if output not in found],
         "chosen": smallest and smallest["output"],
     }
 

@@ -79,7 +79,7 @@ def statistics_json(statistics: Statistics, output: str) -> Json:
     """What ``calibrate --json`` and ``merge --json`` print."""
     return {
         "samples": statistics.samples,
-        "crops": statistics.crops,
+        "crops": math.ceil(statistics.crops),
         "source": statistics.source,
         "sha256": statistics.sha256,
         "tokens": {name: moments.count for name, moments in statistics.sites.items()},
@@ -119,7 +119,7 @@ def pruned_json(result: Pruned, output: str) -> Json:
         "macs": {"dense": result.surgery.dense.total, "pruned": result.surgery.pruned.total},
         "params": {"dense": result.surgery.dense.params, "pruned": result.surgery.pruned.params},
         "samples": result.solved.samples,
-        "crops": result.solved.crops,
+        "crops": math.ceil(result.solved.crops),
         "source": result.solved.source,
         "seconds": dict(result.seconds),
         "checks": [asdict(check) for check in result.verification.checks],

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from corp_onnx.pipeline import DENSE
 from corp_onnx.precision import Typed
 from corp_onnx.precision.check import BEFORE
 from corp_onnx.verify import Check
+from corp_onnx.work import DENSE
 
 MOST_REASONS = 6
 """Lines on what stayed in float32; the JSON document has all of it."""

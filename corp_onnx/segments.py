@@ -31,7 +31,7 @@ class Segment:
 def segments_of(
     model: Model,
     streams: Sequence[Stream],
-    masks: Mapping[str, str],
+    masks: Mapping[str, Sequence[str]],
     layers: Mapping[str, Sequence[str]],
 ) -> tuple[Segment, ...]:
     """Cut a model at its streams, given in the order of the graph.
@@ -46,14 +46,14 @@ def segments_of(
     Args:
         model: The model.
         streams: Of every block that is to be cut.
-        masks: By block, the tensor that says which tokens are padding.
+        masks: By block, the tensors that say which tokens are padding.
         layers: By block, what its linear layers give.
     """
     drafts: list[_Draft] = []
     tensors = model.graph.tensors()
     done: set[int] = set()
     for stream in streams:
-        wanted = [*stream.ends, *([masks[stream.block]] if stream.block in masks else [])]
+        wanted = [*stream.ends, *masks.get(stream.block, ())]
         nodes = list(_needed([tensors[name] for name in wanted], done))
         nodes += list(_size_readers(nodes, done))
         own = {stream.ends[-1], *layers.get(stream.block, ())}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from corp_onnx.blocks import Catalog
-from corp_onnx.calibrate import gather
+from corp_onnx.calibrate import gather, require_enough
 from corp_onnx.fitter import Fitter, Folds
 from corp_onnx.graph import Model
 from corp_onnx.line import Line
@@ -89,8 +89,9 @@ def fit_in_sequence(
             bare += unrepaired
             for stream in segment.streams:
                 on_block(stream.block)
+    fitted = any(fold.block not in given for fold in folds)
     return Fitted(
-        Solution(recipe.method, tuple(folds), in_sequence=True), Solution("none", tuple(bare))
+        Solution(recipe.method, tuple(folds), in_sequence=fitted), Solution("none", tuple(bare))
     )
 
 
@@ -105,6 +106,7 @@ def _solve_shared(line: Line, plan: Plan) -> Mapping[str, Folds]:
     statistics = gather(
         line.model, catalog, batches, runtime=line.runtime, device=line.recipe.device
     )
+    require_enough(statistics)
     found, bare = (
         solve(line.model, line.catalog, Plan(cuts), statistics, recipe)
         for recipe in (line.recipe, Recipe("none", device=line.recipe.device))

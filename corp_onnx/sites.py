@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from corp_onnx.blocks import Attention, Axis, Block, Mlp, axes_of
-from corp_onnx.blocks.records import Linear, Output, Route
+from corp_onnx.blocks.records import Linear, Mask, Output, Route, masks_of
 from corp_onnx.device import HOST, Device
 from corp_onnx.errors import DataError
 from corp_onnx.masks import seen_rows
@@ -20,19 +20,21 @@ from corp_onnx.statistics import Batch
 
 @dataclass(frozen=True, slots=True)
 class Thinning:
-    """Which of a batch's tokens count: every ``step``-th, from one of the first ``step``."""
+    """Which of a batch's tokens count: one in ``step``, evenly spaced, from a place before that."""
 
-    step: int = 1
+    step: float = 1.0
     first: int = 0
 
     @staticmethod
-    def drawn(step: int, seed: int, samples: int) -> Thinning:
+    def drawn(step: float, seed: int, samples: int) -> Thinning:
         """Where to begin follows from the seed and from how many samples came before the batch."""
-        return Thinning(step, int(np.random.default_rng((seed, samples)).integers(step)))
+        return Thinning(step, int(step * np.random.default_rng((seed, samples)).random()))
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """The rows that count: at least one, if there are any."""
-        return rows[min(self.first, max(len(rows) - 1, 0)) :: self.step]
+        first = min(self.first, max(len(rows) - 1, 0))
+        counted: np.ndarray = rows[np.arange(first, len(rows), self.step).astype(int)]
+        return counted
 
 
 ALL = Thinning()
@@ -56,7 +58,7 @@ class Site:
 
     def tensors(self) -> tuple[str, ...]:
         """The tensors to read."""
-        mask = (self.block.padding.tensor,) if self.block.padding else ()
+        mask = masks_of(self.block)
         if isinstance(self.block, Mlp):
             return (self.block.hidden, *mask)
         heads = _query_and_key(self.block) if "qk" in self.axes else ()
@@ -90,14 +92,15 @@ class Site:
     ) -> None:
         """What a linear layer reads."""
         vectors = np.moveaxis(tensors[name], linear.axis, -1)
-        rows = self._rows(vectors, tensors, thinning)
+        rows = _rows(self.block.padding, vectors, tensors, thinning)
         self._sum(role, vectors.reshape(-1, vectors.shape[-1])[rows])
 
     def _add_heads(self, block: Attention, tensors: Batch, thinning: Thinning) -> None:
         values = []
-        for role, route in zip(("query", "key"), _query_and_key(block), strict=True):
+        masks = (block.padding, block.key_padding)
+        for role, route, mask in zip(("query", "key"), _query_and_key(block), masks, strict=True):
             tokens = channels_last(route, tensors[route.linear.output])
-            rows = self._rows(tokens, tensors, thinning)
+            rows = _rows(mask, tokens, tensors, thinning)
             heads = operand(route, tokens)[rows]
             self._sum(role, heads)
             values.append(heads)
@@ -115,13 +118,6 @@ class Site:
         self._products = energy if self._products is None else self._products + energy
         self.tokens += len(key)
 
-    def _rows(self, tokens: np.ndarray, tensors: Batch, thinning: Thinning) -> np.ndarray | slice:
-        """Which tokens are no padding, and of these the ones that count."""
-        seen = seen_rows(self.block.padding, tokens, tensors)
-        if thinning.step == 1:
-            return seen
-        return thinning.of(np.arange(np.prod(tokens.shape[:-1]))[seen])
-
     def _sum(self, role: str, vectors: np.ndarray) -> None:
         self._sums.setdefault(role, Collector(vectors.shape[1:], self._device)).add(vectors)
 
@@ -133,6 +129,16 @@ class Site:
         except DataError as error:
             where = f"{', '.join(self.tensors())} of {self.block.id}"
             raise DataError(f"at {where}: {error}") from error
+
+
+def _rows(
+    mask: Mask | None, tokens: np.ndarray, tensors: Batch, thinning: Thinning
+) -> np.ndarray | slice:
+    """Which tokens are no padding, and of these the ones that count."""
+    seen = seen_rows(mask, tokens, tensors)
+    if thinning.step == 1:
+        return seen
+    return thinning.of(np.arange(np.prod(tokens.shape[:-1]))[seen])
 
 
 def channels_last(route: Route, projection: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ class Solved:
     """Samples that it knows nothing of."""
     samples: int
     source: str
-    crops: int
+    crops: float
 
 
 def from_statistics(
@@ -81,7 +81,8 @@ def in_sequence(
 ) -> Solved:
     """Block by block, each fitted behind those before it as they were cut."""
     held_out, used = held_apart(data, seed)
-    halves = used.split(0.5, seed) if used.samples >= LEAST_TO_REFIT else (used,)
+    enough = max(LEAST_TO_REFIT, 2 * (used.fixed_batch or 1))
+    halves = used.split(0.5, seed) if used.samples >= enough else (used,)
     parts = [enriched(half, crops, seed, of=len(halves)) for half in halves]
     fitted = fit_in_sequence(
         *(model, catalog, plan),

@@ -47,8 +47,8 @@ class Statistics:
     """A few of the calibration batches, to hold promises against what is measured."""
     held_out: tuple[Batch, ...] = ()
     """Batches that no statistic has seen, to verify with."""
-    crops: int = 1
-    """How many of the samples were made of one picture, at most."""
+    crops: float = 1.0
+    """How many of the samples were made of one picture, on average."""
 
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics of both sets of samples together.

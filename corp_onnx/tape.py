@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from corp_onnx.errors import OutputError
+
 
 class Tape:
     """What flows across borders, batch by batch: memory does not grow with the samples."""
@@ -22,13 +24,24 @@ class Tape:
         self._places: dict[str, Path] = {}
 
     def write(self, batch: int, tensors: Mapping[str, np.ndarray]) -> None:
-        """Keep tensors of one batch."""
+        """Keep tensors of one batch.
+
+        Raises:
+            OutputError: If the disk is full.
+        """
         for name, tensor in tensors.items():
             if name not in self._places:
                 self._places[name] = self._folder / str(self._count)
                 self._count += 1
                 self._places[name].mkdir()
-            np.save(self._places[name] / f"{batch}.npy", tensor)
+            try:
+                np.save(self._places[name] / f"{batch}.npy", tensor)
+            except OSError as error:
+                raise OutputError(
+                    f"cannot keep activations in {self._folder}: {error.strerror or error}; name a "
+                    "folder on a larger disk with the environment variable TMPDIR, or calibrate on "
+                    "fewer samples"
+                ) from error
 
     def read(self, batch: int, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """Tensors of one batch; all that are kept, unless they are named."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -33,14 +35,20 @@ def test_a_wide_gap_is_told_with_the_number_that_would_close_it():
     [
         (fold("mlp.0", 0.10, 0.105),),
         (fold("mlp.0", 0.10, 0.09),),
-        (fold("mlp.0", 0.10, None),),
         (fold("mlp.0", 1e-6, 1e-3),),
         (),
     ],
-    ids=["narrow", "none", "in one shot", "negligible", "no folds"],
+    ids=["narrow", "none", "negligible", "no folds"],
 )
 def test_no_advice_is_given_where_there_is_no_need(folds):
     assert advice(solution(*folds), 100) == ()
+
+
+def test_that_nothing_was_fitted_is_told_where_something_might_have_been():
+    unfitted = solution(fold("mlp.0", 0.10, None))
+    (told,) = advice(unfitted, 6)
+    assert told.startswith("6 calibration inputs are too few")
+    assert advice(replace(unfitted, in_sequence=False), 6) == ()
 
 
 def test_gaps_are_by_block_and_axis():

@@ -319,6 +319,41 @@ def test_blocks_come_in_the_order_of_the_graph_and_masks_hold_for_what_follows()
     ]
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["first in the graph", "behind itself"])
+def test_a_mask_of_what_is_attended_to_hides_nobody_who_asks(alone):
+    """Keys of a cross-attention are tokens of their own; the rest has the mask of before."""
+    net = Net(0)
+    own, theirs = (net.input(name, "batch", 1, 1, "tokens") for name in ("added", "added_of_them"))
+    x, context = net.x(), net.input("context", "batch", "tokens", WIDTH)
+
+    def attend(x, context, mask):
+        operands = [net.linear(y, WIDTH, HEADS * HEAD) for y in (x, context, context)]
+        heads = [split_heads(net, y) for y in operands]
+        mixed = mix(net, *heads, lambda net, y: net("Add", scaled(net, y), mask))
+        return net("Add", x, merge_heads(net, mixed))
+
+    x = x if alone else attend(x, x, own)
+    x = attend(net("Relu", x), context, theirs)
+    net.inputs = [value for value in net.inputs if not alone or value.name != own]
+    *_, cross, behind = catalog_of_net(net, net("Add", x, mlp(net, x, relu))).blocks
+    mask = None if alone else Mask(own, "added", HEADS)
+    assert cross.padding == behind.padding == mask
+    assert cross.key_padding == Mask(theirs, "added", HEADS)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one tensor", "positions added to each"])
+def test_self_attention_hides_the_same_tokens_on_both_sides(apart):
+    net = Net(0)
+    x = net.linear(net.x(), WIDTH, WIDTH)
+    mask = net.input("added", "batch", 1, 1, "tokens")
+    query, key = (net("Add", x, net.random(WIDTH)) if apart else x for _ in range(2))
+    operands = [net.linear(y, WIDTH, HEADS * HEAD) for y in (query, key, x)]
+    heads = [split_heads(net, y) for y in operands]
+    mixed = mix(net, *heads, lambda net, y: net("Add", scaled(net, y), mask))
+    (block,) = catalog_of_net(net, merge_heads(net, mixed)).blocks
+    assert block.padding == block.key_padding == Mask(mask, "added", HEADS)
+
+
 def test_a_head_of_width_one_with_a_single_number_as_bias_is_a_linear_layer():
     """A score of every token, as attention pooling has it."""
     net = Net(0)

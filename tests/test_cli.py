@@ -745,6 +745,24 @@ def test_an_output_that_cannot_be_written_is_exit_status_2(
     assert_refused(command(verb, *arguments, "-o", results / target), words)
 
 
+@pytest.mark.parametrize("flag", [("--samples", 8), ("--crops", 2), ("--allow-random",)])
+def test_flags_of_data_are_refused_where_statistics_are_given(command, files, tmp_path, flag):
+    arguments = ("prune", files.model, "-o", tmp_path / "out.onnx", "--stats", files.data)
+    assert_refused(command(*arguments, *flag), "with --stats that is done")
+
+
+def test_a_negative_seed_is_exit_status_2(command, files, tmp_path):
+    arguments = ("--data", files.data, "-o", tmp_path / "out.onnx", "--seed", -1)
+    assert_refused(command("prune", files.model, *arguments), "--seed")
+
+
+def test_widths_that_stay_although_some_was_to_go_are_told(command, files, tmp_path):
+    arguments = ("prune", files.model, "--data", files.data, "-o", tmp_path / "out.onnx")
+    told = command(*arguments, "--mlp", 0.5, "--align", 64)
+    assert "--mlp 0.5 leaves axes of width 14 as they are" in told.message
+    assert "leaves axes" not in command(*arguments, "--mlp", 0.5, "--align", 2).message
+
+
 def test_a_folder_for_results_that_cannot_be_made_is_exit_status_2(command, files):
     ended = command("demo", "--run-dir", files.model / "demo")
     assert_refused(ended, "cannot make the folder")

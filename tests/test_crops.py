@@ -228,6 +228,17 @@ def test_no_crop_of_a_held_out_picture_is_calibrated_on(model, plain_levels):
     assert_apart(levels(found.held_out), levels(found.seen))
 
 
+def test_what_fills_a_set_up_a_little_thins_its_tokens_a_little(model, plain_levels, monkeypatch):
+    """As many tokens count as without crops, not half as many."""
+    monkeypatch.setitem(calibrate.__globals__, "FILLED", 20)
+    data, catalog = opened(plain_levels).take(range(20)), find_blocks(model)
+    found, plain = (calibrate(model, catalog, data, crops=crops) for crops in (None, 1))
+    assert (found.samples, plain.samples) == (20, 16)
+    assert found.crops == 20 / 16
+    for name, moments in found.sites.items():
+        assert abs(moments.count / plain.sites[name].count - 1) <= 0.05
+
+
 def test_a_split_after_cropping_is_noticed(plain_levels):
     """The wrong twin: crops of held-out pictures leak."""
     held_out, used = opened(plain_levels).augmented(2, 0).split(0.2, 0)
@@ -269,7 +280,7 @@ def assert_thinned(statistics: Statistics, truth, rows: np.ndarray) -> None:
 def rows_that_count(crops: int, sizes: list[int], seed: int) -> np.ndarray:
     """Of batches of so many samples of 5 tokens: every ``crops``-th, from a start of its own."""
     starts = np.cumsum([0, *sizes[:-1]])
-    offsets = [int(np.random.default_rng((seed, at)).integers(crops)) for at in starts]
+    offsets = [int(crops * np.random.default_rng((seed, at)).random()) for at in starts]
     numbers = [
         5 * at + np.arange(offset, 5 * size, crops)
         for at, size, offset in zip(starts, sizes, offsets, strict=True)

@@ -274,6 +274,16 @@ def test_a_split_shares_nothing_and_loses_nothing(rows, share, seed):
     assert len(first) == min(max(round(10 * share), 1), 9)
 
 
+@pytest.mark.parametrize(("samples", "share", "first"), [(10, 0.5, 4), (9, 0.9, 4), (8, 0.1, 4)])
+def test_where_batches_are_of_one_size_the_first_part_fills_some(rows, samples, share, first):
+    fixed = open_data(rows, [spec(np.float32, 4, 4, name="x")], samples=samples)
+    parts = fixed.split(share, 0)
+    assert [part.samples for part in parts] == [first, samples - first]
+    assert all(len(batch["x"]) == 4 for part in parts for batch in part.batches(1))
+    with pytest.raises(DataError, match="takes at least 8 samples"):
+        fixed.take(range(7)).split(share, 0)
+
+
 def test_a_split_and_a_subset_follow_the_seed_and_keep_labels(photos, rows):
     data = open_data(photos, [PIXELS], preprocessing=PREPROCESSING)
     part, rest = data.split(0.5, 3)

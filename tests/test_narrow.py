@@ -160,6 +160,21 @@ def test_heads_that_share_a_key_head_share_its_map():
     assert other.evidence.error != fold.evidence.error
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_values_of_full_width_keep_what_never_varied_in_the_samples(parts):
+    f = features()
+    f[:, HEADS.places[0][1]] = 2.0
+    f[:, HEADS.places[1]] = f[:, HEADS.places[1][:1]]
+    weight, bias = weight_and_bias()
+    joints, _ = parts_of(f, parts=parts)
+    fold = narrow_values(joints, branch(), HEADS, 4, ridge=RIDGE)
+    other = features(1)
+    wanted = other @ weight + bias
+    assert distance(behind_values(fold, other, HEADS, 1.0), wanted) <= TOLERANCE
+    varying = np.linalg.pinv(np.cov(f.T), hermitian=True, rcond=NEGLIGIBLE) @ np.cov(f.T)
+    assert distance(other @ varying @ weight + bias, wanted) > 0.1  # the wrong twin
+
+
 def test_values_that_span_less_than_a_head_are_no_singular_system():
     """In float32 the missing directions are rounding, which differs from part to part."""
     f = features()

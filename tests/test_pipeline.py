@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,19 @@ import numpy as np
 import onnx
 import pytest
 
+from corp_onnx import work
 from corp_onnx.blocks import find_blocks
+from corp_onnx.budget import Budget, within
 from corp_onnx.calibrate import calibrate
 from corp_onnx.checking import Gates
 from corp_onnx.clock import Clock
 from corp_onnx.data import open_data
 from corp_onnx.errors import DataError, NothingPrunable, OutputError, PlanError, TooFewSamples
 from corp_onnx.graph import load
-from corp_onnx.pipeline import Settings, prune
+from corp_onnx.pipeline import Settings, prune, sweep
 from corp_onnx.session import open_session
 from corp_onnx.solve import METHODS, Recipe
-from tests.builders import HEAD, HIDDEN, WIDTH
+from tests.builders import HEAD, HIDDEN, TINY, WIDTH, Net
 from tests.inputs import activations
 from tests.tolerances import distance, rounding
 
@@ -292,6 +295,99 @@ def test_an_older_result_survives_a_failure(files, tmp_path):
     with pytest.raises(PlanError):
         pruned(files, output, align=0)
     assert output.read_text() == "older"
+
+
+# Budgets
+
+
+def written(tmp_path, proto, *, samples=64, seed=0):
+    """A model and data for it, as files."""
+    onnx.save(proto, tmp_path / "model.onnx")
+    x = np.random.default_rng(seed).standard_normal((samples, 9, WIDTH)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x)
+    return tmp_path / "model.onnx", data_of(tmp_path / "model.onnx", tmp_path / "data.npz")
+
+
+def gated_without_bias():
+    net = Net(0)
+    gate, up = (net.linear("x", WIDTH, HIDDEN, bias=False) for _ in range(2))
+    net.x()
+    hidden = net("Mul", net("Sigmoid", gate), up)
+    return net.build(net.linear(hidden, HIDDEN, WIDTH, bias=False))
+
+
+@pytest.mark.parametrize(
+    ("proto", "budget"),
+    [
+        (lambda: TINY["mlp_chain"](0).proto, Budget("macs", 0.4)),
+        (lambda: TINY["mlp_chain"](0).proto, Budget("macs", 0.35)),
+        (gated_without_bias, Budget("params", 1.0)),
+    ],
+    ids=["a layer between two axes", "the same, less", "biases that are new"],
+)
+def test_a_budget_is_kept_where_costs_do_not_add_up(tmp_path, monkeypatch, proto, budget):
+    path, data = written(tmp_path, proto())
+
+    def left():
+        given = Settings(align=1)
+        result = prune(path, tmp_path / "out.onnx", data, budget=budget, settings=given)
+        (check,) = (each for each in result.verification.checks if each.name == budget.unit)
+        return budget.share(result.surgery), check.passed
+
+    share, passed = left()
+    assert passed
+    assert 0.85 * budget.kept < share <= budget.kept
+    monkeypatch.setattr(work, "within", lambda *args, left, **options: within(*args, **options))
+    share, passed = left()  # the wrong twin adds costs up, and is told of
+    assert share > budget.kept
+    assert not passed
+
+
+def test_a_sweep_goes_on_without_budgets_that_cannot_be_kept(files, tmp_path, caplog):
+    outputs = {tmp_path / f"{kept:g}.onnx": Budget("macs", kept) for kept in (0.8, 0.01)}
+    data = data_of(files.model, files.data)
+    found = sweep(files.model, outputs, data, settings=Settings(align=1))
+    assert list(found) == [tmp_path / "0.8.onnx"]
+    assert "--macs 0.01 cannot be kept" in caplog.text
+    assert not (tmp_path / "0.01.onnx").exists()
+
+
+def test_what_can_be_kept_at_the_least_is_enough_to_ask_for(files, tmp_path):
+    data, settings = data_of(files.model, files.data), Settings(align=1)
+
+    def cut(kept):
+        budget = Budget("macs", kept)
+        return prune(files.model, tmp_path / "out.onnx", data, budget=budget, settings=settings)
+
+    with pytest.raises(PlanError, match="cannot be kept") as caught:
+        cut(0.01)
+    (least,) = re.findall(r"can be, ([0-9.]+) of the macs", str(caught.value))
+    assert cut(float(least)).verification.passed
+
+
+def test_axes_are_probed_on_samples_however_small_the_batches():
+    batches = [{"x": np.zeros((size, 3))} for size in (1, 7, 8, 4, 4)]
+    assert [len(batch["x"]) for batch in work._first(batches, 16)] == [1, 7, 8]
+    assert len(list(work._first(batches * 9, 1000))) == 45
+
+
+# Batches of one size
+
+
+def test_best_takes_what_corp_takes_of_a_model_with_a_fixed_batch(tmp_path):
+    proto = TINY["mlp"](0).proto
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    for dim, size in zip(dims, (32, 9, WIDTH), strict=True):
+        dim.dim_value = size
+    path, data = written(tmp_path, proto, samples=96)
+    given = Settings(align=1)
+    result = prune(path, tmp_path / "out.onnx", data, shares_removed={"mlp": 0.5}, settings=given)
+    assert result.verification.passed
+    (fold,) = result.solved.solution.folds
+    assert fold.evidence.unseen is not None  # in two halves of one batch each
+    path, data = written(tmp_path, proto, samples=64)
+    result = prune(path, tmp_path / "out.onnx", data, shares_removed={"mlp": 0.5}, settings=given)
+    assert result.solved.solution.folds[0].evidence.unseen is None
 
 
 # The clock

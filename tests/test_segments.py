@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from corp_onnx.blocks import axes_of, find_blocks
-from corp_onnx.blocks.records import linears_of
+from corp_onnx.blocks.records import linears_of, masks_of
 from corp_onnx.extracts import exposed, extract
 from corp_onnx.graph import from_proto
 from corp_onnx.segments import segments_of
@@ -38,7 +38,7 @@ def cut(model):
     catalog = find_blocks(model)
     blocks = [block for block in catalog.blocks if axes_of(block)]
     facts = evaluate(model.graph, catalog.sizes)
-    masks = {block.id: block.padding.tensor for block in blocks if block.padding}
+    masks = {block.id: masks_of(block) for block in blocks}
     layers = {block.id: [linear.output for linear in linears_of(block)] for block in blocks}
     streams = [stream_behind(model, facts, block) for block in blocks]
     return blocks, masks, segments_of(model, streams, masks, layers)

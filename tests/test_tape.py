@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
+from corp_onnx.errors import OutputError
 from corp_onnx.tape import Tape
 
 
@@ -22,6 +26,17 @@ def test_tensors_come_back_batch_by_batch(tmp_path):
             assert found[name].dtype == tensor.dtype
             assert np.array_equal(found[name], tensor)
     assert tape.read(0, ["c"]).keys() == {"c"}
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tape = Tape(tmp_path / "tape")
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OutputError, match=r"No space left on device; .* TMPDIR") as caught:
+        tape.write(0, {"a": np.zeros(3)})
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_what_is_forgotten_leaves_the_disk(tmp_path):

@@ -9,9 +9,11 @@ import pytest
 
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import gather
+from corp_onnx.errors import TooFewSamples
 from corp_onnx.graph import from_proto
 from corp_onnx.plan import uniform
 from corp_onnx.promise import measured_errors
+from corp_onnx.sequential import fit_in_sequence
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold
 from corp_onnx.surgery import operate
@@ -137,3 +139,16 @@ def test_the_function_is_the_same_in_another_basis():
     made = operate(model, catalog, turned(model, catalog)).model
     (expected,), (found,) = (run(one, {"x": activations()}) for one in (model, made))
     assert squared_error(found, expected) < 1e-10
+
+
+def test_what_is_solved_from_the_dense_model_alone_says_so():
+    def fitted(model, samples=12, tokens=12):
+        catalog = find_blocks(model)
+        plan = uniform(catalog, HALF, align=1)
+        x = activations(samples, tokens)
+        return fit_in_sequence(model, catalog, plan, [[{"x": x}], [{"x": x[::-1]}]], Recipe())
+
+    assert not fitted(layers()).solution.in_sequence
+    assert fitted(layers(distinct=True)).solution.in_sequence
+    with pytest.raises(TooFewSamples):
+        fitted(layers(), samples=1, tokens=3)

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
+from corp_onnx.blocks.blockers import layers_above, sources_of
 from corp_onnx.blocks.fragments import Fan, fan_of, other_reader
 from corp_onnx.blocks.operands import Operand, partners
 from corp_onnx.blocks.outputs import find_output
@@ -42,6 +44,7 @@ def attention_of(view: View, parts: Parts, block_id: str) -> Attention | Refusal
     heads, kv_heads = _heads(routes, output)
     widths = [_width(view, item) for item in (parts.query, parts.value)]
     sizes = [reader for fan in fans for reader in fan.readers]
+    mask = _padding(parts, heads, routes)
     return Attention(
         block_id,
         parts.anchor.name,
@@ -58,7 +61,8 @@ def attention_of(view: View, parts: Parts, block_id: str) -> Attention | Refusal
         fragments=tuple(end.route for fan in fans for end in fan.ends),
         frozen=parts.frozen,
         readers=(*sizes, *(output.readers if output else ())),
-        padding=_padding(parts, heads, routes),
+        padding=mask if mask and _of_the_same_tokens(view, parts) else None,
+        key_padding=mask,
         refused=refused,
     )
 
@@ -173,6 +177,22 @@ def _width(view: View, operand: Operand | None) -> int:
     if operand is None or shape is None:
         return 0
     return shape[operand.axis] // (operand.inner or 1)
+
+
+def _of_the_same_tokens(view: View, parts: Parts) -> bool:
+    """Whether queries and keys are of the same tokens: their layers read what has one origin."""
+    if parts.query is None or parts.key is None:
+        return True
+    queries, keys = (_origins(view, operand.tensor) for operand in (parts.query, parts.key))
+    return not queries.isdisjoint(keys)
+
+
+def _origins(view: View, operand: gs.Tensor) -> set[str]:
+    """What the layers above an operand read, and the layers above that."""
+    layers = layers_above(view, operand)
+    read = {view.linears[layer.name].input for layer in layers}
+    entries = [value for layer in layers for value in layer.inputs[0].inputs]
+    return read.union(*(sources_of(view, value) for value in entries if view.known(value) is None))
 
 
 def _padding(parts: Parts, heads: int, routes: Mapping[str, Route]) -> Mask | None:

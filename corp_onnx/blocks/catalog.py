@@ -182,7 +182,7 @@ def _mlps(view: View, taken: set[str]) -> tuple[list[Mlp], list[Refusal]]:
 
 
 def _in_order(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """Blocks in the order of the graph, each with the mask of the attention before it."""
+    """Blocks in the order of the graph, each with the mask of the self-attention before it."""
     place = {node.name: index for index, node in enumerate(view.graph.nodes)}
     ordered = sorted(
         blocks,
@@ -191,7 +191,7 @@ def _in_order(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
     mask: Mask | None = None
     result: list[Block] = []
     for block in ordered:
-        if isinstance(block, Attention):
+        if isinstance(block, Attention) and block.key_padding == block.padding:
             mask = block.padding
         result.append(replace(block, padding=mask))
     return tuple(result)

@@ -221,6 +221,9 @@ class Attention:
     twins: tuple[str, ...] = ()
     """All blocks of the same weights, in the order of the graph; none if there is no other."""
     padding: Mask | None = None
+    """Of the tokens that ask, which are those of the block's output."""
+    key_padding: Mask | None = None
+    """Of the tokens that are attended to: the same in self-attention."""
     refused: Mapping[Axis, str] = field(default_factory=dict)
 
     @property
@@ -230,6 +233,12 @@ class Attention:
 
 
 Block = Mlp | Attention
+
+
+def masks_of(block: Block) -> tuple[str, ...]:
+    """The tensors that say which tokens of a block are padding."""
+    masks = [block.padding, block.key_padding if isinstance(block, Attention) else None]
+    return tuple(dict.fromkeys(mask.tensor for mask in masks if mask))
 
 
 @dataclass(frozen=True, slots=True)

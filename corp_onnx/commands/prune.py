@@ -13,9 +13,10 @@ from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.data import Dataset
 from corp_onnx.deadline import Deadline
 from corp_onnx.graph import Model
-from corp_onnx.pipeline import Knowledge, Settings, prune
+from corp_onnx.pipeline import Settings, prune
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import Runtime, open_session
+from corp_onnx.work import Knowledge
 
 
 @dataclass(frozen=True, slots=True)

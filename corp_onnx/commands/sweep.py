@@ -42,9 +42,9 @@ class Sweep:
             opener(self.source, self.model, self.settings.runtime),
             settings=telling(self.settings, progress),
         )
-        for output in outputs:
+        for output in found:
             keep_preprocessing(self.model, output)
-        document = points.sweep_json(self.model, outputs, found, self._raced(list(outputs), watch))
+        document = points.sweep_json(self.model, outputs, found, self._raced(list(found), watch))
         with whole(self.folder / "sweep.json") as draft:
             draft.write_text(present.as_json(document) + "\n", encoding="utf-8")
         curve(document["points"], self.folder / "sweep.png")

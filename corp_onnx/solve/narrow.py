@@ -38,6 +38,10 @@ LEAST_GAIN = 1e-6
 """Share of the largest gain below which a channel of the branch counts as this much."""
 
 
+TINY = float(np.finfo(np.float64).eps)
+"""The same of the maps themselves, which are exact."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Branch:
     """The last layer of a block, ``y = f W + b``, and the stream that ``gain · y`` is added to."""
@@ -142,7 +146,7 @@ def narrow_values(
     r"""Truncate the values of every head, then fit the output projection over all heads.
 
     With ``P = diag(P_1 … P_h)`` of `truncate_value_output`, and what every head could do by itself,
-    ``W_own = diag(P_hᵀ Σ_h P_h)⁻¹ diag(P_hᵀ Σ_h) W``, the fit starts from::
+    ``W_own`` of `_by_itself`, the fit starts from::
 
         W₀ = W_own + (Pᵀ Σ P + λI)⁻¹ Pᵀ Σ (W - P W_own)        λ = ridge · tr(Pᵀ Σ P) / (h r)
 
@@ -241,13 +245,22 @@ def _by_itself(
     places: Int[np.ndarray, "h e"],
     maps: Float64[np.ndarray, "h e r"],
 ) -> Float64[Array, "k o"]:
-    """The rows with which every head's narrow values stand in best for its dense ones."""
+    r"""The rows with which every head's narrow values stand in best for its dense ones.
+
+    With ``C = PᵀΣP`` of every head and its rows ``W``::
+
+        W_own = C⁺ PᵀΣW + (I - C⁺C) P⁺ W
+
+    The second term is for directions that vary nowhere in the samples: they keep what they had.
+    """
     own = []
     for channels, of_head in zip(places, maps, strict=True):
-        narrow = beside(of_head, weight)
+        narrow, dense = beside(of_head, weight), rows(weight, channels)
         crossed = narrow.T @ block(joint.within, channels, channels)
-        inverse = pseudo_inverse(crossed @ narrow, negligible=NEGLIGIBLE)
-        own.append(inverse @ crossed @ rows(weight, channels))
+        within = crossed @ narrow
+        inverse = pseudo_inverse(within, negligible=NEGLIGIBLE)
+        as_it_was = pseudo_inverse(narrow.T @ narrow, negligible=TINY) @ (narrow.T @ dense)
+        own.append(inverse @ (crossed @ dense - within @ as_it_was) + as_it_was)
     return array_namespace(weight).concat(own)
 
 
