@@ -169,13 +169,7 @@ def prune(
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Cut a model, repair it, verify it, write it. Without shares: --mlp 0.5 --qk 0.5."""
-    if (data is None) == (stats is None):
-        raise PlanError("give either --data (inputs to calibrate on) or --stats (a file of them)")
-    if stats is not None and (samples is not None or crops is not None or allow_random):
-        raise PlanError(
-            "--samples, --crops and --allow-random say what is calibrated on; with --stats that is "
-            "done: leave them out"
-        )
+    options.require_one_of(data, stats, samples is not None or crops is not None or allow_random)
     if latency is None and (batch is not None or cache is not None):
         raise PlanError("--batch and --cache say how a model is timed for --latency; give that too")
     if target is not None and latency is None and precision != "int8" and weight_only is None:

@@ -127,13 +127,12 @@ class Dataset:
         """Two random parts with no sample in common, each in this order.
 
         Args:
-            share: Of the samples, for the first part, between 0 and 1; each part gets at least one,
-                and the first whole batches where the model takes batches of one size only.
+            share: Of the samples, for the first part, between 0 and 1; of batches, where they have
+                a fixed size. Each part gets at least one.
             seed: Of the draw.
 
         Raises:
-            DataError: If the share is not between 0 and 1, or there are fewer than two samples, or
-                batches of that size.
+            DataError: If the share is not between 0 and 1, or there are too few samples for that.
         """
         batch = self.fixed_batch or 1
         if not 0 < share < 1 or self.samples < 2 * batch:
@@ -141,8 +140,7 @@ class Dataset:
                 f"{self.samples} samples of {self.source} cannot be split with a share of {share}; "
                 f"it takes at least {2 * batch} samples and a share between 0 and 1"
             )
-        wanted = max(round(share * self.samples / batch), 1) * batch
-        first = min(wanted, (self.samples // batch - 1) * batch)
+        first = min(max(round(share * self.samples / batch), 1), self.samples // batch - 1) * batch
         order = np.random.default_rng(seed).permutation(self.samples)
         return self.take(np.sort(order[:first])), self.take(np.sort(order[first:]))
 
@@ -297,7 +295,6 @@ def _subset(source: str, available: int, samples: int | None, seed: int) -> Int[
     if samples is not None and samples > available:
         _log.warning("%s has %d samples, not the %d asked for", source, available, samples)
     elif samples is not None:
-        drawn = np.random.default_rng(seed).choice(available, samples, replace=False)
-        indices = np.sort(drawn)
+        indices = np.sort(np.random.default_rng(seed).choice(available, samples, replace=False))
     indices.flags.writeable = False
     return indices

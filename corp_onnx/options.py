@@ -118,6 +118,26 @@ Widths = Mapping[Axis, float] | Budget | Deadline
 DEFAULT_BUDGETS = "0.8,0.6,0.5,0.4"
 
 
+def require_one_of(data: str | None, stats: Path | None, chosen: object) -> None:
+    """See whether there is one source of what is known of the inputs.
+
+    Args:
+        data: Inputs.
+        stats: A file of statistics.
+        chosen: Whether some flag says which of the inputs count.
+
+    Raises:
+        PlanError: If not, or if the flag has nothing to choose from.
+    """
+    if (data is None) == (stats is None):
+        raise PlanError("give either --data (inputs to calibrate on) or --stats (a file of them)")
+    if stats is not None and chosen:
+        raise PlanError(
+            "--samples, --crops and --allow-random say what is calibrated on; with --stats that is "
+            "done: leave them out"
+        )
+
+
 def widths_of(
     shares: Mapping[Axis, float | None],
     kept: Mapping[Unit, float | None],

@@ -38,10 +38,6 @@ LEAST_GAIN = 1e-6
 """Share of the largest gain below which a channel of the branch counts as this much."""
 
 
-TINY = float(np.finfo(np.float64).eps)
-"""The same of the maps themselves, which are exact."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Branch:
     """The last layer of a block, ``y = f W + b``, and the stream that ``gain · y`` is added to."""
@@ -259,7 +255,7 @@ def _by_itself(
         crossed = narrow.T @ block(joint.within, channels, channels)
         within = crossed @ narrow
         inverse = pseudo_inverse(within, negligible=NEGLIGIBLE)
-        as_it_was = pseudo_inverse(narrow.T @ narrow, negligible=TINY) @ (narrow.T @ dense)
+        as_it_was = pseudo_inverse(narrow.T @ narrow, negligible=NEGLIGIBLE**2) @ (narrow.T @ dense)
         own.append(inverse @ (crossed @ dense - within @ as_it_was) + as_it_was)
     return array_namespace(weight).concat(own)
 
