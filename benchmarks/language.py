@@ -37,7 +37,6 @@ CALIBRATION, TEST = 160, 48
 """Windows of each set."""
 
 CUTS: Mapping[str, dict[Axis, float]] = {
-    "30 % of the MLP width": {"mlp": 0.3},
     "50 % of the MLP width": {"mlp": 0.5},
     "50 % of the value width": {"vo": 0.5},
 }
