@@ -136,7 +136,8 @@ PAGES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_the_examples_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypatch):
-    (tmp_path / "corp_onnx").symlink_to(ROOT / "corp_onnx")
+    for folder in ("corp_onnx", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     shells = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
     for language, body in FENCED.findall(page.read_text(encoding="utf-8")):
