@@ -127,8 +127,7 @@ class Dataset:
         """Two random parts with no sample in common, each in this order.
 
         Args:
-            share: Of the samples, for the first part, between 0 and 1; of batches, where they have
-                a fixed size. Each part gets at least one.
+            share: Of the samples, or batches of a fixed size, for the first part; each gets one.
             seed: Of the draw.
 
         Raises:
