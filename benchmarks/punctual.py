@@ -20,12 +20,10 @@ from benchmarks.samples import drawn
 from benchmarks.subjects import minilm_l6
 from corp_onnx.blocks import Catalog, find_blocks
 from corp_onnx.calibrate import gather
-from corp_onnx.deadline import Deadline, against_dense, scheduled
+from corp_onnx.deadline import against_dense, scheduled
 from corp_onnx.graph import Model, load
-from corp_onnx.macs import count
 from corp_onnx.plan import DEFAULT_ALIGN
 from corp_onnx.probes import Probe, probe
-from corp_onnx.shapes import evaluate
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.statistics import Batch, Statistics
 from corp_onnx.surgery import operate
@@ -88,18 +86,12 @@ class _Bench:
                 align=DEFAULT_ALIGN,
             )
         bare = solve(self.model, self.catalog, schedule.plan, self.statistics, Recipe("none"))
-        smaller = operate(self.model, self.catalog, bare).model
+        done = operate(self.model, self.catalog, bare)
         return {
-            "time": self._share(smaller, deadline),
-            "MACs": self._macs(smaller) / self._macs(self.model),
+            "time": 1.0 / against_dense(self.model, done.model, deadline).speedups[1].ratio,
+            "MACs": done.pruned.total / done.dense.total,
             "tries": len(schedule.tries),
         }
-
-    def _share(self, smaller: Model, deadline: Deadline) -> float:
-        return 1.0 / against_dense(self.model, smaller, deadline).speedups[1].ratio
-
-    def _macs(self, model: Model) -> int:
-        return count(model.graph, evaluate(model.graph, self.catalog.sizes)).total
 
 
 def _known(place: Place, name: str) -> tuple[Model, list[Batch]]:

@@ -118,7 +118,7 @@ Widths = Mapping[Axis, float] | Budget | Deadline
 DEFAULT_BUDGETS = "0.8,0.6,0.5,0.4"
 
 
-def require_one_of(data: str | None, stats: Path | None, chosen: object) -> None:
+def require_one_of(data: str | None, stats: Path | None, chosen: bool) -> None:
     """See whether there is one source of what is known of the inputs.
 
     Args:

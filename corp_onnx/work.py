@@ -191,9 +191,10 @@ class Work:
                 found[output] = self.within(budget, probes)
             except PlanError as error:
                 refused.append(error)
-                log.warning("%s", error)
         if not found:
             raise refused[0]
+        for reason in refused:
+            log.warning("%s", reason)
         return found
 
     def in_time(self, path: Path, deadline: Deadline) -> Pruned:

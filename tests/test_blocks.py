@@ -319,8 +319,9 @@ def test_blocks_come_in_the_order_of_the_graph_and_masks_hold_for_what_follows()
     ]
 
 
+@pytest.mark.parametrize("masked", [True, False], ids=["masked keys", "all keys seen"])
 @pytest.mark.parametrize("alone", [True, False], ids=["first in the graph", "behind itself"])
-def test_a_mask_of_what_is_attended_to_hides_nobody_who_asks(alone):
+def test_a_mask_of_what_is_attended_to_hides_nobody_who_asks(alone, masked):
     """Keys of a cross-attention are tokens of their own; the rest has the mask of before."""
     net = Net(0)
     own, theirs = (net.input(name, "batch", 1, 1, "tokens") for name in ("added", "added_of_them"))
@@ -329,16 +330,17 @@ def test_a_mask_of_what_is_attended_to_hides_nobody_who_asks(alone):
     def attend(x, context, mask):
         operands = [net.linear(y, WIDTH, HEADS * HEAD) for y in (x, context, context)]
         heads = [split_heads(net, y) for y in operands]
-        mixed = mix(net, *heads, lambda net, y: net("Add", scaled(net, y), mask))
-        return net("Add", x, merge_heads(net, mixed))
+        logits = (lambda net, y: net("Add", scaled(net, y), mask)) if mask else scaled
+        return net("Add", x, merge_heads(net, mix(net, *heads, logits)))
 
     x = x if alone else attend(x, x, own)
-    x = attend(net("Relu", x), context, theirs)
-    net.inputs = [value for value in net.inputs if not alone or value.name != own]
+    x = attend(net("Relu", x), context, theirs if masked else None)
+    read = ({theirs} if masked else set()) | (set() if alone else {own})
+    net.inputs = [value for value in net.inputs if "added" not in value.name or value.name in read]
     *_, cross, behind = catalog_of_net(net, net("Add", x, mlp(net, x, relu))).blocks
     mask = None if alone else Mask(own, "added", HEADS)
     assert cross.padding == behind.padding == mask
-    assert cross.key_padding == Mask(theirs, "added", HEADS)
+    assert cross.key_padding == (Mask(theirs, "added", HEADS) if masked else None)
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one tensor", "positions added to each"])

@@ -33,6 +33,7 @@ from tests.builders import (
     projections,
     scaled,
     separate,
+    split_heads,
 )
 from tests.inputs import activations, dataset, sentences
 from tests.oracles import two_pass
@@ -196,6 +197,28 @@ def test_padding_that_is_not_masked_counts(unpadded, texts):
     for name, moments in expected.sites.items():
         assert moments.count == sum(map(len, texts))
         assert distance(statistics.sites[name].mean, moments.mean) > 1e-3
+
+
+def test_of_a_cross_attention_hidden_keys_count_nowhere_and_all_queries_do():
+    net = Net(0)
+    query = net.linear(net.x(), WIDTH, HEADS * HEAD)
+    context = net.input("context", "batch", "tokens", WIDTH)
+    key, value = (net.linear(context, WIDTH, HEADS * HEAD) for _ in range(2))
+    mask = net.input("added", "batch", 1, 1, "tokens")
+    heads = [split_heads(net, y) for y in (query, key, value)]
+    mixed = mix(net, *heads, lambda net, y: net("Add", scaled(net, y), mask))
+    model = from_proto(net.build(merge_heads(net, mixed)))
+    rng = np.random.default_rng(0)
+    x, context = rng.standard_normal((2, 20, 6, WIDTH)).astype(np.float32)
+    added = np.where(np.arange(6) < 2, 0, -1e4).astype(np.float32)
+    batch = {"x": x, "context": context, "added": np.broadcast_to(added, (20, 1, 1, 6)).copy()}
+    counts = {name: moments.count for name, moments in gathered(model, batch).sites.items()}
+    assert {name.partition(".0.")[2]: count for name, count in counts.items()} == {
+        "query": 120,
+        "key": 40,
+        "centred_key": 40,
+        "context": 120,
+    }
 
 
 MASKS = {

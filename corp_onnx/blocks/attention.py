@@ -44,7 +44,6 @@ def attention_of(view: View, parts: Parts, block_id: str) -> Attention | Refusal
     heads, kv_heads = _heads(routes, output)
     widths = [_width(view, item) for item in (parts.query, parts.value)]
     sizes = [reader for fan in fans for reader in fan.readers]
-    mask = _padding(parts, heads, routes)
     return Attention(
         block_id,
         parts.anchor.name,
@@ -61,8 +60,8 @@ def attention_of(view: View, parts: Parts, block_id: str) -> Attention | Refusal
         fragments=tuple(end.route for fan in fans for end in fan.ends),
         frozen=parts.frozen,
         readers=(*sizes, *(output.readers if output else ())),
-        padding=mask if mask and _of_the_same_tokens(view, parts) else None,
-        key_padding=mask,
+        key_padding=_padding(parts, heads, routes),
+        crosses=_crosses(view, parts),
         refused=refused,
     )
 
@@ -179,20 +178,22 @@ def _width(view: View, operand: Operand | None) -> int:
     return shape[operand.axis] // (operand.inner or 1)
 
 
-def _of_the_same_tokens(view: View, parts: Parts) -> bool:
-    """Whether queries and keys are of the same tokens: their layers read what has one origin."""
+def _crosses(view: View, parts: Parts) -> bool:
+    """Whether queries and keys are of different tokens: their layers read nothing of one origin."""
     if parts.query is None or parts.key is None:
-        return True
-    queries, keys = (_origins(view, operand.tensor) for operand in (parts.query, parts.key))
-    return not queries.isdisjoint(keys)
+        return False
+    layers = [layers_above(view, operand.tensor) for operand in (parts.query, parts.key)]
+    read, keys_read = ({view.linears[one.name].input for one in each} for each in layers)
+    if not read.isdisjoint(keys_read):
+        return False
+    above, above_keys = (_above(view, each) for each in layers)
+    return above.isdisjoint(above_keys)
 
 
-def _origins(view: View, operand: gs.Tensor) -> set[str]:
-    """What the layers above an operand read, and the layers above that."""
-    layers = layers_above(view, operand)
-    read = {view.linears[layer.name].input for layer in layers}
+def _above(view: View, layers: Sequence[gs.Tensor]) -> set[str]:
+    """The layers above some layers."""
     entries = [value for layer in layers for value in layer.inputs[0].inputs]
-    return read.union(*(sources_of(view, value) for value in entries if view.known(value) is None))
+    return {name for e in entries if view.known(e) is None for name in sources_of(view, e)}
 
 
 def _padding(parts: Parts, heads: int, routes: Mapping[str, Route]) -> Mask | None:

@@ -191,8 +191,8 @@ def _in_order(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
     mask: Mask | None = None
     result: list[Block] = []
     for block in ordered:
-        if isinstance(block, Attention) and block.key_padding == block.padding:
-            mask = block.padding
+        if isinstance(block, Attention) and not block.crosses:
+            mask = block.key_padding
         result.append(replace(block, padding=mask))
     return tuple(result)
 

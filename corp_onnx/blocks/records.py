@@ -224,6 +224,8 @@ class Attention:
     """Of the tokens that ask, which are those of the block's output."""
     key_padding: Mask | None = None
     """Of the tokens that are attended to: the same in self-attention."""
+    crosses: bool = False
+    """Whether these are other tokens than those that ask."""
     refused: Mapping[Axis, str] = field(default_factory=dict)
 
     @property
