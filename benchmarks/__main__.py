@@ -13,10 +13,13 @@ from benchmarks import (
     budgets,
     calibration,
     crops,
+    cuda,
     deadlines,
     demo,
+    devices,
     effort,
     exactness,
+    family,
     inspection,
     language,
     latency,
@@ -32,6 +35,8 @@ from benchmarks.report import DONE, RESULTS, Heading, report, status_of
 
 DATA = ("tokenizers", "pillow")
 TORCH = ("torch", "timm", "transformers", "onnxscript")
+GPU = ("onnxruntime-gpu", "cupy-cuda13x", "nvidia-ml-py")
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "demo": Benchmark(demo.measure, "the bundled model, cut and repaired by every method"),
     "exactness": Benchmark(
@@ -81,6 +86,22 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         (*TORCH, "openvino"),
         latency.MODELS,
     ),
+    "cuda": Benchmark(
+        cuda.measure,
+        "speed-up against the MAC ratio on an NVIDIA GPU",
+        (*TORCH, *GPU),
+        cuda.MODELS,
+        on_gpu=True,
+    ),
+    "devices": Benchmark(
+        devices.measure,
+        "calibrating and solving on the processor and on an NVIDIA GPU",
+        (*TORCH, *GPU),
+        on_gpu=True,
+    ),
+    "family": Benchmark(
+        family.measure, "what a cut costs as models grow", DATA, family.MODELS, on_gpu=True
+    ),
     "deadlines": Benchmark(
         deadlines.measure,
         "half of the latency, by choice of widths",
@@ -106,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmarks that are named; 0 if all their checks hold."""
     parser = _parser()
     asked = parser.parse_args(argv)
-    names = list(BENCHMARKS) if asked.names == [ALL] else asked.names
+    names = _everywhere() if asked.names == [ALL] else asked.names
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"there is no benchmark {unknown[0]!r}; choose from {', '.join(BENCHMARKS)}")
@@ -145,6 +166,11 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=int, metavar="N", help="how many draws of calibration samples"
     )
     return parser
+
+
+def _everywhere() -> list[str]:
+    """Those that need no GPU."""
+    return [name for name, benchmark in BENCHMARKS.items() if not benchmark.on_gpu]
 
 
 def _run(name: str, place: Place, out: Path, argv: Sequence[str]) -> int:

@@ -43,7 +43,11 @@ log = logging.getLogger(__name__)
 MODELS = (*exports.DEIT, "DINOv2 ViT-S", "MiniLM-L6")
 BATCHES = (1, 8, 32)
 TOKENS = (16, 128, 512)
-TARGETS: Mapping[str, tuple[Precision, ...]] = {
+
+Targets = Mapping[str, tuple[Precision, ...]]
+"""Names, and the precisions that are timed there."""
+
+TARGETS: Targets = {
     "ort-cpu": ("fp32", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
 }
@@ -71,62 +75,57 @@ def measure(place: Place) -> Outcome:
     rows: list[Row] = []
     names = [place.only] if place.only else ["DeiT-T"] if place.quick else list(MODELS)
     for name in names:
-        rows += _Bench.of(place, name).rows(name, (1,) if place.quick else BATCHES)
+        rows += Bench.of(exported(place, name), TARGETS).rows(
+            name, (1,) if place.quick else BATCHES
+        )
     checks = [check for row in rows for check in _checks(row)]
     settings = {"most seconds a race": MOST_S, "machine": str(conditions.read())}
     return Outcome({"latency": rows}, (*checks, *_both_help(rows)), settings)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Bench:
-    """A model as exported, cleaned and cut, each in every precision."""
+class Bench:
+    """A model as exported, cleaned and cut, each in every precision that a target is timed in."""
 
     exported: Model | Path
     models: Mapping[tuple[str, Precision], Model]
     macs: Mapping[str, int]
+    targets: Targets
     text: bool
 
     @staticmethod
-    def of(place: Place, name: str) -> _Bench:
-        found = exported(place, name)
+    def of(found: Model | Path, targets: Targets) -> Bench:
+        """The same cuts of any model, without repair."""
         model = load(found) if isinstance(found, Path) else found
         catalog = find_blocks(model)
         drawn = inputs_drawn(model, 2)
         statistics = gather(model, catalog, drawn[:1])
-        cut = {}
+        models: dict[tuple[str, Precision], Model] = {}
+        macs = {}
         for kind, shares in SHARES.items():
-            plan = uniform(catalog, shares)
-            bare = solve(model, catalog, plan, statistics, Recipe("none"))
-            cut[kind] = operate(model, catalog, bare).model
-        eighths = Request("int8", limit=float("inf"))
-        narrow = {
-            kind: in_precision(each, eighths, drawn[:1], drawn[1:]).model
-            for kind, each in cut.items()
-        }
-        models = {(kind, "fp32"): each for kind, each in cut.items()}
-        models |= {(kind, "int8"): each for kind, each in narrow.items()}
-        macs = {
-            kind: count(each.graph, evaluate(each.graph, catalog.sizes)).total
-            for kind, each in cut.items()
-        }
-        return _Bench(found, models, macs, "input_ids" in catalog.sizes)
+            bare = solve(model, catalog, uniform(catalog, shares), statistics, Recipe("none"))
+            cut = operate(model, catalog, bare).model
+            macs[kind] = count(cut.graph, evaluate(cut.graph, catalog.sizes)).total
+            for precision in _stored(targets):
+                models[kind, precision] = _typed(cut, precision, drawn)
+        return Bench(found, models, macs, targets, "input_ids" in catalog.sizes)
 
     def rows(self, name: str, batches: Sequence[int]) -> Iterator[Row]:
         """One race for every target, batch, and length of texts."""
         for batch in batches:
             for tokens in TOKENS if self.text else (None,):
-                for target in TARGETS:
+                for target in self.targets:
                     log.info("%s, batch %d, tokens %s on %s", name, batch, tokens, target)
-                    labels, lanes = zip(*self._lanes(target), strict=True)
+                    labels, lanes = zip(*self.lanes(target), strict=True)
                     found = self._raced(lanes, batch, tokens)
                     common = {"model": name, "batch": batch, "tokens": tokens, "target": target}
                     yield from _rows(common, labels, found)
 
-    def _lanes(self, name: str) -> Iterator[tuple[Row, Lane]]:
+    def lanes(self, name: str) -> Iterator[tuple[Row, Lane]]:
         """The first is what all others are held against."""
         target = open_target(name)
-        for precision in TARGETS[name]:
-            types: Precision = "fp32" if precision in BY_ITSELF.get(name, ()) else precision
+        for precision in self.targets[name]:
+            types = _stored_for(name, precision)
             for kind in SHARES:
                 label = {"precision": precision, "cut": kind}
                 ratio = self.macs[CLEANED] / self.macs[kind]
@@ -137,17 +136,35 @@ class _Bench:
 
     def _raced(self, lanes: Sequence[Lane], batch: int, tokens: int | None) -> Race:
         """As many turns as there is time for."""
-        watch = Stopwatch(batch, self._sizes(batch, tokens), warmup=1, runs=1)
+        watch = Stopwatch(batch, self.sizes(batch, tokens), warmup=1, runs=1)
         once = watch.race(lanes)
         turn_s = sum(latency.median_ms for latency in once.latencies) / 1000
         runs = int(np.clip(MOST_S / turn_s, LEAST_RUNS, MOST_RUNS))
         return replace(watch, warmup=WARMUP, runs=runs).race(lanes)
 
-    def _sizes(self, batch: int, tokens: int | None) -> Sizes:
+    def sizes(self, batch: int, tokens: int | None) -> Sizes:
+        """Of the inputs of a text model, which do not say how long texts are."""
         if tokens is None:
             return {}
-        model = self.models[CLEANED, "fp32"]
+        model = next(iter(self.models.values()))
         return {tensor.name: (batch, tokens) for tensor in model.graph.inputs}
+
+
+def _stored_for(target: str, precision: Precision) -> Precision:
+    """The precision of the file that a target computes in another by itself."""
+    return "fp32" if precision in BY_ITSELF.get(target, ()) else precision
+
+
+def _stored(targets: Targets) -> set[Precision]:
+    return {_stored_for(name, each) for name, some in targets.items() for each in some}
+
+
+def _typed(model: Model, precision: Precision, drawn: Sequence[Batch]) -> Model:
+    """Whatever it costs in error."""
+    if precision == "fp32":
+        return model
+    request = Request(precision, limit=float("inf"))
+    return in_precision(model, request, drawn[:1], drawn[1:]).model
 
 
 def exported(place: Place, name: str) -> Model | Path:

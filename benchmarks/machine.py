@@ -9,15 +9,11 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from corp_onnx import conditions
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("corp_onnx", "numpy", "scipy", "onnx", "onnx_graphsurgeon", "onnxruntime")
 SOURCES = ("corp_onnx", "tests", "benchmarks", ":!benchmarks/results")
-
-
-def cpu() -> str:
-    """The processor, as it names itself."""
-    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
 
 
 def slug(name: str) -> str:
@@ -31,9 +27,16 @@ def slug(name: str) -> str:
 
 
 def device() -> dict[str, object]:
-    """Processor, cores that this process may use, memory."""
+    """Processor, cores that this process may use, memory, NVIDIA GPUs."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), "memory_bytes": memory}
+    processor, *gpus = conditions.devices()
+    cores = len(os.sched_getaffinity(0))
+    return {"cpu": processor, "cores": cores, "memory_bytes": memory, "gpus": gpus}
+
+
+def name() -> str:
+    """The GPU of a machine that has one, else the processor."""
+    return conditions.devices()[-1]
 
 
 def system() -> str:

@@ -40,6 +40,7 @@ def in_sequence(subject: Subject, plan: Plan, recipe: Recipe) -> Solution:
     """Block by block, as ``corp-onnx prune`` does it."""
     return fit_in_sequence(
         *(subject.model, subject.catalog, plan, subject.parts(), recipe),
+        runtime=subject.runtime,
         seed=subject.seed,
     ).solution
 

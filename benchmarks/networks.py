@@ -15,7 +15,7 @@ from tools.fetch_assets import FOLDER
 
 IMAGE, CHANNELS = 224, 3
 SMALL_IMAGE, SMALL_PATCH = 64, 8
-DEEP = 28
+DEEP, QUARTER = 28, 8
 TOKENS, VOCABULARY, POSITIONS = 12, 1000, 64
 
 Inputs = tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
@@ -34,6 +34,16 @@ def vit_s() -> tuple[torch.nn.Module, Inputs]:
 def vit_deep() -> tuple[torch.nn.Module, Inputs]:
     """Many nodes and few weights: 28 blocks, norms of queries and keys."""
     return _timm("vit_tiny_patch16_224", depth=DEEP, qk_norm=True)
+
+
+def dinov2_s() -> tuple[torch.nn.Module, Inputs]:
+    """DINOv2 ViT-S: patches of 14 pixels, so a third more tokens, and LayerScale."""
+    return _timm("vit_small_patch14_dinov2", img_size=IMAGE)
+
+
+def deit_h() -> tuple[torch.nn.Module, Inputs]:
+    """A quarter of DeiT-H: 8 of its 32 blocks, which are all alike."""
+    return _timm("deit3_huge_patch14_224", depth=QUARTER)
 
 
 def hf_vit_eager() -> tuple[torch.nn.Module, Inputs]:
@@ -64,6 +74,19 @@ def minilm_l6_eager() -> tuple[torch.nn.Module, Inputs]:
 def minilm_l6_sdpa() -> tuple[torch.nn.Module, Inputs]:
     """The same with torch's scaled_dot_product_attention."""
     return _minilm("sdpa")
+
+
+def minilm_l6_drawn() -> tuple[torch.nn.Module, Inputs]:
+    """The shape of all-MiniLM-L6, for its times."""
+    config = transformers.BertConfig(
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        vocab_size=VOCABULARY,
+        attn_implementation="eager",
+    )
+    return _drawn(transformers.BertModel(config, add_pooling_layer=False)), _sentences()
 
 
 def smollm2() -> tuple[torch.nn.Module, Inputs]:

@@ -69,3 +69,5 @@ class Benchmark:
     packages: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     """What ``--only`` may name."""
+    on_gpu: bool = False
+    """Whether it needs an NVIDIA GPU, or what only one makes in time."""

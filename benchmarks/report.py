@@ -62,7 +62,7 @@ def report(heading: Heading, measure: Callable[[], Outcome], out: Path | None) -
     }
     _show(outcome)
     if out is not None:
-        path = out / f"{document['date']}-{heading.name}-{machine.slug(machine.cpu())}.json"
+        path = out / f"{document['date']}-{heading.name}-{machine.slug(machine.name())}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         SCREEN.print(f"written to {path}")

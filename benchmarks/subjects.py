@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from corp_onnx.data import open_data
 from corp_onnx.graph import Model
 from corp_onnx.labels import read_labels
 from corp_onnx.macs import count
-from corp_onnx.session import open_session
+from corp_onnx.session import Runtime, open_session
 from corp_onnx.shapes import evaluate
 from corp_onnx.statistics import Batch, Statistics
 from corp_onnx.verify import comparable
@@ -65,6 +66,7 @@ class Subject:
         cuts: Names in `CUTS`.
         seed: Of the draw, of the halves and of the crops.
         crops: Inputs to make of every picture.
+        runtime: How it is run.
         dense: The dense model's tensors, once they are known.
     """
 
@@ -79,6 +81,7 @@ class Subject:
     cuts: tuple[str, ...]
     seed: int
     crops: int = CROPS
+    runtime: Runtime | None = None
     dense: Tensors = (np.empty(0), np.empty(0))
 
     def known(self) -> Subject:
@@ -95,6 +98,7 @@ class Subject:
             self.model,
             self.catalog,
             self.samples.batches(self.crops, self.seed),
+            runtime=self.runtime,
             source=self.title,
             crops=self.samples.crops(self.crops),
             seed=self.seed,
@@ -125,7 +129,7 @@ class Subject:
         return count(model.graph, evaluate(model.graph, self.catalog.sizes)).total
 
     def _tensors(self, model: Model) -> Tensors:
-        session = open_session(model)
+        session = open_session(model, self.runtime)
         name = model.graph.outputs[0].name
 
         def run(batches: Sequence[Batch]) -> np.ndarray:
@@ -148,25 +152,8 @@ def subjects(
 
 def fashion(place: Place, seed: int) -> Subject:
     """The bundled classifier; no pictures but arrays, so there are no crops."""
-    model = graph.load(example.MODEL)
-    session = open_session(example.MODEL)
-    pool, test = (
-        Source(str(path)).open(example.MODEL, session)
-        for path in (example.CALIBRATION, example.TEST)
-    )
-    if place.quick:
-        test = test.take(range(0, test.samples, 10))
-    truth = np.array(read_labels(example.TEST, test))
-
-    def top1(_: np.ndarray, logits: np.ndarray) -> float:
-        return float((logits.argmax(axis=1) == truth).mean())
-
-    batch = tasks.FASHION_BATCH
-    samples, _ = drawn(Data(pool, batch), 128 if place.quick else FASHION_DRAWN, seed)
-    return Subject(
-        *("Fashion ViT", model, find_blocks(model), samples, (), tuple(test.batches(batch))),
-        *({"top-1": top1}, _whole, tuple(CUTS), seed),
-    )
+    files = (example.MODEL, example.CALIBRATION, example.TEST)
+    return classifier(place, "Fashion ViT", files, FASHION_DRAWN, seed)
 
 
 def dinov2(place: Place, seed: int) -> Subject:
@@ -210,6 +197,34 @@ def minilm_l6(place: Place, seed: int) -> Subject:
     """MiniLM-L6; the vector of a text is the mean over its tokens."""
     model = graph.load(exports.drawn(place, "minilm_l6_eager", "ts17"))
     return _texts(place, seed, "MiniLM-L6", model, _mean_of_tokens)
+
+
+def classifier(
+    place: Place,
+    title: str,
+    files: tuple[Path, Path, Path],
+    count: int,
+    seed: int,
+    runtime: Runtime | None = None,
+) -> Subject:
+    """A model, arrays to draw ``count`` calibration samples from, and labelled ones to test on."""
+    path, known, unseen = files
+    model, session = graph.load(path), open_session(path)
+    pool, test = (Source(str(each)).open(path, session) for each in (known, unseen))
+    if place.quick:
+        test = test.take(range(0, test.samples, 10))
+    truth = np.array(read_labels(unseen, test))
+
+    def top1(_: np.ndarray, logits: np.ndarray) -> float:
+        return float((logits.argmax(axis=1) == truth).mean())
+
+    batch = tasks.FASHION_BATCH
+    samples, _ = drawn(Data(pool, batch), 128 if place.quick else count, seed)
+    return Subject(
+        *(title, model, find_blocks(model), samples, (), tuple(test.batches(batch))),
+        *({"top-1": top1}, _whole, tuple(CUTS), seed),
+        runtime=runtime,
+    )
 
 
 MAKERS: Mapping[str, Callable[[Place, int], Subject]] = {

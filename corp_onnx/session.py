@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType
 from typing import Any, Literal
 
@@ -102,6 +104,36 @@ class Session:
             DataError: If an input is missing, or ONNX Runtime cannot run the model on these.
         """
         names = list(self.outputs if outputs is None else outputs)
+        with self._given(feeds) as taken:
+            results = self._session.run(names, taken)
+        return dict(zip(names, results, strict=True))
+
+    def run_on(
+        self, device: str, feeds: Mapping[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], float]:
+        """The same, and the milliseconds from inputs on a device to outputs there, uncopied.
+
+        Args:
+            device: As ONNX Runtime names it, ``cuda`` or ``cpu``.
+            feeds: Arrays of the host, as for `run`.
+        """
+        bound, place = self._session.io_binding(), _onnxruntime().OrtValue.ortvalue_from_numpy
+        with self._given(feeds) as taken:
+            for name, array in taken.items():
+                bound.bind_ortvalue_input(name, place(np.ascontiguousarray(array), device, 0))
+            for name in self.outputs:
+                bound.bind_output(name, device)
+            bound.synchronize_inputs()
+            start = perf_counter()
+            self._session.run_with_iobinding(bound)
+            bound.synchronize_outputs()
+            elapsed_ms = (perf_counter() - start) * 1000
+            results = bound.copy_outputs_to_cpu()
+        return dict(zip(self.outputs, results, strict=True)), elapsed_ms
+
+    @contextmanager
+    def _given(self, feeds: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        """What the model reads of them; what fails is told with their shapes."""
         missing = [spec.name for spec in self.inputs if spec.name not in feeds]
         if missing:
             raise DataError(
@@ -110,14 +142,13 @@ class Session:
             )
         taken = {spec.name: feeds[spec.name] for spec in self.inputs}
         try:
-            results = self._session.run(names, taken)
+            yield taken
         except _failures(_onnxruntime()) as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in taken.items())
             raise DataError(
                 f"ONNX Runtime cannot run the model on inputs of shape {shapes}: "
                 f"{str(error).strip()[:500]}; check the data against what the model was made for"
             ) from error
-        return dict(zip(names, results, strict=True))
 
     def profile(self) -> Path:
         """Stop timing operators: the file with their times, for a `Runtime` that asks for it."""
@@ -239,6 +270,7 @@ def _failures(ort: ModuleType) -> tuple[type[Exception], ...]:
         state.NotImplemented,
         state.EPFail,
         state.RuntimeException,
+        RuntimeError,  # of arrays that are bound
     )
 
 

@@ -14,6 +14,7 @@ from corp_onnx.commands import Source
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy import ort
 from corp_onnx.deploy.records import Build, ShapeRange
+from corp_onnx.deploy.sessions import SessionEngine
 from corp_onnx.deploy.targets import TAKEN, TARGETS, TargetOptions, open_target
 from corp_onnx.errors import (
     BackendUnavailable,
@@ -52,6 +53,35 @@ def test_an_engine_computes_what_the_model_computes(built, images):
     assert found.keys() == wanted.keys() == set(engine.outputs)
     for name, array in wanted.items():
         assert np.abs(found[name] - array).max() < 1e-4 * np.abs(array).max()
+
+
+def test_a_session_tells_the_time_between_its_copies(images):
+    session = open_session(example.MODEL)
+    engine = SessionEngine(session, device="cpu")
+    assert engine.device_ms is None
+    found, wanted = engine.run(images), session.run(images)
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert np.array_equal(found[name], array)
+    assert engine.device_ms > 0.0
+    with pytest.raises(DataError, match="also reads image"):
+        engine.run({})
+    with pytest.raises(DataError, match=r"inputs of shape image \[5, 28\]"):
+        engine.run({"image": images["image"][:, 0, 0]})
+    assert SessionEngine(session).device_ms is None
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_copies_are_no_part_of_the_time(images, tmp_path):
+    target = open_target("ort-cuda")
+    try:
+        build = target.build(example.MODEL, tmp_path, "fp32")
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    engine = target.load(build)
+    wanted = open_session(example.MODEL).run(images)["logits"]
+    assert np.abs(engine.run(images)["logits"] - wanted).max() < 1e-2 * np.abs(wanted).max()
+    assert engine.device_ms is not None
 
 
 def test_an_engine_knows_its_inputs(built):

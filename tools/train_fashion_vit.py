@@ -38,6 +38,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional
 
+DATA = Path("/usr/share/datasets/fashion-mnist")
 SIZE = 28
 WIDTH = 64
 SEED = 0
@@ -78,8 +79,8 @@ def normalised(images: np.ndarray) -> torch.Tensor:
     return (torch.from_numpy(images.copy()).float() / 255 - MEAN) / STD
 
 
-def stem() -> nn.Sequential:
-    """Two convolutions of stride 2, from 28 x 28 pixels to a 7 x 7 grid.
+def stem(width: int) -> nn.Sequential:
+    """Two convolutions of stride 2, from 28 x 28 pixels to a 7 x 7 grid of ``width`` channels.
 
     One nonlinearity finds edges, which a transformer learns slowly from few images (Xiao et al.,
     "Early convolutions help transformers see better", 2021); the rest is left to the blocks.
@@ -88,12 +89,14 @@ def stem() -> nn.Sequential:
         nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(16),
         nn.ReLU(),
-        nn.Conv2d(16, WIDTH, 3, stride=2, padding=1, bias=False),
+        nn.Conv2d(16, width, 3, stride=2, padding=1, bias=False),
     )
 
 
-def vision_transformer() -> VisionTransformer:
-    """Six blocks of width 64 with two heads of 32, on 49 tokens and a class token."""
+def vision_transformer(
+    width: int = WIDTH, heads: int = 2, mlp_ratio: float = 2, drop_path: float = 0.0
+) -> VisionTransformer:
+    """Six blocks, on 49 tokens and a class token; the example's have two heads of 32."""
     set_fused_attn(False)  # plain products export as MatMul and Softmax, and train faster on a CPU
     torch.manual_seed(SEED)
     return VisionTransformer(
@@ -101,24 +104,26 @@ def vision_transformer() -> VisionTransformer:
         patch_size=1,
         in_chans=1,
         num_classes=10,
-        embed_dim=WIDTH,
+        embed_dim=width,
         depth=6,
-        num_heads=2,
-        mlp_ratio=2,
+        num_heads=heads,
+        mlp_ratio=mlp_ratio,
+        drop_path_rate=drop_path,
         weight_init="jax",
-        embed_layer=partial(HybridEmbed, stem()),
+        embed_layer=partial(HybridEmbed, stem(width)),
     )
 
 
 def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Each image flipped with probability 1/2 and shifted by up to SHIFT pixels each way."""
-    count = len(images)
-    flip = torch.rand(count, generator=generator) < 0.5
+    count, device = len(images), images.device
+    flip = torch.rand(count, generator=generator, device=device) < 0.5
     images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    down, right = torch.randint(0, 2 * SHIFT + 1, (2, count), generator=generator)
+    steps = 2 * SHIFT + 1
+    down, right = torch.randint(0, steps, (2, count), generator=generator, device=device)
     padded = functional.pad(images, (SHIFT,) * 4, value=-MEAN / STD)
     windows = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1)
-    return windows[torch.arange(count), :, down, right]
+    return windows[torch.arange(count, device=device), :, down, right]
 
 
 @dataclass(slots=True)
@@ -181,7 +186,7 @@ def predicted(model: VisionTransformer, images: torch.Tensor) -> np.ndarray:
     """Logits of the model in float32."""
     model.eval()
     with torch.inference_mode():
-        return np.concatenate([model(batch).numpy() for batch in images.split(500)])
+        return np.concatenate([model(batch).cpu().numpy() for batch in images.split(500)])
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -221,7 +226,7 @@ def measured(path: Path, images: torch.Tensor) -> np.ndarray:
     return np.concatenate(batches)
 
 
-def write_model(model: VisionTransformer, test: Split, path: Path, *, epochs: int) -> None:
+def write_model(model: VisionTransformer, test: Split, path: Path, *, command: str) -> None:
     """Export, compare with PyTorch on the whole test split, and record the accuracy.
 
     Raises:
@@ -244,7 +249,7 @@ def write_model(model: VisionTransformer, test: Split, path: Path, *, epochs: in
     properties = {
         "licence": "MIT",
         "data": "Fashion-MNIST, copyright (c) 2017 Zalando SE, https://tech.zalando.com",
-        "training_command": f"python tools/train_fashion_vit.py --epochs {epochs}",
+        "training_command": command,
         "test_accuracy": f"{accuracy(found, test.labels):.4f}",
         "test_samples": str(len(images)),
     }
@@ -267,18 +272,18 @@ def balanced(labels: np.ndarray, count: int) -> np.ndarray:
     return np.stack(by_class, axis=1).ravel()[:count]
 
 
-def write_images(training: Split, test: Split, folder: Path) -> None:
-    """Write the calibration and the test set as compressed uint8 arrays."""
+def write_images(training: Split, test: Split, folder: Path, *, count: int = TEST) -> None:
+    """Write the calibration set, and ``count`` images of the test set, as uint8 arrays."""
     chosen = balanced(training.labels, CALIBRATION)
     np.savez_compressed(folder / "calibration.npz", image=training.images[chosen])
-    first, classes = test.images[:TEST], test.labels[:TEST]
+    first, classes = test.images[:count], test.labels[:count]
     np.savez_compressed(folder / "test.npz", image=first, label=classes)
 
 
 def main() -> None:
     """Train, export, check, and write the example folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--out", type=Path, default=Path("corp_onnx/example"))
     parser.add_argument("--epochs", type=int, default=16)
     scratch = Path(tempfile.gettempdir()) / "fashion_vit.pt"
@@ -293,7 +298,8 @@ def main() -> None:
     train(run, training, test, options.checkpoint)
 
     options.out.mkdir(parents=True, exist_ok=True)
-    write_model(run.model, test, options.out / "fashion_vit.onnx", epochs=options.epochs)
+    command = f"python tools/train_fashion_vit.py --epochs {options.epochs}"
+    write_model(run.model, test, options.out / "fashion_vit.onnx", command=command)
     write_preprocessing(options.out / "fashion_vit.preprocessing.json")
     write_images(training, test, options.out)
 

@@ -40,6 +40,9 @@ WHOLE: Mapping[str, tuple[np.dtype, ...]] = {
 }
 """Where there are kernels for attention in one piece, and their types."""
 
+DEVICES: Mapping[str, str] = {"ort-cuda": "cuda"}
+"""Where inputs and outputs may lie, so that a run can be timed without copying them."""
+
 COMPILING = ("ort-tensorrt", "ort-openvino")
 """Providers that make engines of their own out of graphs."""
 
@@ -131,7 +134,8 @@ class OnnxRuntime:
         def profiled(path: Path) -> Session:
             return open_session(build.path, replace(runtime, profile=path))
 
-        return SessionEngine(open_session(build.path, runtime), profiled)
+        session = open_session(build.path, runtime)
+        return SessionEngine(session, profiled, DEVICES.get(self.name))
 
     def _runtime(self, graph_level: GraphLevel) -> Runtime:
         provider = PROVIDERS[self.name]
