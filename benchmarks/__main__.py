@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import (
@@ -85,12 +87,14 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "speed-up against the MAC ratio, by target and precision",
         (*TORCH, "openvino"),
         latency.MODELS,
+        apart=True,
     ),
     "cuda": Benchmark(
         cuda.measure,
         "speed-up against the MAC ratio on an NVIDIA GPU",
         (*TORCH, *GPU),
         cuda.MODELS,
+        apart=True,
         on_gpu=True,
     ),
     "devices": Benchmark(
@@ -113,6 +117,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "half of the latency, by target and batch: whether it is met",
         (*TORCH, "openvino"),
         tuple(punctual.MODELS),
+        apart=True,
     ),
     "precisions": Benchmark(
         precisions.measure, "cut, then rounded: errors and sizes", DATA, precisions.MODELS
@@ -176,7 +181,10 @@ def _everywhere() -> list[str]:
 def _run(name: str, place: Place, out: Path, argv: Sequence[str]) -> int:
     """Measure one thing, print it, write it down unless it was only a glance."""
     benchmark = BENCHMARKS[name]
-    title = f"{name}-{place.only.replace(' ', '-')}" if place.only else name
+    if benchmark.apart and place.only is None:
+        models = benchmark.models[: 1 if place.quick else None]
+        return max([_run(name, replace(place, only=model), out, argv) for model in models])
+    title = f"{name}-{re.sub('[ /]', '-', place.only)}" if place.only else name
     heading = Heading(title, benchmark.about, benchmark.packages, ("benchmarks", *argv))
     return report(heading, lambda: benchmark.measure(place), None if place.quick else out)
 

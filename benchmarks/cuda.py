@@ -40,7 +40,7 @@ DRAWN: Mapping[str, str] = {
 MODELS = (*exports.DEIT, *DRAWN)
 
 BATCHES = (1, 8, 32, 128)
-WARMUP, RUNS = 5, 30
+WARMUP, RUNS = 3, 20
 
 PUBLISHED, OF, AT = 1.64, "DeiT-H/4", 128
 """Speed-up of DeiT-H with half of its MLP and query-key width (arXiv 2602.05243), and where the
@@ -48,18 +48,12 @@ same is looked for."""
 
 
 def measure(place: Place) -> Outcome:
-    """Race every model at every batch."""
-    rows: list[Row] = []
-    names = [place.only] if place.only else ["DeiT-T"] if place.quick else list(MODELS)
-    for name in names:
-        log.info("preparing %s", name)
-        path = (
-            exports.drawn(place, DRAWN[name], "ts17")
-            if name in DRAWN
-            else exports.deit(place, name)
-        )
-        bench = Bench.of(load(path), {TARGET: PRECISIONS})
-        rows += _rows(name, bench, BATCHES[: 1 if place.quick else None])
+    """Race one model at every batch."""
+    name = place.model
+    network = DRAWN.get(name)
+    path = exports.drawn(place, network, "ts17") if network else exports.deit(place, name)
+    bench = Bench.of(load(path), {TARGET: PRECISIONS})
+    rows = list(_rows(name, bench, BATCHES[: 1 if place.quick else None]))
     settings = {"runs": RUNS, "published": PUBLISHED, "machine": str(conditions.read())}
     return Outcome({"latency": rows}, tuple(_checks(rows)), settings)
 

@@ -71,16 +71,13 @@ JUDGED_BATCH = 8
 
 
 def measure(place: Place) -> Outcome:
-    """Race every model at every batch."""
-    rows: list[Row] = []
-    names = [place.only] if place.only else ["DeiT-T"] if place.quick else list(MODELS)
-    for name in names:
-        rows += Bench.of(exported(place, name), TARGETS).rows(
-            name, (1,) if place.quick else BATCHES
-        )
+    """Race one model at every batch."""
+    name = place.model
+    bench = Bench.of(exported(place, name), TARGETS)
+    rows = list(bench.rows(name, (1,) if place.quick else BATCHES))
     checks = [check for row in rows for check in _checks(row)]
     settings = {"most seconds a race": MOST_S, "machine": str(conditions.read())}
-    return Outcome({"latency": rows}, (*checks, *_both_help(rows)), settings)
+    return Outcome({"latency": rows}, (*checks, *_both_help(name, rows)), settings)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,21 +208,16 @@ def _checks(row: Row) -> list[Check]:
     return [Check(name, row["share"] >= least, found)]
 
 
-def _both_help(rows: Sequence[Row]) -> list[Check]:
+def _both_help(name: str, rows: Sequence[Row]) -> Iterator[Check]:
     """Whether int8 and cutting together are faster than either alone, at batch 8."""
-    checks = []
     for target in TARGETS:
-        for name in dict.fromkeys(row["model"] for row in rows):
-            here = [
-                row
-                for row in rows
-                if (row["model"], row["target"], row["batch"]) == (name, target, JUDGED_BATCH)
-                and row["tokens"] in {None, 128}
-            ]
-            ms = {(row["precision"], row["cut"]): row["median_ms"] for row in here}
-            if not ms:
-                continue
+        ms = {
+            (row["precision"], row["cut"]): row["median_ms"]
+            for row in rows
+            if (row["target"], row["batch"]) == (target, JUDGED_BATCH)
+            and row["tokens"] in {None, 128}
+        }
+        if ms:
             both, alone = ms["int8", "both"], min(ms["int8", CLEANED], ms["fp32", "both"])
             found = f"{both:.1f} ms; int8 alone or cut alone {alone:.1f} ms at best"
-            checks.append(Check(f"{name} on {target}: int8 and cut", both < alone, found))
-    return checks
+            yield Check(f"{name} on {target}: int8 and cut", both < alone, found)

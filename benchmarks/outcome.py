@@ -31,6 +31,12 @@ class Place:
     only: str | None = None
     seeds: int | None = None
 
+    @property
+    def model(self) -> str:
+        """The model to measure, where a benchmark measures each by itself."""
+        assert self.only is not None, "one is named"
+        return self.only
+
     def asset(self, name: str) -> Path:
         """A file or folder among the assets.
 
@@ -69,5 +75,7 @@ class Benchmark:
     packages: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     """What ``--only`` may name."""
+    apart: bool = False
+    """Whether every model is measured by itself, and has a file of its own."""
     on_gpu: bool = False
     """Whether it needs an NVIDIA GPU, or what only one makes in time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from corp_onnx.deploy.records import Build, Precision
 from corp_onnx.deploy.sessions import SessionEngine
+from corp_onnx.deploy.uncast import without_casts
 from corp_onnx.deploy.whole import DOMAIN, FLOAT, write_whole
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import is_large, require_writable, write
@@ -42,6 +43,9 @@ WHOLE: Mapping[str, tuple[np.dtype, ...]] = {
 
 DEVICES: Mapping[str, str] = {"ort-cuda": "cuda"}
 """Where inputs and outputs may lie, so that a run can be timed without copying them."""
+
+WIDE_INSIDE: Mapping[str, tuple[str, ...]] = {"ort-cuda": ("LayerNormalization", "Softmax")}
+"""Operators whose kernels sum up in float32, whatever they read and write."""
 
 COMPILING = ("ort-tensorrt", "ort-openvino")
 """Providers that make engines of their own out of graphs."""
@@ -114,7 +118,7 @@ class OnnxRuntime:
     def _write(self, model: Path, path: Path) -> None:
         proto = _read(model)
         if proto is not None and self.name in WHOLE and self.graph_level != "none":
-            proto = _with_attention_whole(proto, WHOLE[self.name])
+            proto = rewritten(proto, self.name)
         if proto is None:
             open_session(model, self._runtime(self.graph_level))  # says what is wrong
         elif self.name in COMPILING:
@@ -159,15 +163,17 @@ def _read(model: Path) -> onnx.ModelProto | None:
         return None
 
 
-def _with_attention_whole(proto: onnx.ModelProto, dtypes: Collection[np.dtype]) -> onnx.ModelProto:
-    """The model with every plain attention as one operator."""
+def rewritten(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """The model as a provider's kernels and fusions like it: attention as one operator."""
     graph = gs.import_onnx(proto)
-    if write_whole(graph, dtypes) == 0:
+    uncast = without_casts(graph, WIDE_INSIDE.get(name, ()))
+    whole = write_whole(graph, WHOLE[name])
+    if uncast == whole == 0:
         return proto
-    whole = gs.export_onnx(graph, do_type_check=False)
-    if all(opset.domain != DOMAIN for opset in whole.opset_import):
-        whole.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    return whole
+    rewritten = gs.export_onnx(graph, do_type_check=False)
+    if whole and all(opset.domain != DOMAIN for opset in rewritten.opset_import):
+        rewritten.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    return rewritten
 
 
 def _tensorrt_options(cache: Path | None) -> dict[str, str]:
