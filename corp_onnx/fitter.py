@@ -24,8 +24,12 @@ from corp_onnx.solve.solver import Solver
 from corp_onnx.statistics import Batch, Statistics
 from corp_onnx.streams import Stream
 
-TOKENS_PER_CHANNEL = 48
-"""Of more tokens only so many, for every channel that the last layer of a block reads, count."""
+TOKENS_PER_CHANNEL, POSITIONS_PER_CHANNEL = 48, 192
+"""Of more tokens only so many, for every channel that the last layer of a block reads, count.
+
+Positions of a map are more alike than tokens, and the few at its border differ from all others: as
+few of them as of tokens, and a fit misses these.
+"""
 
 Folds = tuple[list[Fold], list[Fold]]
 """Repaired, and cut alike without repair."""
@@ -131,7 +135,9 @@ class Fitter:
         """Which tokens count: no padding, and of many only so many as are needed."""
         numbers = np.arange(int(np.prod(tokens.shape[:-1])))
         seen = numbers[seen_rows(self.block.padding, tokens, tensors)]
-        enough = TOKENS_PER_CHANNEL * tokens.shape[-1] / len(self.line.of_part)
+        is_map = tokens.ndim > len(("samples", "tokens", "channels"))
+        wanted = POSITIONS_PER_CHANNEL if is_map else TOKENS_PER_CHANNEL
+        enough = wanted * tokens.shape[-1] / len(self.line.of_part)
         step = max(1, int(len(seen) // enough))
         return Thinning.drawn(step, self.line.seed, batch).of(seen)
 

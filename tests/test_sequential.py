@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from corp_onnx.blocks import find_blocks
 from corp_onnx.blocks.catalog import named_as
 from corp_onnx.calibrate import gather
 from corp_onnx.data import open_data
+from corp_onnx.fitter import Fitter
 from corp_onnx.graph import from_proto, load
 from corp_onnx.plan import Plan, uniform
 from corp_onnx.preprocessing import Preprocessing
@@ -291,3 +293,12 @@ def test_best_is_better_than_the_paper_on_pictures_that_neither_has_seen():
         for solution in (best, paper)
     ]
     assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize(("shape", "per_channel"), [((8, 1000, 4), 48), ((8, 40, 25, 4), 192)])
+def test_more_positions_of_a_map_count_than_tokens(shape, per_channel):
+    batches = 2
+    line = SimpleNamespace(of_part=(0,) * batches, seed=0)
+    fitter = Fitter(line, None, None, SimpleNamespace(padding=None), ())
+    counted = fitter._rows(np.zeros(shape), {}, 0)
+    assert len(counted) == pytest.approx(per_channel * shape[-1] / batches, rel=0.1)
