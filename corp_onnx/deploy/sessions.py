@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +14,29 @@ from corp_onnx.deploy.records import PROFILED_RUNS
 from corp_onnx.session import Session
 
 
-@dataclass(slots=True, eq=False)
 class SessionEngine:
-    """A session of ONNX Runtime.
+    """A session of ONNX Runtime, whose last run on a device it remembers the time of.
 
-    Attributes:
+    Args:
         session: That runs.
         profiled: Opens one more, which writes a profile that begins with this path; None where
             what was compiled is one node to ONNX Runtime.
         device: Where inputs and outputs are put, as ONNX Runtime names it; None for the host.
-        device_ms: Of the last run, with inputs and outputs there; None on the host.
     """
 
-    session: Session
-    profiled: Callable[[Path], Session] | None = None
-    device: str | None = None
-    device_ms: float | None = None
+    def __init__(
+        self,
+        session: Session,
+        profiled: Callable[[Path], Session] | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.session, self.profiled, self.device = session, profiled, device
+        self._device_ms: float | None = None
+
+    @property
+    def device_ms(self) -> float | None:
+        """Of the last run, with inputs and outputs on the device; None on the host."""
+        return self._device_ms
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -46,7 +52,7 @@ class SessionEngine:
         """One inference."""
         if self.device is None:
             return self.session.run(feeds)
-        outputs, self.device_ms = self.session.run_on(self.device, feeds)
+        outputs, self._device_ms = self.session.run_on(self.device, feeds)
         return outputs
 
     def operator_times(
