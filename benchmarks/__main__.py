@@ -104,7 +104,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         on_gpu=True,
     ),
     "family": Benchmark(
-        family.measure, "what a cut costs as models grow", DATA, family.MODELS, on_gpu=True
+        family.measure, "what a cut costs as models grow", GPU, family.MODELS, on_gpu=True
     ),
     "deadlines": Benchmark(
         deadlines.measure,

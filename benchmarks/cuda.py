@@ -54,7 +54,7 @@ def measure(place: Place) -> Outcome:
     path = exports.drawn(place, network, "ts17") if network else exports.deit(place, name)
     bench = Bench.of(load(path), {TARGET: PRECISIONS})
     rows = list(_rows(name, bench, BATCHES[: 1 if place.quick else None]))
-    settings = {"runs": RUNS, "published": PUBLISHED, "machine": str(conditions.read())}
+    settings = {"runs": RUNS, "machine": str(conditions.read())}
     return Outcome({"latency": rows}, tuple(_checks(rows)), settings)
 
 
@@ -88,21 +88,22 @@ def _raced(engines: Sequence[Engine], feeds: Batch) -> Race:
 
 def _told(labels: Sequence[Row], found: Race) -> Iterator[Row]:
     """Every time, and how much shorter it is than that of the cleaned dense model."""
+    on_device = [latency.device_ms for latency in found.latencies]
     dense = {
-        label["precision"]: latency.device_ms
-        for label, latency in zip(labels, found.latencies, strict=True)
+        label["precision"]: device_ms
+        for label, device_ms in zip(labels, on_device, strict=True)
         if label["cut"] == CLEANED
     }
     for label, latency, speedup in zip(labels, found.latencies, found.speedups, strict=True):
-        on_device = latency.device_ms or float("nan")
-        ratio = (dense[label["precision"]] or float("nan")) / on_device
+        assert latency.device_ms is not None, f"{TARGET} tells it"
+        ratio = dense[label["precision"]] / latency.device_ms
         yield {
             **label,
             "median_ms": latency.median_ms,
             f"over {PRECISIONS[0]} dense": speedup.ratio,
             "low": speedup.low,
             "high": speedup.high,
-            "device_ms": on_device,
+            "device_ms": latency.device_ms,
             "device speed-up": ratio,
             "share": ratio / label["macs_ratio"],
         }

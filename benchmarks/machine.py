@@ -9,10 +9,10 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from corp_onnx import conditions
+from corp_onnx import conditions, session
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("corp_onnx", "numpy", "scipy", "onnx", "onnx_graphsurgeon", "onnxruntime")
+PACKAGES = ("corp_onnx", "numpy", "scipy", "onnx", "onnx_graphsurgeon")
 SOURCES = ("corp_onnx", "tests", "benchmarks", ":!benchmarks/results")
 
 
@@ -46,7 +46,7 @@ def system() -> str:
 
 def versions(optional: tuple[str, ...]) -> dict[str, str]:
     """Of Python, of what is always used, and of ``optional`` where it is installed."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "onnxruntime": session.version()}
     for package in (*PACKAGES, *optional):
         try:
             found[package] = version(package)

@@ -31,6 +31,9 @@ Positions of a map are more alike than tokens, and the few at its border differ 
 few of them as of tokens, and a fit misses these.
 """
 
+SEQUENCE_NDIM = 3
+"""Axes of samples, tokens and channels; a map has more."""
+
 Folds = tuple[list[Fold], list[Fold]]
 """Repaired, and cut alike without repair."""
 
@@ -135,8 +138,7 @@ class Fitter:
         """Which tokens count: no padding, and of many only so many as are needed."""
         numbers = np.arange(int(np.prod(tokens.shape[:-1])))
         seen = numbers[seen_rows(self.block.padding, tokens, tensors)]
-        is_map = tokens.ndim > len(("samples", "tokens", "channels"))
-        wanted = POSITIONS_PER_CHANNEL if is_map else TOKENS_PER_CHANNEL
+        wanted = POSITIONS_PER_CHANNEL if tokens.ndim > SEQUENCE_NDIM else TOKENS_PER_CHANNEL
         enough = wanted * tokens.shape[-1] / len(self.line.of_part)
         step = max(1, int(len(seen) // enough))
         return Thinning.drawn(step, self.line.seed, batch).of(seen)

@@ -118,9 +118,9 @@ class Session:
             feeds: Arrays of the host, as for `run`.
         """
         bound, place = self._session.io_binding(), _onnxruntime().OrtValue.ortvalue_from_numpy
-        with self._given(feeds) as taken:
+        with self._given(feeds, (RuntimeError,)) as taken:
             for name, array in taken.items():
-                bound.bind_ortvalue_input(name, place(np.ascontiguousarray(array), device, 0))
+                bound.bind_ortvalue_input(name, place(np.asarray(array, order="C"), device, 0))
             for name in self.outputs:
                 bound.bind_output(name, device)
             bound.synchronize_inputs()
@@ -132,7 +132,9 @@ class Session:
         return dict(zip(self.outputs, results, strict=True)), elapsed_ms
 
     @contextmanager
-    def _given(self, feeds: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    def _given(
+        self, feeds: Mapping[str, np.ndarray], also: tuple[type[Exception], ...] = ()
+    ) -> Iterator[dict[str, np.ndarray]]:
         """What the model reads of them; what fails is told with their shapes."""
         missing = [spec.name for spec in self.inputs if spec.name not in feeds]
         if missing:
@@ -143,7 +145,7 @@ class Session:
         taken = {spec.name: feeds[spec.name] for spec in self.inputs}
         try:
             yield taken
-        except _failures(_onnxruntime()) as error:
+        except _failures(_onnxruntime()) + also as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in taken.items())
             raise DataError(
                 f"ONNX Runtime cannot run the model on inputs of shape {shapes}: "
@@ -270,7 +272,6 @@ def _failures(ort: ModuleType) -> tuple[type[Exception], ...]:
         state.NotImplemented,
         state.EPFail,
         state.RuntimeException,
-        RuntimeError,  # of arrays that are bound
     )
 
 

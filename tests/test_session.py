@@ -7,13 +7,17 @@ import sys
 from importlib import metadata
 from types import SimpleNamespace
 
+import numpy as np
 import onnxruntime
 import pytest
 
-from corp_onnx import options, providers
+from corp_onnx import options, providers, session
+from corp_onnx.data import InputSpec
 from corp_onnx.errors import BackendUnavailable
+from corp_onnx.graph import from_proto
 from corp_onnx.providers import CPU, CUDA
 from corp_onnx.session import Runtime, open_session
+from tests.builders import Net
 
 MENDED = "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install 'corp_onnx[gpu]'`"
 
@@ -141,3 +145,63 @@ def test_a_device_has_its_providers_unless_others_are_named():
     assert options.runtime_of("CPUExecutionProvider", 0, None, "cuda").providers == CPU
     named = options.runtime_of("MyProvider, CPUExecutionProvider", 0, None).providers
     assert named == ("MyProvider", *CPU)
+
+
+class Bound:
+    """What ONNX Runtime binds arrays to, with the order of what is asked of it."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def bind_ortvalue_input(self, name, value):
+        self.said.append("bind")
+
+    def bind_output(self, name, device):
+        self.said.append(f"output on {device}")
+
+    def synchronize_inputs(self):
+        self.said.append("inputs are there")
+
+    def synchronize_outputs(self):
+        self.said.append("outputs are there")
+
+    def copy_outputs_to_cpu(self):
+        self.said.append("copy back")
+        return [np.ones(2)]
+
+
+def test_the_time_on_a_device_is_without_the_copies(monkeypatch):
+    said = []
+
+    def clock():
+        said.append("clock")
+        return float(len(said))
+
+    def placed(array, device, number):
+        said.append(f"copy to {device}")
+
+    bound = SimpleNamespace(
+        io_binding=lambda: Bound(said), run_with_iobinding=lambda binding: said.append("run")
+    )
+    fake = SimpleNamespace(OrtValue=SimpleNamespace(ortvalue_from_numpy=placed))
+    fake.capi = onnxruntime.capi
+    monkeypatch.setattr(session, "_onnxruntime", lambda: fake)
+    monkeypatch.setattr(session, "perf_counter", clock)
+    inputs = (InputSpec("x", np.dtype(np.float32), (2,)),)
+    found, ms = session.Session(inputs, ("y",), bound).run_on("cuda", {"x": np.zeros(2)})
+    assert said == [
+        *("copy to cuda", "bind", "output on cuda", "inputs are there"),
+        *("clock", "run", "outputs are there", "clock", "copy back"),
+    ]
+    assert ms == 3000.0
+    assert found["y"].tolist() == [1.0, 1.0]
+
+
+def test_a_number_is_bound_as_a_number():
+    net = Net(0)
+    x = net.input("x")
+    model = from_proto(net.build(net("Neg", x)))
+    found, _ = open_session(model).run_on("cpu", {"x": np.float32(2.0)})
+    (value,) = found.values()
+    assert value.shape == ()
+    assert value == -2.0

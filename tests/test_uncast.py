@@ -25,6 +25,7 @@ from corp_onnx.surgery import operate
 
 OPS = WIDE_INSIDE["ort-cuda"]
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+DOUBLE, BRAIN = onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16
 NORMS, ATTENTIONS = 13, 6
 """Of the bundled model."""
 
@@ -76,15 +77,18 @@ def test_what_a_model_computes_stays(pruned, pictures, tmp_path):
     assert np.abs(made[1] - made[0]).max() < 4e-3 * np.abs(made[0]).max()
 
 
-def norm(*, source="float16", back=HALF, scale=1.0, also="", shown=""):
+def norm(
+    *, source="float16", wide=FLOAT, back=HALF, scale=(1.0, 1.0), made="normal", also="", shown=""
+):
     """From ``x`` in a narrow type through a norm in float32, and back."""
-    ends = {HALF: "float16", FLOAT: "float"}[back]
+    type_ = {HALF: "float16", BRAIN: "bfloat16", FLOAT: "float"}[back]
+    weights = {FLOAT: "float", DOUBLE: "double"}[wide]
     text = f"""<ir_version: 8, opset_import: ["" : 17]>
-    g ({source}[N,2] x) => ({ends}[N,2] y {shown})
-    <float[2] scale = {{{scale}, {scale}}}, float[2] bias = {{0.0, 0.0}}>
+    g ({source}[N,2] x) => ({type_}[N,2] y {shown})
+    <{weights}[2] scale = {{{scale[0]}, {scale[1]}}}, {weights}[2] bias = {{0.0, 0.5}}>
     {{
-        wide = Cast<to = {FLOAT}>(x)
-        normal = LayerNormalization(wide, scale, bias)
+        wide = Cast<to = {wide}>(x)
+        {made} = LayerNormalization(wide, scale, bias)
         narrow = Cast<to = {back}>(normal)
         y = Neg(narrow)
         {also}
@@ -97,6 +101,31 @@ def test_a_norm_between_casts_becomes_narrow():
     assert without_casts(graph, OPS) == 1
     assert [node.op for node in graph.nodes] == ["LayerNormalization", "Neg"]
     assert [tensor.dtype for tensor in graph.nodes[0].inputs[1:]] == [np.float16, np.float16]
+    onnx.checker.check_model(gs.export_onnx(graph), full_check=True)
+
+
+def test_a_small_number_among_others_may_vanish():
+    """As it does in every weight; real norms hold such."""
+    assert without_casts(norm(scale=(1.0, 1e-9)), OPS) == 1
+
+
+def test_bfloat16_likewise():
+    graph = norm(source="bfloat16", back=BRAIN)
+    assert without_casts(graph, OPS) == 1
+    scale, bias = graph.nodes[0].inputs[1:]
+    assert scale.dtype == bias.dtype == onnx.helper.tensor_dtype_to_np_dtype(BRAIN)
+    assert bias.values.astype(float).tolist() == [0.0, 0.5]
+
+
+def test_norms_that_share_a_scale_still_do():
+    again = f"""wide2 = Cast<to = {FLOAT}>(y)
+        normal2 = LayerNormalization(wide2, scale)
+        z = Cast<to = {HALF}>(normal2)"""
+    graph = norm(also=again, shown=", float16[N,2] z")
+    assert without_casts(graph, OPS) == 2
+    first, second = (node for node in graph.nodes if node.op == "LayerNormalization")
+    assert first.inputs[1] is second.inputs[1]
+    assert len(second.inputs) == 2
     onnx.checker.check_model(gs.export_onnx(graph), full_check=True)
 
 
@@ -113,10 +142,20 @@ def test_an_end_of_the_graph_keeps_its_name():
         pytest.param({"source": "double"}, id="never-narrow"),
         pytest.param({"source": "bfloat16"}, id="another-type-before"),
         pytest.param({"back": FLOAT}, id="stays-wide"),
-        pytest.param({"scale": 1e6}, id="beyond-the-type"),
-        pytest.param({"scale": 1e-9}, id="below-the-type"),
+        pytest.param({"wide": DOUBLE}, id="wider-still"),
+        pytest.param({"scale": (1.0, 1e6)}, id="beyond-the-type"),
+        pytest.param({"scale": (1e-9, 1e-9)}, id="below-the-type"),
         pytest.param({"shown": ", float[N,2] normal"}, id="seen-wide"),
         pytest.param({"also": "z = Abs(normal)", "shown": ", float[N,2] z"}, id="read-wide"),
+        pytest.param(
+            {"also": f"z = Cast<to = {BRAIN}>(normal)", "shown": ", bfloat16[N,2] z"},
+            id="read-in-two-types",
+        ),
+        pytest.param(
+            {"made": "normal, mean", "also": "z = Abs(mean)", "shown": ", float[N,1] z"},
+            id="mean-is-read",
+        ),
+        pytest.param({"made": "normal, mean", "shown": ", float[N,1] mean"}, id="mean-is-seen"),
     ],
 )
 def test_anything_else_stays(options):

@@ -47,7 +47,7 @@ SHIFT = 1  # pixels, the widest random translation
 BATCH = 128
 PEAK_RATE = 1e-3
 CALIBRATION, TEST = 1024, 2000  # images kept beside the model
-MAX_DIFFERENCE = 1e-4  # of a logit, between PyTorch and ONNX Runtime
+MAX_DIFFERENCE = 5e-4  # of a logit, between PyTorch and ONNX Runtime, both in float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,8 +237,10 @@ def write_model(model: VisionTransformer, test: Split, path: Path, *, command: s
     expected, found = predicted(model, images), measured(path, images)
     difference = float(np.abs(expected - found).max())
     if difference > MAX_DIFFERENCE:
+        path.unlink()
         raise SystemExit(
-            f"{path} differs from PyTorch by {difference:.1e} (limit {MAX_DIFFERENCE})"
+            f"{path} differed from PyTorch by {difference:.1e} (limit {MAX_DIFFERENCE}), so it was "
+            "not kept"
         )
 
     for name, logits in (("PyTorch", expected), ("ONNX Runtime", found)):

@@ -170,10 +170,10 @@ def rewritten(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     whole = write_whole(graph, WHOLE[name])
     if uncast == whole == 0:
         return proto
-    rewritten = gs.export_onnx(graph, do_type_check=False)
-    if whole and all(opset.domain != DOMAIN for opset in rewritten.opset_import):
-        rewritten.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    return rewritten
+    made = gs.export_onnx(graph, do_type_check=False)
+    if whole and all(opset.domain != DOMAIN for opset in made.opset_import):
+        made.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    return made
 
 
 def _tensorrt_options(cache: Path | None) -> dict[str, str]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.catalog import probed
-from corp_onnx.emit import replace_readers
+from corp_onnx.emit import Emitter, replace_readers
 from corp_onnx.facts import Facts
+from corp_onnx.rounding import MOST_SQUARED_ERROR, squared_error
 
 FLOAT = onnx.TensorProto.FLOAT
 NARROW = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
-
-LOST = 2.0**-7
-"""Of a number, relative, that rounding it to either type takes at most, above their subnormals."""
 
 
 def without_casts(graph: gs.Graph, ops: Collection[str]) -> int:
@@ -25,53 +24,77 @@ def without_casts(graph: gs.Graph, ops: Collection[str]) -> int:
     A typed model says that a norm or a softmax is computed in float32: ``Cast, op, Cast``. Where a
     kernel sums up in float32 by itself, both casts cost three passes over memory and change
     nothing, and they hide the pattern that a runtime would fuse. Only what is cast from one type
-    and, by all its readers, back to the same type is changed.
+    and, by all its readers, back to the same type is changed; weights of a norm are rounded to it
+    as all others are.
 
     Args:
         graph: Is changed.
         ops: Kinds of nodes whose kernels are such.
     """
     nodes = [node for node in graph.nodes if node.op in ops]
-    shown = {id(tensor) for tensor in graph.outputs}
-    facts = probed(graph)[0] if nodes else None
-    changed = [node for node in nodes if facts and _uncast(node, shown, facts)]
+    if not nodes:
+        return 0
+    view = _View(graph, probed(graph)[0])
+    changed = [node for node in nodes if _uncast(node, view)]
     if changed:
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return len(changed)
 
 
-def _uncast(node: gs.Node, shown: Collection[int], facts: Facts) -> bool:
-    output = node.outputs[0]
+@dataclass(frozen=True, slots=True, eq=False)
+class _View:
+    """A graph, the types in it, and the constants that were rounded."""
+
+    graph: gs.Graph
+    facts: Facts
+    rounded: dict[tuple[int, np.dtype], gs.Constant] = field(default_factory=dict)
+
+    def shows(self, tensor: gs.Tensor) -> bool:
+        """Whether anybody reads it who is no node of this graph."""
+        graphs = (self.graph, *self.graph.subgraphs(recursive=True))
+        return any(tensor is end for graph in graphs for end in graph.outputs)
+
+    def narrow(self, tensor: gs.Tensor, dtype: np.dtype) -> gs.Tensor | None:
+        """What was cast to float32, or a constant that rounding leaves; None of anything else."""
+        if tensor.is_empty():
+            return tensor
+        if isinstance(tensor, gs.Constant):
+            return self._constant(tensor, dtype)
+        cast = tensor.inputs[0] if tensor.inputs else None
+        if cast is None or cast.op != "Cast" or cast.attrs["to"] != FLOAT:
+            return None
+        (source,) = cast.inputs
+        return source if self.facts.dtype(source) == dtype else None
+
+    def _constant(self, tensor: gs.Constant, dtype: np.dtype) -> gs.Constant | None:
+        values = np.asarray(tensor.values)
+        if squared_error(values, dtype) > MOST_SQUARED_ERROR:
+            return None
+        key = (id(tensor), dtype)
+        if key not in self.rounded:
+            emit = Emitter(self.graph, tensor.name, set(self.graph.tensors()))
+            self.rounded[key] = emit.constant(dtype.name, values.astype(dtype))
+        return self.rounded[key]
+
+
+def _uncast(node: gs.Node, view: _View) -> bool:
+    output, *others = node.outputs
     types = {reader.attrs["to"] if reader.op == "Cast" else FLOAT for reader in output.outputs}
-    seen = any(id(tensor) in shown or tensor.outputs for tensor in node.outputs[1:])
-    if id(output) in shown or seen or len(types) != 1 or not types <= NARROW:
+    if view.shows(output) or any(other.outputs or view.shows(other) for other in others):
         return False
-    (kind,) = types
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
-    sources = [_narrow(tensor, dtype, facts) for tensor in node.inputs]
+    if len(types) != 1 or not types <= NARROW:
+        return False
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(*types)
+    sources = [view.narrow(tensor, dtype) for tensor in node.inputs]
     if any(source is None for source in sources):
         return False
     for slot, source in enumerate(sources):
         node.inputs[slot] = source
     output.dtype = dtype
     for cast in list(output.outputs):
-        if id(cast.outputs[0]) in shown:
+        if view.shows(cast.outputs[0]):
             cast.op = "Identity"
             cast.attrs.clear()
         else:
             replace_readers(cast.outputs[0], output)
     return True
-
-
-def _narrow(tensor: gs.Tensor, dtype: np.dtype, facts: Facts) -> gs.Tensor | None:
-    """What was cast to float32, or a constant that loses no more than any weight; else None."""
-    if isinstance(tensor, gs.Constant):
-        wide = np.asarray(tensor.values)
-        with np.errstate(over="ignore"):
-            rounded = wide.astype(dtype)
-        close = np.allclose(rounded.astype(wide.dtype), wide, rtol=LOST, atol=0.0)
-        return gs.Constant(f"{tensor.name}/{dtype.name}", rounded) if close else None
-    if not tensor.inputs or tensor.inputs[0].op != "Cast":
-        return None
-    source = tensor.inputs[0].inputs[0]
-    return source if facts.dtype(source) == dtype else None

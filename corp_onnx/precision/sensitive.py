@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.precision.slots import Types, is_standard
+from corp_onnx.rounding import MOST_SQUARED_ERROR, squared_error
 
 NORMS = frozenset(
     """BatchNormalization GroupNormalization InstanceNormalization LayerNormalization
@@ -37,9 +38,6 @@ SPREAD = MOVEMENT | {"Expand"}
 
 WEIGHTED = frozenset("Conv ConvTranspose Gemm MatMul".split())
 """Operators whose second input holds weights, where it is constant."""
-
-MOST_SQUARED_ERROR = 1e-4
-"""Of a constant, relative, that rounding it may cause; beyond it, its small numbers vanish."""
 
 HEADROOM = 4.0
 """How far below the largest number of the type values on calibration data have to stay."""
@@ -178,17 +176,13 @@ def _with_lost_constants(graph: gs.Graph, types: Types) -> Iterator[tuple[gs.Nod
 
 def why_lost(values: np.ndarray, types: Types) -> str | None:
     """What of an array would not survive rounding; None if all of it does."""
-    finite = values[np.isfinite(values)].astype(np.float64)
-    if not finite.size or not finite.any():
+    error = squared_error(values, types.format.dtype)
+    if error <= MOST_SQUARED_ERROR:
         return None
-    with np.errstate(over="ignore"):
-        rounded = finite.astype(types.format.dtype).astype(np.float64)
-    peak = float(np.abs(finite).max())
-    if not np.isfinite(rounded).all():
+    peak = float(np.abs(values[np.isfinite(values)]).max())
+    if np.isinf(error):
         return f"holds {peak:.3g}, beyond {types.format.name}"
-    if np.square(finite - rounded).sum() > MOST_SQUARED_ERROR * np.square(finite).sum():
-        return f"holds nothing above {peak:.3g}, too small for {types.format.name}"
-    return None
+    return f"holds nothing above {peak:.3g}, too small for {types.format.name}"
 
 
 def _readers(node: gs.Node) -> Iterable[gs.Node]:
