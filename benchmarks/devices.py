@@ -89,15 +89,10 @@ def _pruned(case: _Case, method: Method, device: DeviceName) -> Pruned:
     def opened(model: Model) -> Dataset:
         return Source(case.data).open(case.model, open_session(model))
 
-    recipe = Recipe(method, device=device_of(device))
-    runtime = Runtime(CPU) if device == "cpu" else Runtime(CUDA, provider_options=EXACT)
+    runtime = Runtime(CUDA if device == "cuda" else CPU, provider_options=EXACT)
+    settings = Settings(recipe=Recipe(method, device=device_of(device)), runtime=runtime)
     with TemporaryDirectory(prefix="benchmark.") as folder:
-        return prune(
-            case.model,
-            Path(folder) / "small.onnx",
-            opened,
-            settings=Settings(recipe=recipe, runtime=runtime),
-        )
+        return prune(case.model, Path(folder) / "small.onnx", opened, settings=settings)
 
 
 def _checks(rows: list[Row]) -> Iterator[Check]:

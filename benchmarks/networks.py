@@ -78,15 +78,7 @@ def minilm_l6_sdpa() -> tuple[torch.nn.Module, Inputs]:
 
 def minilm_l6_drawn() -> tuple[torch.nn.Module, Inputs]:
     """The shape of all-MiniLM-L6, for its times."""
-    config = transformers.BertConfig(
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        vocab_size=VOCABULARY,
-        attn_implementation="eager",
-    )
-    return _drawn(transformers.BertModel(config, add_pooling_layer=False)), _sentences()
+    return _hf_bert("eager", width=384, layers=6, heads=12, positions=512)
 
 
 def smollm2() -> tuple[torch.nn.Module, Inputs]:
@@ -156,14 +148,16 @@ def _hf_vit(attention: str) -> tuple[torch.nn.Module, Inputs]:
     return _drawn(module), {"pixel_values": torch.randn(2, CHANNELS, SMALL_IMAGE, SMALL_IMAGE)}
 
 
-def _hf_bert(attention: str) -> tuple[torch.nn.Module, Inputs]:
+def _hf_bert(
+    attention: str, *, width: int = 128, layers: int = 3, heads: int = 4, positions: int = POSITIONS
+) -> tuple[torch.nn.Module, Inputs]:
     config = transformers.BertConfig(
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=512,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
         vocab_size=VOCABULARY,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=positions,
         attn_implementation=attention,
     )
     module = transformers.BertModel(config, add_pooling_layer=False)

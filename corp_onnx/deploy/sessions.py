@@ -22,6 +22,9 @@ class SessionEngine:
         profiled: Opens one more, which writes a profile that begins with this path; None where
             what was compiled is one node to ONNX Runtime.
         device: Where inputs and outputs are put, as ONNX Runtime names it; None for the host.
+
+    Attributes:
+        device_ms: Of the last run, with inputs and outputs on the device; None on the host.
     """
 
     def __init__(
@@ -31,12 +34,7 @@ class SessionEngine:
         device: str | None = None,
     ) -> None:
         self.session, self.profiled, self.device = session, profiled, device
-        self._device_ms: float | None = None
-
-    @property
-    def device_ms(self) -> float | None:
-        """Of the last run, with inputs and outputs on the device; None on the host."""
-        return self._device_ms
+        self.device_ms: float | None = None
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -52,7 +50,7 @@ class SessionEngine:
         """One inference."""
         if self.device is None:
             return self.session.run(feeds)
-        outputs, self._device_ms = self.session.run_on(self.device, feeds)
+        outputs, self.device_ms = self.session.run_on(self.device, feeds)
         return outputs
 
     def operator_times(
