@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
 from corp_onnx.blocks import Catalog, axes_of
 from corp_onnx.data import Dataset
 from corp_onnx.device import HOST, Device
-from corp_onnx.errors import DataError, NothingPrunable, TooFewSamples
+from corp_onnx.errors import DataError, NothingPrunable
 from corp_onnx.extracts import exposed
 from corp_onnx.graph import Model
 from corp_onnx.moments import Moments
 from corp_onnx.resume import Partial
+from corp_onnx.samples import drawn, enriched, held_apart
+from corp_onnx.scarcity import require_enough
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.sites import Site, Thinning
 from corp_onnx.statistics import Batch, Statistics
@@ -27,12 +28,7 @@ from corp_onnx.statistics import Batch, Statistics
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 8
-HELD_OUT_SHARE = 0.2
-MOST_HELD_OUT = 32
 MOST_SEEN = 32
-ENOUGH_TOKENS_PER_CHANNEL = 10
-FILLED, MOST_CROPS = 256, 4
-"""Fewer pictures are filled up to so many inputs by crops, of each at most so many."""
 
 
 def calibrate(
@@ -164,81 +160,5 @@ def summed(sites: Iterable[Site], samples: int, source: str, sha256: str) -> Sta
     return Statistics(moments, energies, tokens, samples, source, sha256)
 
 
-def enriched(data: Dataset, crops: int | None, seed: int, *, of: int = 1) -> Dataset:
-    """Pictures with random crops of theirs: so many inputs of each, or as many as fill a small set.
-
-    Args:
-        data: What is calibrated on; samples that are no pictures stay as they are.
-        crops: Inputs of every picture; None adds crops until there are ``FILLED`` inputs.
-        seed: Of the crops.
-        of: How many such parts there are in all.
-    """
-    if crops is not None:
-        return data.augmented(crops, seed)
-    return data.augmented(MOST_CROPS, seed, most=FILLED // of)
-
-
-def require_enough(statistics: Statistics) -> None:
-    """Fail where an axis has more channels than tokens, warn where it has few.
-
-    Raises:
-        TooFewSamples: If there is such an axis; says how many samples would do for all of them.
-        DataError: If every token is masked.
-    """
-    per_channel = {
-        name: moments.count / moments.width for name, moments in statistics.sites.items()
-    }
-    scarcest = min(per_channel, key=per_channel.__getitem__, default="")
-    if scarcest and per_channel[scarcest] < 1:
-        raise _too_few(statistics, scarcest)
-    few = sum(tokens < ENOUGH_TOKENS_PER_CHANNEL for tokens in per_channel.values())
-    if few:
-        log.warning(
-            "%s has only %.1f tokens per channel%s; the repair may fit the calibration data more "
-            "than the task: %d or more are better",
-            scarcest,
-            per_channel[scarcest],
-            f", and {few - 1} other sites have few" if few > 1 else "",
-            ENOUGH_TOKENS_PER_CHANNEL,
-        )
-
-
-def _too_few(statistics: Statistics, site: str) -> DataError:
-    """What to say of a site that has more channels than tokens."""
-    moments = statistics.sites[site]
-    if not moments.count:
-        return DataError(
-            f"no token of {statistics.source} reaches {site}: its mask hides all of them; check "
-            "the mask among the inputs"
-        )
-    samples = round(statistics.samples / statistics.crops)
-    per_sample = moments.count / samples
-    used = int(np.ceil(ENOUGH_TOKENS_PER_CHANNEL * moments.width / per_sample))
-    held_out = int(np.ceil(used * HELD_OUT_SHARE / (1 - HELD_OUT_SHARE)))
-    return TooFewSamples(
-        f"{samples} samples give {moments.count} tokens, fewer than the "
-        f"{moments.width} channels of {site}; give at least {used + min(MOST_HELD_OUT, held_out)} "
-        f"samples ({ENOUGH_TOKENS_PER_CHANNEL} tokens per channel, and some to verify with)"
-    )
-
-
 def _tensors(sites: Iterable[Site]) -> list[str]:
     return list(itertools.chain.from_iterable(site.tensors() for site in sites))
-
-
-def drawn(data: Dataset, most: int, seed: int) -> Dataset:
-    """A random choice of samples, in the order of the data."""
-    order = np.random.default_rng(seed).permutation(data.samples)
-    return data.take(np.sort(order[: max(most, data.fixed_batch or 1)]))
-
-
-def held_apart(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Some samples to verify with, and all others."""
-    fixed = data.fixed_batch or 1
-    wanted = min(MOST_HELD_OUT, round(HELD_OUT_SHARE * data.samples))
-    count = max(fixed, wanted - wanted % fixed)
-    if data.samples < count + fixed:
-        log.warning("there are too few samples to hold any out; verifying with those calibrated on")
-        return data, data
-    order = np.random.default_rng(seed).permutation(data.samples)
-    return data.take(np.sort(order[:count])), data.take(np.sort(order[count:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from corp_onnx.blocks import Attention, Axis, Block, Mlp
-from corp_onnx.calibrate import require_enough, summed
+from corp_onnx.calibrate import summed
 from corp_onnx.errors import DataError
 from corp_onnx.line import Line, Part
 from corp_onnx.masks import seen_rows
 from corp_onnx.moments import Collector, Moments
 from corp_onnx.plan import Cut
+from corp_onnx.scarcity import require_enough
 from corp_onnx.sites import Site, Thinning
 from corp_onnx.solve import Recipe
 from corp_onnx.solve.folds import Fold
@@ -23,6 +25,8 @@ from corp_onnx.solve.narrow import Heads, narrow_mlp, narrow_output, narrow_valu
 from corp_onnx.solve.solver import Solver
 from corp_onnx.statistics import Batch, Statistics
 from corp_onnx.streams import Stream
+
+log = logging.getLogger(__name__)
 
 TOKENS_PER_CHANNEL, POSITIONS_PER_CHANNEL = 48, 192
 """Of more tokens only so many, for every channel that the last layer of a block reads, count.
@@ -79,7 +83,14 @@ class Fitter:
             return folds, bare
         line, linear = self.line, block.output.linear
         joints = self._joints(folds, linear.input)
-        statistics = self._statistics({"context": merged(joints).features})
+        features = merged(joints).features
+        if "vo" not in cuts and features.count < features.width:
+            log.warning(
+                "%s is not refitted: %d tokens are fewer than its %d channels",
+                *(block.id, features.count, features.width),
+            )
+            return folds, bare
+        statistics = self._statistics({"context": features})
         solver = self._solver(statistics)
         branch = solver.branch(block.id, linear, self.stream.gain)
         if "vo" not in cuts:

@@ -42,9 +42,12 @@ def prune(
     require_writable(output)
     work = Work.begun(path, settings or Settings())
     if budget is None:
-        plan = uniform(work.catalog, shares_removed, align=work.settings.align)
-        warn_of_uncut(plan, shares_removed, align=work.settings.align)
-        result = work.informed(knowledge).cut(plan)
+        align = work.settings.align
+        uniform(work.catalog, shares_removed, align=align)  # fails before data are read, if it must
+        work = work.informed(knowledge)
+        plan = uniform(work.catalog, shares_removed, align=align)
+        warn_of_uncut(plan, shares_removed, align=align)
+        result = work.cut(plan)
     elif isinstance(budget, Budget):
         work = work.informed(knowledge).calibrated()
         result = work.cut(work.within(budget, work.probed()))

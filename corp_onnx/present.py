@@ -116,6 +116,11 @@ def pruned_json(result: Pruned, output: str) -> Json:
         "method": result.solved.solution.method,
         "one_shot": not result.solved.solution.in_sequence,
         "blocks": [{"id": block, "cuts": entry} for block, entry in cuts.items()],
+        "uncut": [
+            {"block": block.id, "axis": axis, "reason": reason}
+            for block in result.catalog.blocks
+            for axis, reason in block.refused.items()
+        ],
         "macs": {"dense": result.surgery.dense.total, "pruned": result.surgery.pruned.total},
         "params": {"dense": result.surgery.dense.params, "pruned": result.surgery.pruned.params},
         "samples": result.solved.samples,

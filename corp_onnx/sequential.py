@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from corp_onnx.blocks import Catalog
-from corp_onnx.calibrate import gather, require_enough
+from corp_onnx.calibrate import gather
 from corp_onnx.fitter import Fitter, Folds
 from corp_onnx.graph import Model
 from corp_onnx.line import Line
 from corp_onnx.plan import Plan
+from corp_onnx.scarcity import require_enough
 from corp_onnx.segments import Segment
 from corp_onnx.session import Runtime
 from corp_onnx.solve import Recipe, solve

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from corp_onnx.blocks import Catalog
-from corp_onnx.calibrate import BATCH_SIZE, MOST_SEEN, drawn, enriched, held_apart
+from corp_onnx.calibrate import BATCH_SIZE, MOST_SEEN
 from corp_onnx.data import Dataset
 from corp_onnx.errors import DataError
 from corp_onnx.graph import Model
 from corp_onnx.plan import Plan
+from corp_onnx.samples import drawn, enriched, held_apart
 from corp_onnx.sequential import fit_in_sequence
 from corp_onnx.session import Runtime
 from corp_onnx.solve import Recipe, solve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from corp_onnx.blocks import Catalog, find_blocks
 from corp_onnx.budget import Budget, within
-from corp_onnx.calibrate import calibrate
+from corp_onnx.calibrate import BATCH_SIZE, calibrate, gather
 from corp_onnx.checking import Gates, verify
 from corp_onnx.clock import Clock
 from corp_onnx.data import Dataset
@@ -19,6 +20,8 @@ from corp_onnx.graph import Model, load
 from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, Plan, uniform
 from corp_onnx.precision import Request, Typed, in_precision, require_convertible
 from corp_onnx.probes import Probe, offered, probe
+from corp_onnx.samples import held_apart
+from corp_onnx.scarcity import spared
 from corp_onnx.session import Runtime
 from corp_onnx.sizes import Sizes
 from corp_onnx.solve import Recipe, solve
@@ -126,10 +129,15 @@ class Work:
         return Work(model, catalog, settings, clock)
 
     def informed(self, knowledge: Knowledge) -> Work:
-        """With data, or with earlier statistics."""
+        """With data, or with earlier statistics; without axes of which these say too little."""
         if isinstance(knowledge, Path):
-            return replace(self, statistics=Statistics.load(knowledge))
-        return replace(self, data=knowledge(self.model))
+            statistics = Statistics.load(knowledge)
+            return replace(self, statistics=statistics, catalog=spared(self.catalog, statistics))
+        data = knowledge(self.model)
+        _, used = held_apart(data, self.settings.seed)
+        first = itertools.islice(used.batches(BATCH_SIZE), 1)
+        few = gather(self.model, self.catalog, first, runtime=self.settings.runtime)
+        return replace(self, data=data, catalog=spared(self.catalog, few, used.samples))
 
     def calibrated(self) -> Work:
         """With statistics of the dense model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import fields, replace
 
 import numpy as np
@@ -12,8 +11,8 @@ from hypothesis import strategies as st
 
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.blocks.records import Mask
-from corp_onnx.calibrate import MOST_SEEN, calibrate, gather, require_enough
-from corp_onnx.errors import DataError, TooFewSamples
+from corp_onnx.calibrate import MOST_SEEN, calibrate, gather
+from corp_onnx.errors import DataError
 from corp_onnx.graph import from_proto
 from corp_onnx.masks import visible
 from corp_onnx.session import open_session
@@ -21,7 +20,6 @@ from tests import numpy_block
 from tests.builders import (
     HEAD,
     HEADS,
-    HIDDEN,
     TINY,
     WIDTH,
     Net,
@@ -432,49 +430,6 @@ def test_data_that_the_model_cannot_run_on_are_an_error(tiny):
     unknown = sentences(rng, samples=3, length=5)
     with pytest.raises(DataError, match="out of data bounds"):
         gathered(tiny("text_encoder"), unknown | {"ids": unknown["ids"] + 8})
-
-
-# How many are enough
-
-
-def test_too_few_tokens_are_an_error_that_says_how_many_samples_are_needed(tiny, caplog):
-    model = tiny("mlp")
-    catalog = find_blocks(model)
-    with pytest.raises(TooFewSamples, match=f"fewer than the {HIDDEN} channels") as caught:
-        calibrate(model, catalog, dataset(model, x=activations(2, 6)))
-    needed = int(re.search(r"at least (\d+) samples", str(caught.value)).group(1))
-
-    calibrate(model, catalog, dataset(model, x=activations(needed, 6)))
-    assert not caplog.records
-    calibrate(model, catalog, dataset(model, x=activations(needed - 4, 6)))
-    assert "tokens per channel" in caplog.text
-
-
-def test_the_widest_axis_decides_how_many_are_needed(tiny):
-    model = tiny("transformer")
-    with pytest.raises(TooFewSamples, match=r"14 channels of mlp\.0\.hidden"):
-        calibrate(model, find_blocks(model), dataset(model, x=activations(3, 2)))
-
-
-def test_below_ten_tokens_per_channel_there_is_a_warning(tiny, caplog):
-    found = gathered(tiny("mlp"), {"x": activations(10 * HIDDEN - 1, 1)})
-    require_enough(found)
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert "mlp.0.hidden has only 9.9 tokens per channel" in record.getMessage()
-
-
-def test_several_sites_of_few_tokens_are_one_warning(tiny, caplog):
-    require_enough(gathered(tiny("transformer"), {"x": activations(4, 6)}))
-    (record,) = caplog.records
-    assert re.search(
-        r"mlp\.0\.hidden has only .*, and \d other sites have few", record.getMessage()
-    )
-
-
-def test_ten_tokens_per_channel_are_enough(tiny, caplog):
-    require_enough(gathered(tiny("mlp"), {"x": activations(10 * HIDDEN, 1)}))
-    assert not caplog.records
 
 
 # Which blocks are read

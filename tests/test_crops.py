@@ -21,6 +21,7 @@ from corp_onnx.errors import DataError, TooFewSamples
 from corp_onnx.graph import from_proto
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.resume import Partial
+from corp_onnx.samples import enriched
 from corp_onnx.sites import Thinning
 from corp_onnx.statistics import Statistics
 from tests import numpy_block
@@ -230,7 +231,7 @@ def test_no_crop_of_a_held_out_picture_is_calibrated_on(model, plain_levels):
 
 def test_what_fills_a_set_up_a_little_thins_its_tokens_a_little(model, plain_levels, monkeypatch):
     """As many tokens count as without crops, not half as many."""
-    monkeypatch.setitem(calibrate.__globals__, "FILLED", 20)
+    monkeypatch.setitem(enriched.__globals__, "FILLED", 20)
     data, catalog = opened(plain_levels).take(range(20)), find_blocks(model)
     found, plain = (calibrate(model, catalog, data, crops=crops) for crops in (None, 1))
     assert (found.samples, plain.samples) == (20, 16)
