@@ -17,10 +17,13 @@ from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
 from corp_onnx.deadline import Kept
 from corp_onnx.pipeline import Pruned
 from corp_onnx.present_types import typed_json, typed_lines
+from corp_onnx.solve.folds import OutputFold
 from corp_onnx.statistics import Statistics
 from corp_onnx.verify import Check, Comparison
 
 Json = dict[str, Any]
+
+ONE_SHOT = "solved in one shot: every block from statistics of the dense model"
 
 
 def as_json(document: Json) -> str:
@@ -112,10 +115,18 @@ def pruned_json(result: Pruned, output: str) -> Json:
             "error": evidence.error,
             "unseen": evidence.unseen,
         }
+    outputs = {
+        fold.block: {"error": fold.evidence.error, "unseen": fold.evidence.unseen}
+        for fold in result.solved.solution.folds
+        if isinstance(fold, OutputFold)
+    }
     return {
         "method": result.solved.solution.method,
         "one_shot": not result.solved.solution.in_sequence,
-        "blocks": [{"id": block, "cuts": entry} for block, entry in cuts.items()],
+        "blocks": [
+            {"id": block, "cuts": entry, "output": outputs.get(block)}
+            for block, entry in cuts.items()
+        ],
         "uncut": [
             {"block": block.id, "axis": axis, "reason": reason}
             for block in result.catalog.blocks
@@ -156,17 +167,20 @@ def latency_json(kept: Kept) -> Json:
 def pruned_table(result: Pruned, output: str) -> RenderableType:
     """What ``prune`` prints."""
     table = table_of("block", "axis", "from", "to", "unexplained", "error", "unseen", "condition")
-    for cut in result.plan.cuts:
-        evidence = result.solved.solution.of(cut.block, cut.axis).evidence
-        table.add_row(
-            cut.block,
-            cut.axis,
-            str(cut.width),
-            str(cut.to),
-            f"{evidence.unexplained:.3f}",
+    cuts = {(cut.block, cut.axis): cut for cut in result.plan.cuts}
+    for fold in result.solved.solution.folds:
+        evidence = fold.evidence
+        errors = (
             f"{evidence.error:.4f}",
             "" if evidence.unseen is None else f"{evidence.unseen:.4f}",
-            f"{evidence.condition:.1e}",
+        )
+        if isinstance(fold, OutputFold):
+            table.add_row(fold.block, "output", "", "", "", *errors, "")
+            continue
+        cut = cuts[fold.block, fold.axis]
+        table.add_row(
+            *(cut.block, cut.axis, str(cut.width), str(cut.to), f"{evidence.unexplained:.3f}"),
+            *(*errors, f"{evidence.condition:.1e}"),
         )
     before, after = result.surgery.dense, result.surgery.pruned
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
@@ -178,6 +192,7 @@ def pruned_table(result: Pruned, output: str) -> RenderableType:
             f"{_change('parameters', before.params, after.params, 1e6, 'M')}"
         ),
         Text(f"held-out relative error {result.verification.comparison.relative_error:.4g}"),
+        *([] if result.solved.solution.in_sequence else [Text(ONE_SHOT)]),
         *map(Text, typed_lines(result.typed) if result.typed else ()),
         Text(spent),
         *map(Text, result.surgery.model.notes),

@@ -17,6 +17,7 @@ import pytest
 from onnx import helper
 from PIL import Image
 
+from corp_onnx.present import ONE_SHOT
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.statistics import Statistics
 from tests.builders import HEAD, HIDDEN, TINY, Net, mlp
@@ -108,6 +109,7 @@ def test_calibrate_and_merge_give_what_they_saw(command, files, tmp_path):
     )
     merged = document(ended)
     assert merged["samples"] == 2 * found["samples"]
+    assert merged["one_shot"] is True
     assert ended.status == (0 if merged["passed"] else 1)
 
 
@@ -155,6 +157,11 @@ def test_prune_gives_cuts_counts_times_and_checks(command, files, tmp_path):
     assert found["output"] == str(output)
     assert found["passed"] is True
     assert found["one_shot"] is False
+    for block in found["blocks"]:
+        if block["id"].startswith("mlp"):
+            assert block["output"] is None
+        else:  # fitted, although its values keep their width
+            assert 0 < block["output"]["error"] <= block["output"]["unseen"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
 
     counted = document(command("inspect", output, "--json"))
@@ -382,6 +389,10 @@ def test_statistics_give_the_same_file_as_the_data(command, files, tmp_path):
     other = tmp_path / "other.onnx"
     ended = command("prune", files.model, "-o", other, "--stats", statistics, "--mlp", 0.3)
     assert ended.status == 0
+    assert ONE_SHOT in ended.stdout
+    ended = command("prune", files.model, "-o", data, "--data", files.data, "--mlp", 0.3)
+    assert ONE_SHOT not in ended.stdout
+    assert ended.stdout.count(" output ") == 2  # of two attentions, fitted at full width
     assert other.read_bytes() != again.read_bytes()
 
 
