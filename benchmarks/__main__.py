@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks import (
     ablation,
+    alignment,
     alike,
     budgets,
     calibration,
@@ -31,6 +32,7 @@ from benchmarks import (
     quality,
     rotary,
     sizes,
+    values,
 )
 from benchmarks.outcome import Benchmark, Place
 from benchmarks.report import DONE, RESULTS, Heading, report, status_of
@@ -58,6 +60,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "ablation": Benchmark(
         ablation.measure, "what every ingredient of best is worth", DATA, ablation.MODELS
+    ),
+    "values": Benchmark(
+        values.measure, "what halving the values of every head must cost", DATA, values.MODELS
     ),
     "sizes": Benchmark(
         sizes.measure, "error by the number of calibration samples", DATA, sizes.MODELS
@@ -118,6 +123,11 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         (*TORCH, "openvino"),
         tuple(punctual.MODELS),
         apart=True,
+    ),
+    "alignment": Benchmark(
+        alignment.measure,
+        "what widths that are no multiple of 8 are worth",
+        (*DATA, "openvino"),
     ),
     "precisions": Benchmark(
         precisions.measure, "cut, then rounded: errors and sizes", DATA, precisions.MODELS

@@ -1,14 +1,13 @@
 """Half of the dense latency: widths chosen by error and time together, or cut alike.
 
 Both are fitted by ``best``; the uniform cut removes the same share of every axis, in multiples of
-the default alignment, by bisection on the measured time. A third shows what alignment is worth.
+the default alignment, by bisection on the measured time.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,7 +23,7 @@ from corp_onnx.probes import offered, probe
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.statistics import Statistics
 from corp_onnx.surgery import operate
-from corp_onnx.timing import Lane, Stopwatch
+from corp_onnx.timing import Stopwatch
 from corp_onnx.verify import Check
 from corp_onnx.work import PROBED
 
@@ -37,27 +36,20 @@ SAMPLES: Mapping[str, int] = {"dinov2": 128, "minilm-l6": 1024}
 STEPS = 5
 """Of the bisection over shares."""
 
-UNALIGNED = (768, 767, 766, 764, 762, 761, 760)
-"""Widths of the MLPs, of which the first and the last are multiples of 8."""
-
 
 def measure(place: Place) -> Outcome:
     """The latency that was asked for, and the error at it, in both ways."""
     rows: list[Row] = []
     checks: list[Check] = []
     widths: dict[str, object] = {}
-    alignment: list[Row] = []
     for name, subject in subjects(place, MODELS, {}, 1):
         few, _ = drawn(subject.samples, min(SAMPLES[name], subject.samples.count), subject.seed)
         found, chosen = _rows(subject.with_samples(few))
         rows += found
         widths[subject.title] = {f"{c.block}.{c.axis}": c.to for c in chosen.cuts}
         checks += _checks(subject.title, found)
-        if name == MODELS[0]:
-            alignment = _alignment(subject.with_samples(few))
-    tables = {"half of the latency": rows} | ({"alignment": alignment} if alignment else {})
     settings = {"limit": LIMIT, "batch": BATCH, "tokens": TOKENS, "samples": dict(SAMPLES)}
-    return Outcome(tables, tuple(checks), settings | {"widths": widths})
+    return Outcome({"half of the latency": rows}, tuple(checks), settings | {"widths": widths})
 
 
 def _rows(subject: Subject) -> tuple[list[Row], Plan]:
@@ -111,22 +103,6 @@ def _bare(subject: Subject, plan: Plan, statistics: Statistics) -> Model:
     """As fast as the plan is; its values do not matter."""
     bare = solve(subject.model, subject.catalog, plan, statistics, Recipe("none"))
     return operate(subject.model, subject.catalog, bare).model
-
-
-def _alignment(subject: Subject) -> list[Row]:
-    """The MLPs a little narrower each time: all in one race."""
-    statistics = subject.statistics()
-    (width,) = {block.width for block in subject.catalog.blocks if block.id.startswith("mlp")}
-    plans = [uniform(subject.catalog, {"mlp": 1 - to / width}, align=1) for to in UNALIGNED]
-    deadline = deadline_at(subject.model, TARGET, BATCH)
-    race = replace(deadline.stopwatch, runs=2 * RUNS).race(
-        [Lane(_bare(subject, plan, statistics), deadline.target) for plan in plans]
-    )
-    return [
-        {"MLP width": to, "multiple of 8": to % 8 == 0, "median_ms": latency.median_ms}
-        | {"speedup": speedup.ratio, "low": speedup.low, "high": speedup.high}
-        for to, latency, speedup in zip(UNALIGNED, race.latencies, race.speedups, strict=True)
-    ]
 
 
 def _checks(title: str, rows: list[Row]) -> list[Check]:

@@ -23,7 +23,7 @@ from corp_onnx import conditions
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import gather
 from corp_onnx.deploy.records import Precision
-from corp_onnx.deploy.targets import BY_ITSELF, open_target
+from corp_onnx.deploy.targets import open_target
 from corp_onnx.graph import Model, load
 from corp_onnx.latency import Race, timing_inputs
 from corp_onnx.macs import count
@@ -149,7 +149,7 @@ class Bench:
 
 def _stored_for(target: str, precision: Precision) -> Precision:
     """The precision of the file that a target computes in another by itself."""
-    return "fp32" if precision in BY_ITSELF.get(target, ()) else precision
+    return "fp32" if open_target(target).rounds_by_itself(precision) else precision
 
 
 def _stored(targets: Targets) -> set[Precision]:

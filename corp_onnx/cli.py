@@ -25,7 +25,7 @@ from corp_onnx.pipeline import Settings
 from corp_onnx.plan import DEFAULT_ALIGN
 from corp_onnx.precision import Request
 from corp_onnx.solve import DEFAULT_RIDGE, Recipe
-from corp_onnx.timing import Stopwatch
+from corp_onnx.timing import Stopwatch, described
 
 DONE, UNVERIFIED, UNUSABLE, NOTHING = 0, 1, 2, 3
 
@@ -172,7 +172,7 @@ def prune(
     options.require_one_of(data, stats, samples is not None or crops is not None or allow_random)
     if latency is None and (batch is not None or cache is not None):
         raise PlanError("--batch and --cache say how a model is timed for --latency; give that too")
-    if target is not None and latency is None and precision != "int8" and weight_only is None:
+    if target is not None and latency is None and precision != "int8":
         raise PlanError("--target is where --latency is measured, or int8 is to run; give one too")
     place = target or engine_options.DEFAULT_TARGET
     sizes = options.sizes_of(shapes)
@@ -189,11 +189,12 @@ def prune(
     )
     source = None if data is None else Source(data, samples, seed, allow_random)
     asked = TargetOptions(threads=threads, cache=cache, custom_op_library=custom_op_library)
-    watch = Stopwatch(engine_options.batch_of_shapes(sizes) if batch is None else batch, sizes)
+    timed_on = open_target(place, asked)
+    watch = Stopwatch() if latency is None else Stopwatch.of(described(model), sizes, batch)
     wanted = options.widths_of(
         {"mlp": mlp, "qk": qk, "vo": vo},
         {"macs": macs, "params": params},
-        engine_options.deadline_of(*(latency, open_target(place, asked), request, watch, cache)),
+        engine_options.deadline_of(latency, timed_on, watch, cache),
     )
     screen.run(commands.Prune(model, output, source, stats, wanted, settings), as_json, log_level)
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TypeVar
 
@@ -38,7 +38,7 @@ class Conditions:
     Attributes:
         processor: As it names itself.
         cores: That this process may use.
-        busy: Share of the processor that was in use while this process waited.
+        busy: Share of the processor that was in use while this process rested, if it did.
         clock_mhz: Of the processor.
         temperature_c: The highest that is told.
         gpus: NVIDIA devices, where `nvidia-ml-py` is installed.
@@ -46,7 +46,7 @@ class Conditions:
 
     processor: str
     cores: int
-    busy: float
+    busy: float | None
     clock_mhz: float | None
     temperature_c: float | None
     gpus: tuple[Gpu, ...]
@@ -55,13 +55,18 @@ class Conditions:
 def read() -> Conditions:
     """The machine now; takes half a second, in which this process rests."""
     busy = psutil.cpu_percent(WATCHED_S) / 100
+    return replace(glance(), busy=busy)
+
+
+def glance() -> Conditions:
+    """The same at once, without what others do."""
     clock = psutil.cpu_freq()
     told = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
     heat = [sensor.current for group in told.values() for sensor in group]
     return Conditions(
         processor(),
         _cores(),
-        busy,
+        None,
         clock.current if clock else None,
         max(heat, default=None),
         _gpus(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import onnx_graphsurgeon as gs
 from corp_onnx import latency_table
 from corp_onnx.blocks import Catalog
 from corp_onnx.budget import least_harm, plan_of
-from corp_onnx.deploy.records import Target
+from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model
 from corp_onnx.latency import Race
@@ -52,7 +53,6 @@ class Deadline:
         target: Where.
         stopwatch: At which batch and sizes.
         cache: Folder of latency tables; the user's cache unless told otherwise.
-        request: The precision of the finished model; the dense one is timed as it is.
     """
 
     limit: float
@@ -60,7 +60,6 @@ class Deadline:
     target: Target
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     cache: Path | None = None
-    request: Request = field(default_factory=Request)
 
     def __post_init__(self) -> None:
         if not 0 < self.limit < (float("inf") if self.in_ms else 1 + 1e-9):
@@ -69,14 +68,14 @@ class Deadline:
                 "must be above 0 and at most 1 (0.6 keeps 60 %), or a time such as 5ms"
             )
 
-    def require(self, graph: gs.Graph) -> None:
+    def require(self, graph: gs.Graph, precision: Precision) -> None:
         """See whether a model can be timed so, before any work is done for it.
 
         Raises:
             BackendUnavailable: As `Target.require`.
             PlanError: Likewise, or as `Stopwatch.sizes_of`.
         """
-        self.target.require(self.request.precision)
+        self.target.require(precision)
         self.stopwatch.sizes_of(graph)
 
     def share(self, dense_ms: float) -> float:
@@ -121,6 +120,7 @@ def scheduled(
     deadline: Deadline,
     *,
     align: int,
+    request: Request | None = None,
     typed: Callable[[Model], Model] = lambda model: model,
     on_variant: Callable[[int], None] = lambda variants: None,
 ) -> Schedule:
@@ -140,17 +140,19 @@ def scheduled(
         probes: What every axis is worth.
         deadline: What is to be kept.
         align: Widths are multiples of this.
+        request: The precision of the finished model; the dense one is timed as it is.
         typed: Brings a model into the types in which it is to run.
         on_variant: Called with the number of variants that were timed.
 
     Raises:
         CorpError: As `Stopwatch.race`.
     """
-    trial = _Trial(dense, model, catalog, statistics, probes, deadline, align, typed)
+    request = request or Request()
+    trial = _Trial(dense, model, catalog, statistics, probes, deadline, align, request, typed)
     table = latency_table.kept(
         lambda: latency_table.measured(
             *(probes, trial.shrunk, deadline.target, deadline.stopwatch),
-            precision=deadline.request.precision,
+            precision=request.precision,
             align=align,
             on_variant=on_variant,
         ),
@@ -171,6 +173,7 @@ class _Trial:
     probes: Sequence[Probe]
     deadline: Deadline
     align: int
+    request: Request = field(default_factory=Request)
     typed: Callable[[Model], Model] = lambda model: model
 
     def shrunk(self, widths: Mapping[int, int]) -> Model:
@@ -188,9 +191,10 @@ class _Trial:
             "target": str(self.deadline.target),
             "versions": dict(self.deadline.target.versions()),
             "batch": watch.batch,
-            "precision": self.deadline.request.name,
+            "precision": self.request.name,
             "sizes": {name: list(shape) for name, shape in watch.sizes.items()},
             "align": self.align,
+            "axes": sorted(Counter(map(latency_table.kind_of, self.probes)).items()),
         }
 
     def corrected(self, table: LatencyTable) -> Schedule:
@@ -216,7 +220,8 @@ class _Trial:
         return Schedule(self.deadline, plan, limit, tuple(found.values()))
 
     def _raced(self, widths: Mapping[int, int]) -> Race:
-        return against_dense(self.dense, self.shrunk(widths), self.deadline)
+        small = self.shrunk(widths)
+        return against_dense(self.dense, small, self.deadline, self.request.precision)
 
 
 def _best(found: Mapping[tuple[int, ...], Timed], limit: float) -> tuple[int, ...]:
@@ -227,9 +232,11 @@ def _best(found: Mapping[tuple[int, ...], Timed], limit: float) -> tuple[int, ..
     return min(found, key=lambda widths: found[widths].measured)
 
 
-def against_dense(dense: Model | Path, model: Model, deadline: Deadline) -> Race:
+def against_dense(
+    dense: Model | Path, model: Model, deadline: Deadline, precision: Precision = "fp32"
+) -> Race:
     """A model and the dense one, turn by turn."""
-    lanes = [Lane(dense, deadline.target), Lane(model, deadline.target, deadline.request.precision)]
+    lanes = [Lane(dense, deadline.target), Lane(model, deadline.target, precision)]
     return deadline.stopwatch.race(lanes)
 
 

@@ -14,9 +14,7 @@ from corp_onnx.deploy.records import PRECISIONS, Precision, Target
 from corp_onnx.deploy.shape_ranges import parse_ranges
 from corp_onnx.deploy.targets import TARGETS, TargetOptions
 from corp_onnx.errors import PlanError
-from corp_onnx.precision import Request
 from corp_onnx.session import GraphLevel
-from corp_onnx.sizes import Sizes, batch_of
 from corp_onnx.timing import Stopwatch
 
 TargetName = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
@@ -57,6 +55,15 @@ Effort = Annotated[
         "--optimization-level", min=0, max=5, help="How long TensorRT looks for fast kernels."
     ),
 ]
+Refit = Annotated[
+    bool, typer.Option("--refit", help="Let weights of an engine of TensorRT be changed later.")
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="Let later versions of TensorRT run it.")
+]
+CudaGraph = Annotated[
+    bool, typer.Option("--cuda-graph", help="Launch all kernels of a run of TensorRT at once.")
+]
 Cache = Annotated[
     Path | None, typer.Option("--cache", help="Folder for what may be used again, such as times.")
 ]
@@ -67,11 +74,7 @@ Name = TypeVar("Name", bound=str)
 
 
 def deadline_of(
-    latency: str | None,
-    target: Target,
-    request: Request,
-    stopwatch: Stopwatch,
-    cache: Path | None,
+    latency: str | None, target: Target, stopwatch: Stopwatch, cache: Path | None
 ) -> Deadline | None:
     """How long a model may take, from ``0.6`` or ``5ms``.
 
@@ -87,7 +90,7 @@ def deadline_of(
         raise PlanError(
             f"--latency {latency!r} is neither a share to keep such as 0.6 nor a time such as 5ms"
         ) from error
-    return Deadline(limit, in_ms, target, stopwatch, cache, request)
+    return Deadline(limit, in_ms, target, stopwatch, cache)
 
 
 def target_options(
@@ -100,6 +103,9 @@ def target_options(
     workspace: float | None = None,
     optimization_level: int = 3,
     custom_op_library: Path | None = None,
+    refit: bool = False,
+    version_compatible: bool = False,
+    cuda_graph: bool = False,
 ) -> TargetOptions:
     """What was asked of a target; ``shapes`` are smallest, likeliest and largest.
 
@@ -115,6 +121,9 @@ def target_options(
         workspace_bytes=None if workspace is None else int(workspace * 2**30),
         optimization_level=optimization_level,
         custom_op_library=custom_op_library,
+        refit=refit,
+        version_compatible=version_compatible,
+        cuda_graph=cuda_graph,
     )
 
 
@@ -147,19 +156,14 @@ def source_of(data: str | None, precisions: Sequence[Precision], seed: int = 0) 
     return Source(data, seed=seed)
 
 
-def batch_of_shapes(sizes: Sizes) -> int:
-    """The batch where none is asked for: that of the sizes that are given, else 1."""
-    return batch_of({name: shape for name, shape in sizes.items() if len(shape) > 1})
-
-
-def batches_of(text: str | None, sizes: Sizes) -> tuple[int, ...]:
-    """Batch sizes from ``1,8,32``.
+def batches_of(text: str | None) -> tuple[int, ...]:
+    """Batch sizes from ``1,8,32``; none where none are asked for.
 
     Raises:
         PlanError: If the text is of another form.
     """
     if text is None:
-        return (batch_of_shapes(sizes),)
+        return ()
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
         raise PlanError(f"--batch {text!r} is no list of sizes such as 1,8,32")

@@ -12,6 +12,7 @@ from corp_onnx.deploy.records import PRECISIONS
 from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target, require_taken
 from corp_onnx.errors import PlanError
 from corp_onnx.latency import RUNS, WARMUP
+from corp_onnx.sizes import DEFAULT_BATCH
 from corp_onnx.timing import Stopwatch
 
 
@@ -27,6 +28,8 @@ def build(
     max_shapes: engine_options.MaxShapes = None,
     workspace: engine_options.Workspace = None,
     optimization_level: engine_options.Effort = 3,
+    refit: engine_options.Refit = False,
+    version_compatible: engine_options.VersionCompatible = False,
     cache: engine_options.Cache = None,
     custom_op_library: options.CustomOps = None,
     as_json: options.AsJson = False,
@@ -40,11 +43,14 @@ def build(
         workspace=workspace,
         optimization_level=optimization_level,
         custom_op_library=custom_op_library,
+        refit=refit,
+        version_compatible=version_compatible,
     )
     built_for = open_target(target, asked)
     require_taken(asked, [target])
     source = engine_options.source_of(data, [precision])
-    command = commands.Build(model, folder, built_for, precision, source)
+    runtime = options.runtime_of(None, 0, custom_op_library)
+    command = commands.Build(model, folder, built_for, precision, source, runtime)
     screen.run(command, as_json, log_level)
 
 
@@ -78,6 +84,9 @@ def bench(
     max_shapes: engine_options.MaxShapes = None,
     workspace: engine_options.Workspace = None,
     optimization_level: engine_options.Effort = 3,
+    refit: engine_options.Refit = False,
+    version_compatible: engine_options.VersionCompatible = False,
+    cuda_graph: engine_options.CudaGraph = False,
     cache: engine_options.Cache = None,
     custom_op_library: options.CustomOps = None,
     as_json: options.AsJson = False,
@@ -93,12 +102,15 @@ def bench(
         workspace=workspace,
         optimization_level=optimization_level,
         custom_op_library=custom_op_library,
+        refit=refit,
+        version_compatible=version_compatible,
+        cuda_graph=cuda_graph,
     )
     names = engine_options.names_of(targets, TARGETS, "--target")
-    require_taken(asked, names)
+    require_taken(asked, names, builds=not all(model.is_dir() for model in models))
     types = engine_options.names_of(precisions or "fp32", PRECISIONS, "--precision")
     sizes = options.sizes_of(shapes)
-    counts = engine_options.batches_of(batches, sizes)
+    counts = engine_options.batches_of(batches)
     if commands.are_times(tuple(models)):
         run_here = (targets, warmup, runs, asked, data, shapes) != (
             *("ort-cpu", WARMUP, RUNS, TargetOptions(), None, None),
@@ -108,9 +120,8 @@ def bench(
                 "times of trtexec are of one precision and one batch, and nothing is run: give no "
                 "flags but --precision, --batch, --seed, --plot and --json"
             )
-        imported = commands.Imported(
-            tuple(models), types[0] if precisions else None, counts[0], seed, plot
-        )
+        measured_in, batch = types[0] if precisions else None, (*counts, DEFAULT_BATCH)[0]
+        imported = commands.Imported(tuple(models), measured_in, batch, seed, plot)
         screen.run(imported, as_json, log_level)
         return
     command = commands.Bench(
@@ -123,5 +134,6 @@ def bench(
         profile,
         memory,
         plot,
+        options.runtime_of(None, threads, custom_op_library),
     )
     screen.run(command, as_json, log_level)

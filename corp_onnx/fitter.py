@@ -21,8 +21,9 @@ from corp_onnx.sites import Site, Thinning
 from corp_onnx.solve import Recipe
 from corp_onnx.solve.folds import Fold
 from corp_onnx.solve.joint import Joint, merged
-from corp_onnx.solve.narrow import Heads, narrow_mlp, narrow_output, narrow_values
+from corp_onnx.solve.narrow import narrow_mlp, narrow_output
 from corp_onnx.solve.solver import Solver
+from corp_onnx.solve.values import Heads, narrow_values
 from corp_onnx.statistics import Batch, Statistics
 from corp_onnx.streams import Stream
 

@@ -19,7 +19,7 @@ RUNS = 50
 RESAMPLES = 2000
 
 NOISY = 0.3
-"""Spread of the first engine's times, 5th to 95th percentile over the median, that is reported."""
+"""Spread of an engine's times that is reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,11 @@ class Latency:
     iterations: int
     p5_ms: float
     device_ms: float | None = None
+
+    @property
+    def spread(self) -> float:
+        """From the 5th to the 95th percentile, over the median."""
+        return (self.p95_ms - self.p5_ms) / self.median_ms if self.median_ms else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +66,14 @@ class Race:
     Attributes:
         latencies: Of every engine.
         speedups: Of every engine over the first.
-        warmup: Turns that did not count.
-        spread: Of the first engine, 5th to 95th percentile over the median.
+        warmup: Turns that did not count; None of times that were measured elsewhere.
+        settled: Of every engine, whether its times were seen to have settled in those; likewise.
     """
 
     latencies: tuple[Latency, ...]
     speedups: tuple[Speedup, ...]
-    warmup: int
-    spread: float
+    warmup: int | None
+    settled: tuple[bool | None, ...]
 
 
 Run = Callable[[], object]
@@ -86,8 +91,8 @@ def race(
     """Run all engines in turn, in an order drawn anew for every turn.
 
     Turns are thrown away until the times of every engine have settled: the medians of the last
-    ``warmup`` turns and of those before differ by 5 % at most. After ten times ``warmup`` it
-    begins all the same.
+    half of ``warmup`` turns and of as many before differ by 5 % at most. After ten times ``warmup``
+    it begins all the same.
 
     Args:
         engines: What to time; each call is one inference.
@@ -107,14 +112,17 @@ def race(
         return times_ms
 
     warm: list[list[float]] = []
-    while len(warm) < warmup or not _settled(warm, warmup):
+    settled = (False,) * len(engines)
+    while len(warm) < warmup or not (all(settled) or len(warm) >= MOST_WARMUPS * warmup):
         warm.append(turn())
+        settled = _settled(warm, warmup)
     on_device: list[list[float | None]] = []
     counted = []
     for _ in range(runs):
         counted.append(turn())
         on_device.append([time() for time in devices])
-    return _race(np.array(counted), on_device, len(warm), rng)
+    latencies, speedups = _summaries(np.array(counted), on_device, rng)
+    return Race(latencies, speedups, len(warm), settled)
 
 
 def unpaired(
@@ -139,38 +147,30 @@ def unpaired(
         Speedup(first.median_ms / latency.median_ms, float(low), float(high))
         for latency, (low, high) in zip(latencies, intervals, strict=True)
     )
-    return Race(latencies, tuple(speedups), 0, _spread(first))
+    return Race(latencies, tuple(speedups), None, (None,) * len(latencies))
 
 
-def _settled(turns: Sequence[Sequence[float]], warmup: int) -> bool:
-    """Whether the last turns took as long as those before, or patience ends."""
-    if warmup == 0 or len(turns) >= MOST_WARMUPS * warmup:
-        return True
+def _settled(turns: Sequence[Sequence[float]], warmup: int) -> tuple[bool, ...]:
+    """Of every engine, whether its last turns took as long as those before."""
     half = max(1, warmup // 2)
     if len(turns) < 2 * half:
-        return False
+        return (False,) * len(turns[0])
     before = np.median(turns[-2 * half : -half], axis=0)
     last = np.median(turns[-half:], axis=0)
-    return bool((np.abs(last - before) <= SETTLED * before).all())
+    return tuple((np.abs(last - before) <= SETTLED * before).tolist())
 
 
-def _race(
+def _summaries(
     times_ms: Float64[np.ndarray, "n engines"],
     on_device: Sequence[Sequence[float | None]],
-    warmup: int,
     rng: np.random.Generator,
-) -> Race:
+) -> tuple[tuple[Latency, ...], tuple[Speedup, ...]]:
     columns = times_ms.T
     of_device: list[Sequence[float | None]] = list(zip(*on_device, strict=True))
     devices = of_device or [()] * len(columns)
     latencies = tuple(_latency(*each) for each in zip(columns, devices, strict=True))
     speedups = tuple(_speedup(columns[0] / column, rng) for column in columns)
-    return Race(latencies, speedups, warmup, _spread(latencies[0]))
-
-
-def _spread(latency: Latency) -> float:
-    middle = latency.median_ms
-    return (latency.p95_ms - latency.p5_ms) / middle if middle else 0.0
+    return latencies, speedups
 
 
 def _latency(times_ms: Float64[np.ndarray, " n"], device: Iterable[float | None]) -> Latency:

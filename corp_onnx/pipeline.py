@@ -53,7 +53,7 @@ def prune(
         result = work.cut(work.within(budget, work.probed()))
         result = result.held_to(budget.check(result.surgery))
     else:
-        budget.require(work.model.graph)
+        budget.require(work.model.graph, work.settings.request.precision)
         result = work.informed(knowledge).calibrated().in_time(path, budget)
     result = work.typed(result)
     with work.clock.stage("save"):
@@ -82,6 +82,7 @@ def sweep(
     results = {}
     for output, plan in work.plans(outputs).items():
         result = work.cut(plan)
-        results[output] = result.held_to(outputs[output].check(result.surgery))
-        save(result.surgery.model, output)
+        result = work.typed(result.held_to(outputs[output].check(result.surgery)))
+        save(result.model, output)
+        results[output] = result
     return results

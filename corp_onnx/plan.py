@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from corp_onnx.blocks import Axis, Block, Catalog, axes_of, width_of
@@ -69,23 +69,35 @@ def uniform(
             )
     if align < 1:
         raise PlanError(f"--align {align} is not a multiple to round to: it must be at least 1")
-    cuts = tuple(
-        Cut(block.id, axis, width_of(block, axis), _narrowed(width_of(block, axis), share, align))
-        for block in catalog.blocks
-        for axis, share in shares_removed.items()
-        if axis in axes_of(block)
+    require_offered(catalog, shares_removed)
+    return Plan(
+        tuple(
+            Cut(block.id, axis, width, _narrowed(width, share, align))
+            for block in catalog.blocks
+            for axis, share in shares_removed.items()
+            if axis in axes_of(block)
+            for width in [width_of(block, axis)]
+        )
     )
-    if not cuts:
-        raise NothingPrunable(_nothing(catalog, shares_removed))
-    for axis in sorted(set(shares_removed) - {cut.axis for cut in cuts}):
-        log.warning("no block offers the axis %r; nothing of it is cut", axis)
-    return Plan(cuts)
+
+
+def require_offered(catalog: Catalog, axes: Collection[Axis] = tuple(LOOKED_FOR)) -> None:
+    """See whether any block offers one of some axes, or any at all.
+
+    Raises:
+        NothingPrunable: If none does; says why.
+    """
+    if not any(axis in axes for block in catalog.blocks for axis in axes_of(block)):
+        raise NothingPrunable(_nothing(catalog, axes))
 
 
 def warn_of_uncut(plan: Plan, shares_removed: Mapping[Axis, float], *, align: int) -> None:
     """Say which axes keep their width although some of it was to go."""
     for axis, share in shares_removed.items():
-        widths = {cut.width for cut in plan.cuts if cut.axis == axis and cut.to == cut.width}
+        cuts = [cut for cut in plan.cuts if cut.axis == axis]
+        if not cuts:
+            log.warning("no block offers the axis %r; nothing of it is cut", axis)
+        widths = {cut.width for cut in cuts if cut.to == cut.width}
         if share > 0 and widths:
             log.warning(
                 "--%s %g leaves axes of width %s as they are, rounded to multiples of %d; give a "
@@ -106,17 +118,15 @@ def least_width(width: int, align: int) -> int:
     return min(width, max(align, LEAST))
 
 
-def _nothing(catalog: Catalog, shares: Mapping[Axis, float]) -> str:
+def _nothing(catalog: Catalog, axes: Collection[Axis]) -> str:
     """Why nothing can be cut, with every reason that was found."""
-    wanted = " or ".join(shares)
+    wanted = " or ".join(axes)
     reasons = [f"{item.op} {item.node!r}: {item.reason}" for item in catalog.refusals]
-    reasons += [reason for block in catalog.blocks for reason in _refused(block, shares)]
-    found = "; ".join(reasons[:5]) or " and ".join(
-        dict.fromkeys(LOOKED_FOR[axis] for axis in shares)
-    )
+    reasons += [reason for block in catalog.blocks for reason in _refused(block, axes)]
+    found = "; ".join(reasons[:5]) or " and ".join(dict.fromkeys(LOOKED_FOR[axis] for axis in axes))
     more = f" (and {len(reasons) - 5} more; see `corp-onnx inspect`)" if len(reasons) > 5 else ""
     return f"nothing prunable was found for {wanted}: {found}{more}"
 
 
-def _refused(block: Block, shares: Mapping[Axis, float]) -> list[str]:
-    return [f"{block.id} {axis}: {why}" for axis, why in block.refused.items() if axis in shares]
+def _refused(block: Block, axes: Collection[Axis]) -> list[str]:
+    return [f"{block.id} {axis}: {why}" for axis, why in block.refused.items() if axis in axes]

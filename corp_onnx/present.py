@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -166,27 +166,16 @@ def latency_json(kept: Kept) -> Json:
 
 def pruned_table(result: Pruned, output: str) -> RenderableType:
     """What ``prune`` prints."""
-    table = table_of("block", "axis", "from", "to", "unexplained", "error", "unseen", "condition")
-    cuts = {(cut.block, cut.axis): cut for cut in result.plan.cuts}
-    for fold in result.solved.solution.folds:
-        evidence = fold.evidence
-        errors = (
-            f"{evidence.error:.4f}",
-            "" if evidence.unseen is None else f"{evidence.unseen:.4f}",
-        )
-        if isinstance(fold, OutputFold):
-            table.add_row(fold.block, "output", "", "", "", *errors, "")
-            continue
-        cut = cuts[fold.block, fold.axis]
-        table.add_row(
-            *(cut.block, cut.axis, str(cut.width), str(cut.to), f"{evidence.unexplained:.3f}"),
-            *(*errors, f"{evidence.condition:.1e}"),
-        )
     before, after = result.surgery.dense, result.surgery.pruned
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    typed = [
+        replace(check, name=f"{check.name}, {result.typed.request.name}")
+        for check in result.typed_checks
+        if result.typed
+    ]
     return Group(
-        table,
-        checks_table((*result.verification.checks, *result.typed_checks)),
+        _folds_table(result),
+        checks_table((*result.verification.checks, *typed)),
         Text(
             f"{_change('MACs', before.total, after.total, 1e9, 'G')}; "
             f"{_change('parameters', before.params, after.params, 1e6, 'M')}"
@@ -199,6 +188,25 @@ def pruned_table(result: Pruned, output: str) -> RenderableType:
         *map(Text, advice(result.solved.solution, result.solved.samples)),
         Text(f"written to {output}"),
     )
+
+
+def _folds_table(result: Pruned) -> Table:
+    """Every cut, and every output projection that was only fitted."""
+    table = table_of("block", "axis", "from", "to", "unexplained", "error", "unseen", "condition")
+    widths: dict[tuple[str, str], tuple[int, int]] = {
+        (cut.block, cut.axis): (cut.width, cut.to) for cut in result.plan.cuts
+    }
+    for fold in result.solved.solution.folds:
+        found = fold.evidence
+        errors = [f"{each:.4f}" for each in (found.error, found.unseen) if each is not None]
+        if fold.axis is None:
+            table.add_row(fold.block, "output", "", "", "", *errors)
+            continue
+        cut = map(str, widths[fold.block, fold.axis])
+        shown = (*errors, "")[:2]
+        condition = f"{found.condition:.1e}"
+        table.add_row(fold.block, fold.axis, *cut, f"{found.unexplained:.3f}", *shown, condition)
+    return table
 
 
 def comparison_json(comparison: Comparison) -> Json:

@@ -16,12 +16,18 @@ FILLED, MOST_CROPS = 256, 4
 """Fewer pictures are filled up to so many inputs by crops, of each at most so many."""
 
 
-def held_apart(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Some samples to verify with, and all others."""
+def held_out(data: Dataset) -> int:
+    """How many samples are kept from calibration, to verify with; none if there are too few."""
     fixed = data.fixed_batch or 1
     wanted = min(MOST_HELD_OUT, round(HELD_OUT_SHARE * data.samples))
     count = max(fixed, wanted - wanted % fixed)
-    if data.samples < count + fixed:
+    return 0 if data.samples < count + fixed else count
+
+
+def held_apart(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """Some samples to verify with, and all others."""
+    count = held_out(data)
+    if not count:
         log.warning("there are too few samples to hold any out; verifying with those calibrated on")
         return data, data
     order = np.random.default_rng(seed).permutation(data.samples)

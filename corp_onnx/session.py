@@ -84,7 +84,7 @@ class Runtime:
     optimised_apart: bool = False
     """Whether its weights go into a file beside it, as those of a large model must."""
     profile: Path | None = None
-    """Begin of the name of the file with the time of every operator; made by `Session.close`."""
+    """Begin of the name of a file of the times of all operators; `Session.profile` finishes it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

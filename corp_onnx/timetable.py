@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -26,32 +26,82 @@ Label = Mapping[str, Any]
 """An engine by `LABELS`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What an engine ran with, as far as its target tells.
+
+    Attributes:
+        threads: Of the processor, as asked for; 0 leaves them to the runtime.
+        versions: Of everything that has a part in how fast it is, by name.
+    """
+
+    threads: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
 def label(model: str, target: str, precision: str | None, batch: int) -> Label:
     """What tells an engine from others; None where nobody said."""
     return dict(zip(LABELS, (model, target, precision, batch), strict=True))
 
 
 def race_json(
-    labels: Sequence[Sequence[Label]], races: Sequence[Race], conditions: Conditions | None
+    labels: Sequence[Sequence[Label]],
+    races: Sequence[Race],
+    *,
+    setups: Sequence[Setup],
+    before: Conditions | None = None,
+    after: Conditions | None = None,
 ) -> Json:
     """Every run, and how much faster than the first engine of its race each other one is.
 
-    Of times that were measured elsewhere there are no conditions.
+    Args:
+        labels: Of the engines of every race.
+        races: What they showed.
+        setups: Of the engines of any race.
+        before: The machine before the first race; None of times that were measured elsewhere.
+        after: The machine at the end of the last; likewise.
     """
     runs: list[Json] = []
     speedups: list[Json] = []
-    for engines, race in zip(labels, races, strict=True):
-        for label, latency in zip(engines, race.latencies, strict=True):
-            throughput = 1000.0 * label["batch"] / latency.median_ms
-            runs.append({**label, **asdict(latency), "samples_per_s": throughput})
-        for label, speedup in list(zip(engines, race.speedups, strict=True))[1:]:
-            speedups.append({**label, "over": engines[0]["model"], **asdict(speedup)})
+    for number, (engines, race) in enumerate(zip(labels, races, strict=True)):
+        runs += _runs(number, engines, race, setups)
+        speedups += _speedups(number, engines, race)
     return {
         "runs": runs,
         "speedups": speedups,
-        "conditions": conditions and asdict(conditions),
-        "warnings": [] if conditions is None else [*_busy(conditions), *_noise(races)],
+        "conditions": before and asdict(before),
+        "conditions_after": after and asdict(after),
+        "warnings": [] if before is None else [*_busy(before), *_noise(labels, races)],
     }
+
+
+def _runs(
+    number: int, engines: Sequence[Label], race: Race, setups: Sequence[Setup]
+) -> Iterator[Json]:
+    for label, latency, settled, setup in zip(
+        engines, race.latencies, race.settled, setups, strict=True
+    ):
+        yield {
+            **label,
+            **asdict(latency),
+            "samples_per_s": 1000.0 * label["batch"] / latency.median_ms,
+            "race": number,
+            "warmup": race.warmup,
+            "settled": settled,
+            **asdict(setup),
+        }
+
+
+def _speedups(number: int, engines: Sequence[Label], race: Race) -> Iterator[Json]:
+    """Of all but the first, which they are held against."""
+    first = engines[0]
+    over = {
+        "over": first["model"],
+        "over_target": first["target"],
+        "over_precision": first["precision"],
+    }
+    for label, speedup in list(zip(engines, race.speedups, strict=True))[1:]:
+        yield {**label, **over, **asdict(speedup), "race": number}
 
 
 def race_table(document: Mapping[str, Any]) -> RenderableType:
@@ -60,11 +110,7 @@ def race_table(document: Mapping[str, Any]) -> RenderableType:
     device = any(run["device_ms"] is not None for run in document["runs"])
     times = ["median", "5 % to 95 %", *(["on device"] if device else []), "per second"]
     table = table_of("model", *shown, *times, "speed-up", "95 % interval")
-    speedups = iter(document["speedups"])
-    races = len(document["runs"]) - len(document["speedups"])
-    for place, run in enumerate(document["runs"]):
-        first = place % (len(document["runs"]) // races) == 0
-        entry = None if first else next(speedups)
+    for run, entry in _paired(document):
         on_device = "" if run["device_ms"] is None else f"{run['device_ms']:.2f} ms"
         table.add_row(
             run["model"],
@@ -80,6 +126,14 @@ def race_table(document: Mapping[str, Any]) -> RenderableType:
     memory = [_memory_table(document["memory"])] if document.get("memory") else []
     profiles = [_profile_table(document["profiles"])] if document.get("profiles") else []
     return Group(table, *memory, *profiles, *warnings)
+
+
+def _paired(document: Mapping[str, Any]) -> Iterator[tuple[Json, Json | None]]:
+    """Every run with its speed-up; the first of a race has none."""
+    speedups, last = iter(document["speedups"]), None
+    for run in document["runs"]:
+        yield run, next(speedups) if run["race"] == last else None
+        last = run["race"]
 
 
 def _memory_table(entries: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -112,7 +166,7 @@ def _profile_table(profiles: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def _busy(conditions: Conditions) -> list[str]:
-    if conditions.busy <= BUSY:
+    if conditions.busy is None or conditions.busy <= BUSY:
         return []
     return [
         f"other processes kept {conditions.busy:.0%} of the processor busy before the timing; "
@@ -120,10 +174,16 @@ def _busy(conditions: Conditions) -> list[str]:
     ]
 
 
-def _noise(races: Sequence[Race]) -> list[str]:
+def _noise(labels: Sequence[Sequence[Label]], races: Sequence[Race]) -> list[str]:
+    """Every engine whose times are far apart: that of any of them makes ratios doubtful."""
     return [
-        f"the first engine's times spread over {race.spread:.0%} of their median (more than "
+        f"the times of {_named(label)} spread over {latency.spread:.0%} of their median (more than "
         f"{NOISY:.0%}): the machine was busy or changed its clock; time again with more --runs"
-        for race in races
-        if race.spread > NOISY
+        for engines, race in zip(labels, races, strict=True)
+        for label, latency in zip(engines, race.latencies, strict=True)
+        if latency.spread > NOISY
     ]
+
+
+def _named(label: Label) -> str:
+    return "{model} on {target} in {precision} at batch {batch}".format(**label)

@@ -38,14 +38,24 @@ class Lane:
             return None if self.model.is_dir() else described(self.model)
         return self.model.graph
 
+    def reads(self) -> gs.Graph:
+        """The same; of an engine one without nodes, which says what it reads."""
+        graph = self.graph()
+        if graph is not None:
+            return graph
+        engine = self.target.load(self._kept())
+        try:
+            return inputs_of(engine, {})
+        finally:
+            engine.close()
+
     @contextmanager
     def built(self, watch: Stopwatch) -> Iterator[tuple[Build, Sizes | None]]:
         """The build until it is no longer needed; sizes of its inputs, where the model is known."""
         with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
             graph = self.graph()
             if graph is None:
-                assert isinstance(self.model, Path), "a folder"
-                yield self._fitting(Build.read(self.model)), None
+                yield self._kept(), None
             else:
                 sizes = watch.sizes_of(graph)
                 yield self._built(self.target.sized(sizes), Path(folder)), sizes
@@ -67,7 +77,10 @@ class Lane:
         write(self.model.proto(), path)
         return target.build(path, folder, self.precision)
 
-    def _fitting(self, build: Build) -> Build:
+    def _kept(self) -> Build:
+        """What was built into the folder, if it is what is to run."""
+        assert isinstance(self.model, Path), "a folder"
+        build = Build.read(self.model)
         if (build.target, build.precision) != (self.target.name, self.precision):
             raise PlanError(
                 f"{build.path.parent} was built for {build.target} in {build.precision}, not for "
@@ -96,8 +109,31 @@ class Stopwatch:
     seed: int = 0
     likely: Sizes = field(default_factory=dict)
 
-    def race(self, lanes: Sequence[Lane]) -> Race:
+    @staticmethod
+    def of(graph: gs.Graph, sizes: Sizes | None = None, batch: int | None = None) -> Stopwatch:
+        """For the batch that is asked for, else that of the model, else of the sizes, else 1.
+
+        Args:
+            graph: Of the model, which may have a fixed batch.
+            sizes: Dimensions of inputs that are not to be guessed; those of others are kept.
+            batch: Samples of one inference.
+
+        Raises:
+            PlanError: If sizes do not fit the model.
+        """
+        sizes = sizes or {}
+        if batch is None:
+            given = _of_inputs(graph, sizes)
+            with_batch = {name: shape for name, shape in given.items() if len(shape) > 1}
+            batch = batch_of(input_sizes(graph, batch=batch_of(with_batch), given=given))
+        return Stopwatch(batch, sizes)
+
+    def race(self, lanes: Sequence[Lane], *, on_end: Callable[[], object] = lambda: None) -> Race:
         """Build every model, or take what was built of it, and time all turn by turn.
+
+        Args:
+            lanes: What is timed; the first is the measure.
+            on_end: Called after the last turn, while all engines are still there.
 
         Raises:
             CorpError: As `Target.build`, `Target.load` and `Engine.run`.
@@ -108,13 +144,15 @@ class Stopwatch:
             engines = [opened.enter_context(lane.opened(watch)) for lane in lanes]
             self._require_known([engine for engine, _ in engines])
             log.info("timing %d engines at batch %d", len(engines), self.batch)
-            return race(
+            found = race(
                 [self._inference(*engine) for engine in engines],
                 devices=[partial(_device_ms, engine) for engine, _ in engines],
                 warmup=self.warmup,
                 runs=self.runs,
                 seed=self.seed,
             )
+            on_end()
+            return found
 
     def operator_times(self, lanes: Sequence[Lane]) -> tuple[Mapping[str, float], ...]:
         """Milliseconds of one inference of every engine, by kind of operator.
@@ -140,8 +178,7 @@ class Stopwatch:
         Raises:
             PlanError: If the batch cannot be kept.
         """
-        known = {tensor.name for tensor in graph.inputs}
-        given = {name: shape for name, shape in self.sizes.items() if name in known}
+        given = _of_inputs(graph, self.sizes)
         sequence = usual_sequence(graph, given)
         sizes = input_sizes(graph, batch=self.batch, sequence=sequence, given=given)
         found = batch_of(sizes)
@@ -198,6 +235,12 @@ def inputs_of(engine: Engine, likely: Sizes) -> gs.Graph:
         ]
 
     return gs.Graph(inputs=[gs.Variable(s.name, s.dtype, dims(s)) for s in engine.inputs])
+
+
+def _of_inputs(graph: gs.Graph, sizes: Sizes) -> Sizes:
+    """Those of inputs that the graph has: others are another model's."""
+    known = {tensor.name for tensor in graph.inputs}
+    return {name: shape for name, shape in sizes.items() if name in known}
 
 
 def _is_engine(lane: Lane) -> bool:

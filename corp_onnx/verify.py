@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
+from jaxtyping import Float64
 
 from corp_onnx.blocks import Catalog, width_of
 from corp_onnx.errors import DataError, PlanError, VerificationError
@@ -248,19 +249,14 @@ class _OutputSum:
                 f"output {name!r} has shape {before.shape} in the dense model and {after.shape} in "
                 "the other"
             )
-        y, z = (
-            array.astype(np.float64).reshape(-1, array.shape[-1] if array.ndim else 1)
-            for array in (before, after)
-        )
+        width = before.shape[-1] if before.ndim else 1
+        y, z = (array.astype(np.float64).reshape(-1, width) for array in (before, after))
         if not np.isfinite(y).all():
             raise DataError(f"output {name!r} of the dense model holds NaN or infinity")
         self.lost += float(np.square(y - z).sum())
         self.energy += float(np.square(y).sum())
         self.rows += len(y)
-        norms = np.linalg.norm(y, axis=1) * np.linalg.norm(z, axis=1)
-        self.cosine += float(
-            np.divide((y * z).sum(axis=1), norms, out=np.ones(len(y)), where=norms > 0).sum()
-        )
+        self.cosine += float(_cosines(y, z).sum())
         best = y.argmax(axis=1), z.argmax(axis=1)
         self.agreed += int((best[0] == best[1]).sum())
         self.chosen.append(best)
@@ -289,7 +285,14 @@ def _compared(dense: Session, pruned: Session, output: str | None) -> list[str]:
     return common
 
 
+def _cosines(y: Float64[np.ndarray, "n d"], z: Float64[np.ndarray, "n d"]) -> np.ndarray:
+    """Row by row; 1 where both are zero, 0 where one of them is."""
+    norms = np.linalg.norm(y, axis=1), np.linalg.norm(z, axis=1)
+    product, equal = norms[0] * norms[1], norms[0] == norms[1]
+    cosines: np.ndarray = equal.astype(float)
+    np.divide((y * z).sum(axis=1), product, out=cosines, where=product != 0)
+    return cosines
+
+
 def _ratio(part: float, whole: float) -> float:
-    if whole == 0:
-        return 0.0 if part == 0 else float("inf")
-    return part / whole
+    return part / whole if whole else float("inf" if part else 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,12 +14,13 @@ from corp_onnx.checking import Gates, verify
 from corp_onnx.clock import Clock
 from corp_onnx.data import Dataset
 from corp_onnx.deadline import Deadline, Kept, against_dense, scheduled
+from corp_onnx.deploy.records import Target
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model, load
-from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, Plan, uniform
+from corp_onnx.plan import DEFAULT_ALIGN, Plan, require_offered
 from corp_onnx.precision import Request, Typed, in_precision, require_convertible
-from corp_onnx.probes import Probe, offered, probe
-from corp_onnx.samples import held_apart
+from corp_onnx.probes import Probe, probe
+from corp_onnx.samples import drawn, held_out
 from corp_onnx.scarcity import spared
 from corp_onnx.session import Runtime
 from corp_onnx.sizes import Sizes
@@ -90,6 +90,7 @@ class Settings:
         request: The precision that the result is written in.
         on_batch: Called after every calibration batch with its number of samples.
         on_block: Called with every block that is done, where they are fitted in sequence.
+        on_variant: Called with the number of variants that were timed, for a deadline.
     """
 
     align: int = DEFAULT_ALIGN
@@ -102,6 +103,7 @@ class Settings:
     request: Request = field(default_factory=Request)
     on_batch: Callable[[int], None] = lambda samples: None
     on_block: Callable[[str], None] = lambda block: None
+    on_variant: Callable[[int], None] = lambda variants: None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,8 +126,7 @@ class Work:
         require_convertible(model, settings.request)
         with clock.stage("blocks"):
             catalog = find_blocks(model, settings.sizes)
-        if not offered(catalog):
-            uniform(catalog, DEFAULT_SHARES)  # says why nothing can be cut
+        require_offered(catalog)
         return Work(model, catalog, settings, clock)
 
     def informed(self, knowledge: Knowledge) -> Work:
@@ -134,10 +135,10 @@ class Work:
             statistics = Statistics.load(knowledge)
             return replace(self, statistics=statistics, catalog=spared(self.catalog, statistics))
         data = knowledge(self.model)
-        _, used = held_apart(data, self.settings.seed)
-        first = itertools.islice(used.batches(BATCH_SIZE), 1)
-        few = gather(self.model, self.catalog, first, runtime=self.settings.runtime)
-        return replace(self, data=data, catalog=spared(self.catalog, few, used.samples))
+        some = drawn(data, BATCH_SIZE, self.settings.seed).batches(BATCH_SIZE)
+        few = gather(self.model, self.catalog, some, runtime=self.settings.runtime)
+        used = data.samples - held_out(data)
+        return replace(self, data=data, catalog=spared(self.catalog, few, used))
 
     def calibrated(self) -> Work:
         """With statistics of the dense model."""
@@ -212,19 +213,22 @@ class Work:
             schedule = scheduled(
                 *(path, self.model, self.catalog, self.statistics, self.probed(), deadline),
                 align=self.settings.align,
-                typed=self._typed_for_timing,
+                request=self.settings.request,
+                typed=lambda model: self._typed_for_timing(model, deadline.target),
+                on_variant=self.settings.on_variant,
             )
         result = self.cut(schedule.plan)
         with self.clock.stage("latency"):
-            model = self._typed_for_timing(result.surgery.model)
-            kept = Kept(schedule, against_dense(path, model, deadline))
+            model = self._typed_for_timing(result.surgery.model, deadline.target)
+            precision = self.settings.request.precision
+            kept = Kept(schedule, against_dense(path, model, deadline, precision))
         return replace(result.held_to(kept.check()), kept=kept)
 
-    def _typed_for_timing(self, model: Model) -> Model:
-        """The model in the precision asked for, whatever that costs."""
+    def _typed_for_timing(self, model: Model, target: Target) -> Model:
+        """The model in the precision asked for, whatever that costs, unless the target rounds."""
         assert self.statistics is not None, "calibrated before"
         request, seen = replace(self.settings.request, limit=float("inf")), self.statistics.seen[:1]
-        if request.wants_nothing:
+        if request.wants_nothing or target.rounds_by_itself(request.precision):
             return model
         return in_precision(model, request, seen, seen, runtime=self.settings.runtime).model
 

@@ -43,6 +43,9 @@ class Abacus:
     def sized(self, sizes):
         return self
 
+    def rounds_by_itself(self, precision):
+        return False
+
     def build(self, model, folder, precision):
         return Build(self.name, precision, Path(model), 0.0, 1, self.versions(), {})
 

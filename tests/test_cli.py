@@ -17,8 +17,8 @@ import pytest
 from onnx import helper
 from PIL import Image
 
-from corp_onnx.present import ONE_SHOT
 from corp_onnx.preprocessing import Preprocessing
+from corp_onnx.present import ONE_SHOT
 from corp_onnx.statistics import Statistics
 from tests.builders import HEAD, HIDDEN, TINY, Net, mlp
 from tests.conftest import Files
@@ -390,7 +390,7 @@ def test_statistics_give_the_same_file_as_the_data(command, files, tmp_path):
     ended = command("prune", files.model, "-o", other, "--stats", statistics, "--mlp", 0.3)
     assert ended.status == 0
     assert ONE_SHOT in ended.stdout
-    ended = command("prune", files.model, "-o", data, "--data", files.data, "--mlp", 0.3)
+    ended = command("prune", files.model, "-o", data, "--data", files.data, *HALF)
     assert ONE_SHOT not in ended.stdout
     assert ended.stdout.count(" output ") == 2  # of two attentions, fitted at full width
     assert other.read_bytes() != again.read_bytes()
@@ -454,6 +454,15 @@ def test_the_preprocessing_goes_with_the_model(command, files, tmp_path):
     recipe.save_beside(model)
     ended = command("prune", model, "-o", tmp_path / "out.onnx", "--data", files.data, *HALF)
     assert ended.status == 0
+    assert Preprocessing.beside(tmp_path / "out.onnx") == recipe
+
+
+def test_a_preprocessing_of_another_model_is_warned_of_and_stays(command, files, tmp_path):
+    recipe = Preprocessing("x", (7, 10), 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
+    recipe.save_beside(tmp_path / "out.onnx")
+    ended = command("prune", files.model, "-o", tmp_path / "out.onnx", "--data", files.data, *HALF)
+    assert ended.status == 0
+    assert "is of another model" in ended.message
     assert Preprocessing.beside(tmp_path / "out.onnx") == recipe
 
 
@@ -958,3 +967,76 @@ def test_an_interrupt_while_calibrating_is_exit_status_130_and_leaves_nothing(
     assert b"corp-onnx: interrupted" in shown
     assert b"Traceback" not in shown
     assert {path.name for path in temporary.iterdir()} <= {".ses"}  # ONNX Runtime's, on import
+
+
+# What bench and build are told, and tell
+
+
+def fixed(path, batch):
+    """A model of one batch."""
+    net = Net(0)
+    return saved(path, net.build(net.linear(net.x(batch, 10), 10, 10)))
+
+
+def test_bench_takes_the_batch_of_the_model(command, tmp_path):
+    """Of one that was built too, whose file is not there to say it."""
+    model, engine = fixed(tmp_path / "eight.onnx", 8), tmp_path / "engine"
+    assert command("build", model, "-o", engine).status == 0
+    for path in (model, engine):
+        (run,) = document(command("bench", path, "--runs", 2, "--json"))["runs"]
+        assert run["batch"] == 8
+
+
+def test_bench_says_what_it_ran_with(command, files):
+    ended = command(
+        *("bench", files.model, "--target", "ort-cpu,openvino", "--threads", 1),
+        *("--runs", 2, "--warmup", 2, "--json"),
+    )
+    found = document(ended)
+    first, second = found["runs"]
+    assert (first["versions"].keys(), second["versions"].keys()) == (
+        {"onnxruntime", "machine"},
+        {"openvino"},
+    )
+    assert [run["threads"] for run in found["runs"]] == [1, 1]
+    assert {run["warmup"] >= 2 for run in found["runs"]} == {True}
+    assert {type(run["settled"]) for run in found["runs"]} == {bool}
+    (speedup,) = found["speedups"]
+    assert (speedup["target"], speedup["over_target"]) == ("openvino", "ort-cpu")
+    assert found["conditions"].keys() == found["conditions_after"].keys()
+    assert found["conditions"]["busy"] is not None
+    assert found["conditions_after"]["busy"] is None
+
+
+@pytest.mark.parametrize("verb", ["build", "bench"])
+def test_custom_operators_are_brought_where_a_model_is_quantised(command, files, tmp_path, verb):
+    """The twin without the library: the model cannot be run for its ranges."""
+    model = saved(tmp_path / "model.onnx", with_custom_operator())
+    out = ("-o", tmp_path / "engine") if verb == "build" else ("--runs", 1)
+    asked = (verb, model, *out, "--precision", "int8", "--data", files.data)
+    assert_refused(command(*asked), "cannot load the model")
+    ended = command(*asked, "--custom-op-library", files.data)
+    assert_refused(ended, "is no library of custom operators")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("build", "m.onnx", "-o", "e", "--refit"), "--refit means nothing to ort-cpu"),
+        (
+            ("build", "m.onnx", "-o", "e", "--target", "tensorrt-rtx", "--version-compatible"),
+            "--version-compatible means nothing to tensorrt-rtx, it is for tensorrt;",
+        ),
+        (("build", "m.onnx", "-o", "e", "--cuda-graph"), "No such option: --cuda-graph"),
+        (("bench", "m.onnx", "--cuda-graph"), "--cuda-graph means nothing to ort-cpu"),
+        (("bench", "m.onnx", "--refit"), "--refit means nothing to ort-cpu"),
+        (
+            ("bench", ".", "--target", "tensorrt", "--refit"),
+            "--refit says how an engine is built, and here all are built already",
+        ),
+    ],
+)
+def test_flags_of_tensorrt_are_refused_where_they_mean_nothing(command, asked, words):
+    ended = command(*asked)
+    assert ended.status == 2
+    assert words in " ".join((ended.stdout + ended.stderr).split())

@@ -122,6 +122,16 @@ def test_a_table_is_measured_once_for_all_that_it_depends_on(known, clock, tmp_p
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_table_serves_only_the_axes_that_it_was_measured_for(known, clock, tmp_path):
+    """Fewer samples may leave an axis alone that more samples let be cut."""
+    *others, probes = known
+    few = [probe for probe in probes if probe.axis != "vo"]
+    schedule((*others, few), 0.8, Abacus(clock), tmp_path)
+    found = schedule(known, 0.6, Abacus(clock), tmp_path)
+    assert {cut.axis for cut in found.plan.cuts if cut.to < cut.width} >= {"mlp"}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 # The deadline
 
 
@@ -240,8 +250,8 @@ def test_of_several_that_keep_the_limit_the_slowest_is_taken_else_the_fastest():
 def test_a_table_is_of_the_types_that_were_timed(known, clock, tmp_path):
     for types in (Request(), Request(weight_only="int8"), Request(weight_only="int8")):
         watch = Stopwatch(warmup=0, runs=1)
-        asked = Deadline(0.7, False, Abacus(clock), watch, tmp_path, types)
-        scheduled(example.MODEL, *known, asked, align=ALIGN)
+        asked = Deadline(0.7, False, Abacus(clock), watch, tmp_path)
+        scheduled(example.MODEL, *known, asked, align=ALIGN, request=types)
     assert len(list(tmp_path.iterdir())) == 2
 
 

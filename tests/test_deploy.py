@@ -10,12 +10,26 @@ import onnx
 import pytest
 
 from corp_onnx import example
-from corp_onnx.commands import Source
+from corp_onnx.commands import Source, typed
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy import ort
-from corp_onnx.deploy.records import Build, ShapeRange
+from corp_onnx.deploy.records import (
+    PRECISIONS,
+    Build,
+    ShapeRange,
+    declared_inputs,
+    without_weights,
+)
 from corp_onnx.deploy.sessions import SessionEngine
-from corp_onnx.deploy.targets import TAKEN, TARGETS, TargetOptions, open_target
+from corp_onnx.deploy.targets import (
+    BUILDING,
+    FLAGS,
+    TAKEN,
+    TARGETS,
+    TargetOptions,
+    open_target,
+    require_taken,
+)
 from corp_onnx.errors import (
     BackendUnavailable,
     CorpError,
@@ -25,7 +39,8 @@ from corp_onnx.errors import (
     PlanError,
 )
 from corp_onnx.graph import write
-from corp_onnx.session import open_session
+from corp_onnx.precision import in_precision
+from corp_onnx.session import Runtime, open_session
 from tests.builders import WIDTH, Net
 
 HERE = ("ort-cpu", "openvino")
@@ -309,9 +324,78 @@ def test_runtimes_take_out_what_does_nothing(tmp_path, name):
 
 def test_every_flag_of_a_target_is_somebody_s():
     for field in fields(TargetOptions):
-        takers = [name for name, taken in TAKEN.items() if field.name in taken]
-        assert takers or field.name == "spinning"
+        assert [name for name, taken in TAKEN.items() if field.name in taken]
     assert TAKEN.keys() == TARGETS.keys()
+    assert FLAGS.keys() == {field.name for field in fields(TargetOptions)}
+    assert FLAGS.keys() > BUILDING
+
+
+@pytest.mark.parametrize("name", ["refit", "version_compatible", "cuda_graph"])
+def test_what_is_asked_of_tensorrt_reaches_it_and_no_other(name):
+    asked = TargetOptions(**{name: True})
+    assert getattr(open_target("tensorrt", asked), name) is True
+    assert getattr(open_target("tensorrt"), name) is False
+    require_taken(asked, ["ort-cpu", "tensorrt"])
+    for other in TARGETS.keys() - {"tensorrt"}:
+        with pytest.raises(PlanError, match=f"{FLAGS[name]} means nothing to {other}, it is for"):
+            require_taken(asked, [other])
+
+
+@pytest.mark.parametrize("name", sorted(BUILDING))
+def test_what_says_how_to_build_is_refused_where_nothing_is_built(name):
+    """The twin: what says how to run is not."""
+    asked = TargetOptions(**{name: 1})
+    require_taken(asked, ["tensorrt"])
+    with pytest.raises(PlanError, match=f"{FLAGS[name]} says how an engine is built"):
+        require_taken(asked, ["tensorrt"], builds=False)
+    require_taken(TargetOptions(cuda_graph=True), ["tensorrt"], builds=False)
+
+
+def test_targets_say_which_models_they_round_themselves():
+    found = {
+        name: tuple(each for each in PRECISIONS if open_target(name).rounds_by_itself(each))
+        for name in TARGETS
+    }
+    assert {name: each for name, each in found.items() if each} == {"openvino": ("bf16",)}
+
+
+def test_threads_are_told_of_targets_that_compute_on_the_processor():
+    asked = TargetOptions(threads=3)
+    told = {name: open_target(name, asked).inference_threads for name in TARGETS}
+    assert told == dict.fromkeys(TARGETS, 3) | {"tensorrt": None, "tensorrt-rtx": None}
+
+
+def test_models_are_run_for_a_precision_as_they_are_to_be_run(monkeypatch):
+    """With a library of custom operators, say, without which they cannot be."""
+    opened, checked = [], []
+
+    def open_one(model, runtime=None):
+        opened.append(runtime)
+        return open_session(model, runtime)
+
+    def convert(*given, runtime=None):
+        checked.append(runtime)
+        return in_precision(*given, runtime=runtime)
+
+    monkeypatch.setattr(typed, "open_session", open_one)
+    monkeypatch.setattr(typed, "in_precision", convert)
+    runtime = Runtime(threads=1)
+    typist = Typist(None, only_timed=True, runtime=runtime)
+    assert typist.typed(example.MODEL, open_target("ort-cpu"), "int8")
+    assert opened == checked == [runtime]
+
+
+def test_inputs_are_as_the_file_declares_them(tmp_path):
+    net = Net(0)
+    y = net("Add", net.x("batch", 3), net.const(np.float32(1)))
+    proto = net.build(net("Mul", y, net.input("scale")))
+    weight = proto.graph.initializer[0]
+    proto.graph.input.append(onnx.helper.make_tensor_value_info(weight.name, 1, ()))  # IR 3
+    onnx.save(proto, tmp_path / "model.onnx")
+    found = declared_inputs(without_weights(tmp_path / "model.onnx"))
+    assert found == {"x": (None, 3), "scale": ()}
+    with pytest.raises(GraphError, match="cannot be read as an ONNX model"):
+        without_weights(tmp_path / "none.onnx")
 
 
 def test_onnx_runtime_has_no_bf16_on_the_processor():

@@ -17,7 +17,7 @@ def raced(*device_ms):
         tuple(Latency(2 * ms, 2 * ms, 9, 2 * ms, ms) for ms in device_ms),
         tuple(Speedup(device_ms[0] / ms, 0.0, 9.0) for ms in device_ms),
         0,
-        0.0,
+        (True,) * len(device_ms),
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from corp_onnx import latency
 from corp_onnx.data import InputSpec
-from corp_onnx.latency import Latency, race, timing_inputs
+from corp_onnx.latency import Latency, race, timing_inputs, unpaired
 
 
 class Clock:
@@ -84,12 +84,34 @@ def test_time_on_the_device_is_the_median_of_what_the_engine_tells(clock):
     assert [latency.device_ms for latency in result.latencies] == [2.0, None]
 
 
-def test_the_spread_of_the_first_engine_is_told(clock):
-    calm, wild = [4.0] * 40, [1.0, 7.0] * 20
-    engines = {"calm": calm, "wild": wild}
-    for first, second, spread in (("calm", "wild", 0.0), ("wild", "calm", 1.5)):
-        lanes = [clock.engine(name, engines[name]) for name in (first, second)]
-        assert race(lanes, warmup=0, runs=40).spread == pytest.approx(spread)
+def test_the_spread_of_every_engine_is_told(clock):
+    lanes = [clock.engine("calm", [4.0] * 40), clock.engine("wild", [1.0, 7.0] * 20)]
+    found = race(lanes, warmup=0, runs=40).latencies
+    assert [latency.spread for latency in found] == [0.0, pytest.approx(1.5)]
+
+
+def test_an_engine_that_takes_no_time_has_no_spread():
+    assert Latency(0.0, 0.0, 9, 0.0).spread == 0.0
+
+
+def test_which_engine_has_settled_is_told(clock):
+    """The twin: one that rises for ever keeps both in the warm-up, and is not taken for both."""
+    lanes = [clock.engine("calm", [4.0] * 40), clock.engine("wild", 2.0 ** np.arange(40))]
+    found = race(lanes, warmup=3, runs=5)
+    assert (found.warmup, found.settled) == (30, (True, False))
+
+
+def test_engines_that_were_not_warmed_up_have_not_settled(clock):
+    lanes = [clock.engine(name, [4.0] * 9) for name in "ab"]
+    assert race(lanes, warmup=0, runs=5).settled == (False, False)
+    (settled,) = race(lanes[:1], warmup=1, runs=2).settled
+    assert settled
+
+
+def test_of_times_from_elsewhere_nobody_knows_whether_they_settled():
+    times = [np.array([4.0, 5.0]), np.array([2.0, 2.5])]
+    found = unpaired(times, times)
+    assert (found.warmup, found.settled) == (None, (None, None))
 
 
 def test_median_and_95th_percentile_are_in_milliseconds(clock):

@@ -10,12 +10,11 @@ from corp_onnx.solve.joint import Joint
 from corp_onnx.solve.lowrank import NEGLIGIBLE
 from corp_onnx.solve.narrow import (
     Branch,
-    Heads,
     narrow_mlp,
     narrow_output,
     narrow_query_key,
-    narrow_values,
 )
+from corp_onnx.solve.values import Heads, narrow_values
 from tests.tolerances import distance, rounding
 
 WIDTH, OUT, SAMPLES, RIDGE = 8, 5, 300, 1e-3

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from corp_onnx.blocks import Catalog, Linear, Mlp, find_blocks
 from corp_onnx.errors import NothingPrunable, PlanError
 from corp_onnx.graph import from_proto
-from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, LEAST, Cut, uniform
+from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, LEAST, Cut, uniform, warn_of_uncut
 from tests.builders import HEAD, HIDDEN, WIDTH, Net, merge_heads, mix, separate
 
 
@@ -106,6 +106,7 @@ def test_by_default_half_of_mlp_and_query_key_goes_in_multiples_of_eight():
 def test_an_axis_that_no_block_offers_is_warned_of(tiny, caplog):
     plan = uniform(find_blocks(tiny("mlp")), DEFAULT_SHARES, align=1)
     assert plan.cuts == (Cut("mlp.0", "mlp", HIDDEN, 7),)
+    warn_of_uncut(plan, DEFAULT_SHARES, align=1)
     assert "no block offers the axis 'qk'" in caplog.text
 
 

@@ -7,14 +7,17 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from corp_onnx import session
 from corp_onnx.deploy import Build, ShapeRange, rtx
 from corp_onnx.deploy.rtx import TensorRTRTX
-from corp_onnx.errors import BackendUnavailable, GraphError
+from corp_onnx.deploy.shape_ranges import exactly
+from corp_onnx.errors import BackendUnavailable, GraphError, PlanError
 from corp_onnx.session import open_session
+from tests.builders import Net
 from tests.inputs import activations
 
 PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
@@ -124,14 +127,16 @@ def open_session_of_cpu(model, feeds):
     return ours.run(None, feeds)[0]
 
 
-def test_options_reach_the_provider(runtime, files, tmp_path, out):
+def test_options_reach_the_provider(runtime, tmp_path, out):
     fake = runtime()
     shapes = {
         "x": ShapeRange((1, 2, 10), (4, 9, 10), (8, 16, 10)),
         "y": ShapeRange((1,), (1,), (1,)),
     }
+    net = Net(0)
+    onnx.save(net.build(net("Mul", net.x(), net.input("y", 1))), tmp_path / "model.onnx")
     target = TensorRTRTX(shapes, 1 << 20, True, tmp_path / "cache")
-    target.load(target.build(files.model, out, "fp16"))
+    target.load(target.build(tmp_path / "model.onnx", out, "fp16"))
     assert fake.opened[0].providers == [
         {
             "enable_cuda_graph": "1",
@@ -164,6 +169,32 @@ def test_without_a_gpu_that_it_supports_it_says_which_these_are(runtime):
         with pytest.raises(BackendUnavailable, match=r"compute capability 8\.6, 8\.9, or 12\.0"):
             TensorRTRTX().require("fp16")
     assert fake.registered == [PROVIDER]
+
+
+def test_int8_is_refused_with_what_it_has(runtime):
+    """Its GPUs multiply in the other types; of int8 it has weights alone."""
+    runtime()
+    for precision in ("fp32", "fp16", "bf16"):
+        TensorRTRTX().require(precision)
+    with pytest.raises(PlanError, match="int8 for weights alone, and no products of it"):
+        TensorRTRTX().require("int8")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"y": (1, 2, 10)}, "given for y, which the model does not read"),
+        ({"x": (1, 10)}, "has 3 dimensions"),
+        ({"x": (1, 2, 9)}, "changes a dimension that is fixed there"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_before_it_compiles(
+    shapes, words, runtime, files, out, monkeypatch
+):
+    fake = runtime()
+    monkeypatch.setattr(fake, "ModelCompiler", lambda *_: pytest.fail("it compiles"))
+    with pytest.raises(PlanError, match=words):
+        TensorRTRTX(exactly(shapes)).build(files.model, out, "fp16")
 
 
 def test_an_old_onnx_runtime_is_an_error(runtime):

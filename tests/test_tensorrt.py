@@ -111,19 +111,42 @@ def test_a_builder_that_was_killed_wanted_memory(machine, files, out, monkeypatc
         TensorRT(SHAPES).build(files.model, out, "fp32")
 
 
-def test_an_error_of_the_other_process_is_the_same_error_here(machine, files, out):
+def test_an_error_of_the_other_process_is_the_same_error_here(machine, tmp_path, out):
     machine()
-    with pytest.raises(PlanError, match=r"--opt-shapes x:1x1x10"):
-        TensorRT().build(files.model, out, "fp32")
+    net = Net(0)
+    model = saved(net, tmp_path / "model.onnx", net("Unsupported", net.x(), domain="com.example"))
+    with pytest.raises(GraphError, match=r"cannot read .*\n.*no importer for Unsupported"):
+        TensorRT(SHAPES).build(model, out, "fp32")
 
 
-def test_what_is_our_fault_in_the_other_process_is_no_error_of_the_user(
+def test_an_exception_in_the_other_process_is_an_error_with_what_it_said_last(
     machine, files, out, monkeypatch
 ):
     machine()
     monkeypatch.setattr(building, "CHILD", "corp_onnx.no_such_module")
-    with pytest.raises(RuntimeError, match="no_such_module"):
+    with pytest.raises(GraphError, match="builder failed; it said last") as caught:
         TensorRT(SHAPES).build(files.model, out, "fp32")
+    assert "No module named corp_onnx.no_such_module" in str(caught.value)
+    assert f"All of it is in {out / 'build.log'}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({}, "--opt-shapes x:1x1x10"),
+        ({"y": (1, 2, 10)}, "given for y, which the model does not read"),
+        ({"x": (1, 10)}, "has 3 dimensions"),
+        ({"x": (1, 2, 9)}, "changes a dimension that is fixed there"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_before_the_other_process_begins(
+    shapes, words, machine, files, out, monkeypatch
+):
+    machine()
+    monkeypatch.setattr(building, "_run", lambda *_: pytest.fail("it begins"))
+    with pytest.raises(PlanError, match=words):
+        TensorRT(exactly(shapes)).build(files.model, out, "fp32")
+    assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize("version", [TEN, ELEVEN])
@@ -196,6 +219,25 @@ def test_options_reach_the_builder(version, machine, build_here):
     assert (made["level"], made["workspace"]) == (5, 1 << 20)
     assert made["verbosity"] == "LAYER_NAMES_ONLY"
     assert made["shapes"] == {"x": [[1, 2, 10], [4, 9, 10], [8, 16, 10]]}
+
+
+def test_flags_of_the_command_line_reach_builder_and_engine(
+    machine, command, files, tmp_path, monkeypatch
+):
+    gpu, folder = machine(), tmp_path / "engine"
+    sizes = ("--target", "tensorrt", "--refit", "--version-compatible", "--opt-shapes", "x:4x9x10")
+    assert command("build", files.model, "-o", folder, *sizes).status == 0
+    made = json.loads((folder / ENGINE).read_bytes())
+    assert made["flags"] == ["REFIT", "TF32", "VERSION_COMPATIBLE"]
+    launches, launch = [], gpu.module.cudaGraphLaunch
+    monkeypatch.setattr(
+        gpu.module, "cudaGraphLaunch", lambda *given: (launches.append(given), launch(*given))[1]
+    )
+    timed = ("--target", "tensorrt", "--shapes", "x:4x9x10", "--warmup", 0, "--runs", 2)
+    assert command("bench", folder, *timed).status == 0
+    assert launches == []
+    assert command("bench", folder, *timed, "--cuda-graph").status == 0
+    assert len(launches) == 2
 
 
 def test_what_is_not_asked_for_stays_as_tensorrt_has_it(machine, build_here):

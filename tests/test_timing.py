@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
+from rich.console import Console
 
 from corp_onnx import conditions, example, timetable
 from corp_onnx.conditions import Conditions
@@ -20,7 +22,7 @@ from corp_onnx.graph import load
 from corp_onnx.latency import Latency, Race, Speedup
 from corp_onnx.timing import Lane, Stopwatch
 from tests.builders import WIDTH, Net
-from tests.fake_target import Abacus, Clock
+from tests.fake_target import Abacus, AbacusEngine, Clock
 
 CALM = Conditions("processor", 2, 0.0, None, None, ())
 
@@ -166,6 +168,12 @@ def test_the_machine_says_what_it_is():
     assert 0.0 <= found.busy <= 1.0
 
 
+def test_a_glance_does_not_wait_for_what_others_do(monkeypatch):
+    monkeypatch.setattr(conditions.psutil, "cpu_percent", lambda *_: pytest.fail("it waits"))
+    found = conditions.glance()
+    assert (found.busy, found.cores >= 1) == (None, True)
+
+
 def test_a_gpu_is_read_where_its_library_is(monkeypatch):
     closed = []
     fake = SimpleNamespace(
@@ -248,20 +256,92 @@ def test_a_gpu_without_a_driver_is_none(monkeypatch):
     assert conditions.read().gpus == ()
 
 
+# The batch where none is asked for
+
+
+def reading(*dims):
+    """A model that reads ``x`` of these dimensions, and a mask of no fixed size."""
+    net = Net(0)
+    return gs.import_onnx(net.build(net("Add", net.x(*dims), net.input("mask", "any", WIDTH))))
+
+
+@pytest.mark.parametrize(
+    ("dims", "sizes", "batch"),
+    [
+        (("batch", WIDTH), {}, 1),
+        ((8, WIDTH), {}, 8),
+        (("batch", WIDTH), {"x": (4, WIDTH)}, 4),
+        (("batch", WIDTH), {"mask": (3, WIDTH)}, 3),
+        ((8, WIDTH), {"y": (4, WIDTH)}, 8),
+    ],
+)
+def test_the_batch_is_that_of_the_model_or_of_the_sizes(dims, sizes, batch):
+    graph = reading(*dims)
+    assert Stopwatch.of(graph, sizes).batch == batch
+    assert Stopwatch.of(graph, sizes).sizes == sizes
+    assert Stopwatch.of(graph, sizes, 2).batch == 2
+
+
+def test_what_an_engine_reads_says_its_batch(tmp_path):
+    net = Net(0)
+    onnx.save(net.build(net("Relu", net.x(8, WIDTH))), tmp_path / "eight.onnx")
+    target, engine = open_target("ort-cpu"), tmp_path / "engine"
+    engine.mkdir()
+    target.build(tmp_path / "eight.onnx", engine, "fp32")
+    for model in (tmp_path / "eight.onnx", engine):
+        assert Stopwatch.of(Lane(model, target).reads()).batch == 8
+
+
+def test_the_machine_is_looked_at_before_engines_are_given_back(clock):
+    seen = []
+
+    class Engine(AbacusEngine):
+        def close(self):
+            seen.append("closed")
+
+    class Kept(Abacus):
+        def load(self, build):
+            made = super().load(build)
+            return Engine(made.session, made.clock, made.cost_ns)
+
+    watch = Stopwatch(warmup=0, runs=3)
+    watch.race([Lane(example.MODEL, Kept(clock))], on_end=lambda: seen.append(clock.runs))
+    assert seen == [3, "closed"]
+
+
 # What is said
 
 
-def raced(spread=0.0):
-    latencies = (Latency(4.0, 5.0, 10, 3.0), Latency(2.0, 2.5, 10, 1.5, 1.25))
-    return Race(latencies, (Speedup(1.0, 1.0, 1.0), Speedup(2.0, 1.9, 2.1)), 5, spread)
+def raced(*times):
+    """A race of engines with such a median, 95th and 5th percentile."""
+    latencies = tuple(Latency(middle, high, 10, low) for middle, high, low in times)
+    speedups = tuple(Speedup(times[0][0] / middle, 0.9, 2.1) for middle, _, _ in times)
+    return Race(latencies, speedups, 5, (True, False)[: len(times)])
 
 
-def document(machine=CALM, spread=0.0):
+CALMLY = ((4.0, 4.5, 4.0), (2.0, 2.25, 2.0))
+SETUP = timetable.Setup(2, {"runtime": "1.0"})
+
+
+def document(before=CALM, times=CALMLY, targets=("ort-cpu", "ort-cpu"), races=1):
     labels = [
-        dict(zip(timetable.LABELS, (model, "ort-cpu", "fp32", 8), strict=True))
-        for model in ("dense", "cut")
+        timetable.label(model, target, "fp32", 8)
+        for model, target in zip(("dense", "cut"), targets, strict=True)
     ]
-    return timetable.race_json([labels], [raced(spread)], machine)
+    after = replace(CALM, clock_mhz=2000.0)
+    return timetable.race_json(
+        *([labels] * races, [raced(*times)] * races),
+        setups=(SETUP, SETUP),
+        before=before,
+        after=after,
+    )
+
+
+def printed(found):
+    console = Console(width=200, force_terminal=False)
+    with console.capture() as shown:
+        console.print(timetable.race_table(found))
+    return shown.get()
 
 
 def test_throughput_is_samples_over_time():
@@ -269,8 +349,36 @@ def test_throughput_is_samples_over_time():
 
 
 def test_the_first_engine_is_what_the_others_are_held_against():
-    (speedup,) = document()["speedups"]
+    """By its target too: one model on two targets would read as held against itself."""
+    (speedup,) = document(targets=("ort-cpu", "openvino"))["speedups"]
     assert (speedup["model"], speedup["over"], speedup["ratio"]) == ("cut", "dense", 2.0)
+    assert (speedup["target"], speedup["over_target"]) == ("openvino", "ort-cpu")
+    assert speedup["over_precision"] == "fp32"
+
+
+def test_a_run_says_what_it_ran_with_and_whether_it_had_settled():
+    first, second = document()["runs"]
+    assert (first["warmup"], first["settled"], second["settled"]) == (5, True, False)
+    assert (first["threads"], first["versions"]) == (2, {"runtime": "1.0"})
+
+
+def test_the_machine_is_told_before_and_after():
+    found = document()
+    assert (found["conditions"]["clock_mhz"], found["conditions_after"]["clock_mhz"]) == (
+        None,
+        2000.0,
+    )
+
+
+def test_every_race_is_marked_and_begins_with_its_measure():
+    """Whatever the number of engines in the others: the last race here is of one."""
+    found = document(races=2)
+    alone = document(times=CALMLY, races=1)
+    found["runs"].append(alone["runs"][0] | {"race": 2})
+    assert [run["race"] for run in found["runs"]] == [0, 0, 1, 1, 2]
+    assert [entry["race"] for entry in found["speedups"]] == [0, 1]
+    lines = [line for line in printed(found).splitlines() if " ms " in line]
+    assert ["2.00x" in line for line in lines] == [False, True, False, True, False]
 
 
 def test_calm_times_have_no_warning():
@@ -280,8 +388,14 @@ def test_calm_times_have_no_warning():
 def test_a_machine_that_others_keep_busy_is_mentioned():
     (warning,) = document(replace(CALM, busy=0.4))["warnings"]
     assert "40% of the processor" in warning
+    assert document(replace(CALM, busy=None))["warnings"] == []
 
 
-def test_times_that_spread_are_mentioned():
-    (warning,) = document(spread=0.5)["warnings"]
-    assert "50% of their median" in warning
+@pytest.mark.parametrize(("noisy", "name"), [(0, "dense"), (1, "cut")])
+def test_times_that_spread_are_mentioned_with_the_engine(noisy, name):
+    """The second engine makes a ratio as doubtful as the first."""
+    times = list(CALMLY)
+    middle = times[noisy][0]
+    times[noisy] = (middle, 1.25 * middle, 0.75 * middle)
+    (warning,) = document(times=times)["warnings"]
+    assert f"times of {name} on ort-cpu in fp32 at batch 8 spread over 50%" in warning

@@ -67,7 +67,10 @@ def test_bench_reports_them(command, tmp_path):
     (speedup,) = found["speedups"]
     assert speedup["ratio"] == pytest.approx(2.0)
     assert 2 * 3.2 / 4.2 <= speedup["low"] <= 2.0 <= speedup["high"] <= 2 * 4.2 / 3.2
-    assert found["conditions"] is None
+    assert (found["conditions"], found["conditions_after"]) == (None, None)
+    assert (first["warmup"], first["settled"], first["threads"]) == (None, None, None)
+    assert first["versions"] == {}
+    assert (speedup["over_target"], speedup["over_precision"]) == ("trtexec", "fp16")
     assert json.loads(command("bench", *files[::-1], *asked).stdout)["speedups"][0]["ratio"] < 1
     assert "2.00x" in command("bench", *files).stdout
 

@@ -160,8 +160,13 @@ def test_the_cosine_is_the_mean_over_vectors():
     assert found.cosine == pytest.approx(((9 - 16) / 25 + 1 - 1) / 3)
 
 
-def test_the_cosine_with_nothing_is_one():
+def test_the_cosine_of_nothing_with_nothing_is_one():
     assert compared({"y": np.zeros_like}, {"y": np.zeros_like}).cosine == 1
+
+
+def test_an_output_that_vanished_or_broke_has_no_direction():
+    assert compared({"y": same}, {"y": np.zeros_like}).cosine == 0
+    assert np.isnan(compared({"y": same}, {"y": lambda x: x * np.nan}).cosine)
 
 
 def test_agreement_counts_equal_largest_entries():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.footprint import footprint
 from corp_onnx.graph import require_writable
+from corp_onnx.latency import Race
 from corp_onnx.plot import bars
+from corp_onnx.present import Json
+from corp_onnx.session import Runtime
 from corp_onnx.timing import Lane, Stopwatch
 
 
@@ -23,6 +27,7 @@ class Bench:
     targets: tuple[Target, ...]
     precisions: tuple[Precision, ...]
     batches: tuple[int, ...]
+    """Samples of one inference; without any, as the first model has them."""
     stopwatch: Stopwatch
     source: Source | None = None
     """Inputs for models in other precisions."""
@@ -32,6 +37,8 @@ class Bench:
     """Whether to tell how much memory each engine takes, likewise."""
     plot: Path | None = None
     """Where a picture of the times goes."""
+    runtime: Runtime | None = None
+    """How models are run to bring them into other precisions."""
 
     def __call__(self, progress: Progress) -> Answer:
         """One race of all engines at every batch; each is held against the first."""
@@ -41,29 +48,56 @@ class Bench:
         if self.plot is not None:
             require_writable(self.plot)
         names, lanes = self._lanes(progress)
-        machine = conditions.read()
-        races, labels = [], []
-        for batch in self.batches:
-            races.append(replace(self.stopwatch, batch=batch).race(lanes))
-            labels.append([_label(*each, batch) for each in zip(names, lanes, strict=True)])
-            progress(len(lanes), "engines")
-        document = timetable.race_json(labels, races, machine)
+        batches = self.batches or (Stopwatch.of(lanes[0].reads(), self.stopwatch.sizes).batch,)
+        labels = [[_label(*each, b) for each in zip(names, lanes, strict=True)] for b in batches]
+        document = self._raced(labels, lanes, batches, progress)
         if self.plot is not None:
             bars(document["runs"], self.plot)
-        watch = replace(self.stopwatch, batch=self.batches[0]).beside(lanes)
+        self._look_into(document, labels[0], lanes, batches[0])
+        return Answer(document, timetable.race_table(document))
+
+    def _raced(
+        self,
+        labels: Sequence[Sequence[timetable.Label]],
+        lanes: Sequence[Lane],
+        batches: Sequence[int],
+        progress: Progress,
+    ) -> Json:
+        """The races, with the machine before the first and at the end of the last."""
+        machine = [conditions.read()]
+        races: list[Race] = []
+        for batch in batches:
+            watch = replace(self.stopwatch, batch=batch)
+            races.append(watch.race(lanes, on_end=lambda: machine.append(conditions.glance())))
+            progress(len(lanes), "engines")
+        setups = [_setup(lane) for lane in lanes]
+        return timetable.race_json(
+            labels, races, setups=setups, before=machine[0], after=machine[-1]
+        )
+
+    def _look_into(
+        self,
+        document: Json,
+        labels: Sequence[timetable.Label],
+        lanes: Sequence[Lane],
+        batch: int,
+    ) -> None:
+        """Add where time and memory go, where that is asked for."""
+        watch = replace(self.stopwatch, batch=batch).beside(lanes)
         if self.memory:
             document["memory"] = [
                 {**label, **asdict(footprint(lane, watch))}
-                for label, lane in zip(labels[0], lanes, strict=True)
+                for label, lane in zip(labels, lanes, strict=True)
             ]
         if self.profile:
-            profiles = zip(labels[0], watch.operator_times(lanes), strict=True)
+            profiles = zip(labels, watch.operator_times(lanes), strict=True)
             document["profiles"] = [{**label, "operators_ms": times} for label, times in profiles]
-        return Answer(document, timetable.race_table(document))
 
     def _lanes(self, progress: Progress) -> tuple[list[str], list[Lane]]:
         """The names of all models, and where and in which types each of them runs."""
-        typist = Typist(self.source, only_timed=True, sizes=self.stopwatch.sizes)
+        typist = Typist(
+            self.source, only_timed=True, sizes=self.stopwatch.sizes, runtime=self.runtime
+        )
         names, lanes = [], []
         for target in self.targets:
             for precision in self.precisions:
@@ -77,3 +111,7 @@ class Bench:
 
 def _label(name: str, lane: Lane, batch: int) -> timetable.Label:
     return timetable.label(name, lane.target.name, lane.precision, batch)
+
+
+def _setup(lane: Lane) -> timetable.Setup:
+    return timetable.Setup(lane.target.inference_threads, lane.target.versions())

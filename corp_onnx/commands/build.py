@@ -13,6 +13,7 @@ from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import LOG, RECORD, Precision, Target
 from corp_onnx.errors import OutputError
 from corp_onnx.graph import Model, made, require_makeable, write
+from corp_onnx.session import Runtime
 from corp_onnx.timing import described
 
 
@@ -26,6 +27,8 @@ class Build:
     precision: Precision
     source: Source | None = None
     """Inputs to bring the model into the precision with."""
+    runtime: Runtime | None = None
+    """How it is run for that."""
 
     def __call__(self, progress: Progress) -> Answer:
         """Build the engine, and keep its record beside it."""
@@ -33,7 +36,8 @@ class Build:
         described(self.model)
         self._require_nothing_lost()
         require_makeable(self.folder)
-        typed = Typist(self.source).typed(self.model, self.target, self.precision)
+        typist = Typist(self.source, runtime=self.runtime)
+        typed = typist.typed(self.model, self.target, self.precision)
         with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
             path = self.model
             if isinstance(typed, Model):

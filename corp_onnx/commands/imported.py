@@ -40,7 +40,8 @@ class Imported:
             timetable.label(str(path), MEASURED_BY, self.precision, self.batch)
             for path in self.files
         ]
-        document = timetable.race_json([labels], [race], None)
+        setups = [timetable.Setup()] * len(labels)
+        document = timetable.race_json([labels], [race], setups=setups)
         if self.plot is not None:
             bars(document["runs"], self.plot)
         return Answer(document, timetable.race_table(document))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from corp_onnx.pipeline import Settings, prune
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.work import Knowledge
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,12 @@ def opener(source: Source, model: Path, runtime: Runtime | None) -> Callable[[Mo
 
 def telling(settings: Settings, progress: Progress) -> Settings:
     """The settings, with progress told."""
-    return replace(settings, on_batch=progress, on_block=lambda _: progress(1, "blocks"))
+    return replace(
+        settings,
+        on_batch=progress,
+        on_block=lambda _: progress(1, "blocks"),
+        on_variant=lambda variants: progress(variants, "variants timed"),
+    )
 
 
 def keep_preprocessing(model: Path, output: Path) -> None:
@@ -69,5 +77,5 @@ def keep_preprocessing(model: Path, output: Path) -> None:
     sidecar = Preprocessing.beside(model)
     if sidecar is not None:
         sidecar.save_beside(output)
-    elif output != model:
-        Preprocessing.path_beside(output).unlink(missing_ok=True)  # of another model
+    elif output != model and (left := Preprocessing.path_beside(output)).is_file():
+        log.warning("%s is of another model, yet it will be read with %s; remove it", left, output)

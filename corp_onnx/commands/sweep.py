@@ -14,7 +14,6 @@ from corp_onnx.graph import made, whole
 from corp_onnx.latency import Race
 from corp_onnx.pipeline import Settings, sweep
 from corp_onnx.plot import curve
-from corp_onnx.sizes import batch_of, input_sizes
 from corp_onnx.timing import Lane, Stopwatch, described
 
 
@@ -33,7 +32,7 @@ class Sweep:
     def __call__(self, progress: Progress) -> Answer:
         """Calibrate once; cut, verify and time every budget; write models, table and plot."""
         self.target.require("fp32")
-        watch = self._stopwatch()
+        watch = Stopwatch.of(described(self.model), self.settings.sizes)
         made(self.folder)
         outputs = {self._output(budget): budget for budget in self.budgets}
         found = sweep(
@@ -54,11 +53,6 @@ class Sweep:
     def _output(self, budget: Budget) -> Path:
         percent = f"{100 * budget.kept:g}".replace(".", "_")
         return self.folder / f"{self.model.stem}_{budget.unit}{percent}.onnx"
-
-    def _stopwatch(self) -> Stopwatch:
-        """For the sizes that are given, the batch of the model, or one sample."""
-        sizes = input_sizes(described(self.model), given=self.settings.sizes)
-        return Stopwatch(batch_of(sizes), self.settings.sizes or {})
 
     def _raced(self, paths: list[Path], watch: Stopwatch) -> Race:
         """The dense model and all others, timed turn by turn."""

@@ -10,12 +10,12 @@ import numpy as np
 
 from corp_onnx.commands.records import Source
 from corp_onnx.deploy.records import Precision, Target
-from corp_onnx.deploy.targets import BY_ITSELF, SYMMETRIC
+from corp_onnx.deploy.targets import SYMMETRIC
 from corp_onnx.errors import PlanError, QuantisedModel
 from corp_onnx.graph import Model, load
 from corp_onnx.latency import timing_inputs
 from corp_onnx.precision import STORED, Request, in_precision, stored_type
-from corp_onnx.session import open_session
+from corp_onnx.session import Runtime, open_session
 from corp_onnx.shapes import usual_sequence
 from corp_onnx.sizes import Sizes, input_sizes
 from corp_onnx.statistics import Batch
@@ -33,11 +33,13 @@ class Typist:
         only_timed: Whether inputs may be drawn where there is no source. What is made from these
             is not checked.
         sizes: Dimensions of drawn inputs that are not to be guessed.
+        runtime: How models are run for ranges and for the check.
     """
 
     source: Source | None
     only_timed: bool = False
     sizes: Sizes = field(default_factory=dict)
+    runtime: Runtime | None = None
 
     def typed(self, model: Path, target: Target, precision: Precision) -> Model | Path:
         """The model to build; as it is where nothing is to be done.
@@ -50,7 +52,7 @@ class Typist:
             PlanError: If the model has other types than float32 and those asked for, or there are
                 no inputs, and the result is for more than timing.
         """
-        if precision == "fp32" or model.is_dir() or precision in BY_ITSELF.get(target.name, ()):
+        if precision == "fp32" or model.is_dir() or target.rounds_by_itself(precision):
             return model
         try:
             wide = load(model)
@@ -68,10 +70,10 @@ class Typist:
         seen, held_out = self._batches(model, wide)
         limit = None if self.source else float("inf")
         request = Request(precision, symmetric=target.name in SYMMETRIC, limit=limit)
-        return in_precision(wide, request, seen, held_out).model
+        return in_precision(wide, request, seen, held_out, runtime=self.runtime).model
 
     def _batches(self, path: Path, model: Model) -> tuple[Sequence[Batch], Sequence[Batch]]:
-        session = open_session(model)
+        session = open_session(model, self.runtime)
         if self.source is None:
             known = {tensor.name for tensor in model.graph.inputs}  # others are another model's
             given = {name: shape for name, shape in self.sizes.items() if name in known}

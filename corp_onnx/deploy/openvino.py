@@ -44,9 +44,18 @@ class OpenVino:
     threads: int = 0
     name: str = "openvino"
 
+    @property
+    def inference_threads(self) -> int:
+        """As asked for."""
+        return self.threads
+
     def versions(self) -> Mapping[str, str]:
         """Of OpenVINO."""
         return {"openvino": str(_openvino().get_version())}
+
+    def rounds_by_itself(self, precision: Precision) -> bool:
+        """To bf16, which it then computes in; other types are those of the file."""
+        return precision == "bf16"
 
     def require(self, precision: Precision) -> None:
         """See whether OpenVINO is installed and this processor has these types."""

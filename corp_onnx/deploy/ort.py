@@ -75,9 +75,18 @@ class OnnxRuntime:
     cache: Path | None = None
     custom_op_library: Path | None = None
 
+    @property
+    def inference_threads(self) -> int:
+        """As asked for."""
+        return self.threads
+
     def versions(self) -> Mapping[str, str]:
         """Of ONNX Runtime."""
         return {"onnxruntime": version(), "machine": platform.machine()}
+
+    def rounds_by_itself(self, precision: Precision) -> bool:
+        """Never: it computes in the types that the file has."""
+        return False
 
     def require(self, precision: Precision) -> None:
         """See whether the provider is installed and has kernels for these types."""
@@ -177,7 +186,7 @@ def rewritten(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
 
 
 def _tensorrt_options(cache: Path | None) -> dict[str, str]:
-    """The types of a strongly typed model are its own; engines and timings may be kept."""
+    """Where engines and times of kernels are kept, if anywhere."""
     if cache is None:
         return {}
     return {

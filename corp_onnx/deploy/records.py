@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
 
 from corp_onnx.data import InputSpec
-from corp_onnx.errors import DataError
+from corp_onnx.errors import DataError, GraphError
 from corp_onnx.sizes import Sizes
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -94,6 +96,28 @@ class Build:
             ) from error
 
 
+def without_weights(model: Path) -> onnx.ModelProto:
+    """A model file without the weights beside it: what can be known of it before it is built.
+
+    Raises:
+        GraphError: If it cannot be read.
+    """
+    try:
+        return onnx.load(model, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise GraphError(f"{model} cannot be read as an ONNX model: {error}") from error
+
+
+def declared_inputs(model: onnx.ModelProto) -> Mapping[str, tuple[int | None, ...]]:
+    """Dimensions of inputs as the file declares them; None for one that may vary."""
+    weights = {tensor.name for tensor in model.graph.initializer}  # inputs too before IR version 4
+    return {
+        value.name: tuple(dim.dim_value or None for dim in value.type.tensor_type.shape.dim)
+        for value in model.graph.input
+        if value.name not in weights
+    }
+
+
 class Engine(Protocol):
     """A model that is loaded on a target and can be run until it is closed."""
 
@@ -135,8 +159,15 @@ class Target(Protocol):
     def name(self) -> str:
         """As on the command line."""
 
+    @property
+    def inference_threads(self) -> int | None:
+        """Of the processor, as asked for; 0 leaves them to the runtime, None if it has none."""
+
     def versions(self) -> Mapping[str, str]:
         """Of everything that has a part in how fast an engine is, by name."""
+
+    def rounds_by_itself(self, precision: Precision) -> bool:
+        """Whether it takes a float32 model for this precision, and rounds it when it loads it."""
 
     def require(self, precision: Precision) -> None:
         """See whether the target is here, and can run a model of these types.

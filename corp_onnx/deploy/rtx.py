@@ -11,15 +11,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from corp_onnx.deploy.records import Build, Precision, ShapeRange
+from corp_onnx.deploy.records import (
+    Build,
+    Precision,
+    ShapeRange,
+    declared_inputs,
+    without_weights,
+)
 from corp_onnx.deploy.sessions import SessionEngine
-from corp_onnx.deploy.shape_ranges import exactly
-from corp_onnx.errors import BackendUnavailable, GraphError
+from corp_onnx.deploy.shape_ranges import exactly, fitted
+from corp_onnx.errors import BackendUnavailable, GraphError, PlanError
 from corp_onnx.session import LOG_ONLY_FATAL, library, wrapped
 from corp_onnx.sizes import Sizes
 
 ENGINE = "model.onnx"
 """A model whose nodes hold, or point to, what was compiled."""
+
+LACKING: tuple[Precision, ...] = ("int8",)
+"""What no GPU computes in there: int8 is for weights alone (TensorRT-RTX 1.5, Support Matrix)."""
 
 SUPPORTED = "8.6, 8.9, or 12.0 and later (GeForce RTX 30, 40 and 50, and their workstation kin)"
 
@@ -41,6 +50,10 @@ class TensorRTRTX:
     cache: Path | None = None
     name: str = "tensorrt-rtx"
 
+    @property
+    def inference_threads(self) -> None:
+        """None: a GPU computes."""
+
     def versions(self) -> Mapping[str, str]:
         """Of ONNX Runtime and the provider."""
         ort, _ = library()
@@ -50,17 +63,28 @@ class TensorRTRTX:
             "machine": platform.machine(),
         }
 
+    def rounds_by_itself(self, precision: Precision) -> bool:
+        """Never: it computes in the types that the file has."""
+        return False
+
     def require(self, precision: Precision) -> None:
-        """See whether the provider and a GPU for it are here; such GPUs have all the types."""
+        """See whether the provider and a GPU for it are here, and it computes in these types."""
         _devices()
+        if precision in LACKING:
+            raise PlanError(
+                f"TensorRT for RTX has {precision} for weights alone, and no products of it; "
+                "choose fp16"
+            )
 
     def sized(self, sizes: Sizes) -> TensorRTRTX:
         """For inputs of these sizes alone, unless it has ranges already."""
         return self if self.shapes else replace(self, shapes=exactly(sizes))
 
     def build(self, model: Path, folder: Path, precision: Precision) -> Build:
-        """Compile the model for the GPUs of this machine."""
+        """Compile the model for the GPUs of this machine, if ranges fit what it reads."""
         self.require(precision)
+        if self.shapes:
+            fitted(self.shapes, declared_inputs(without_weights(model)))
         ort, failures = library()
         path = folder / ENGINE
         started, clock = time.time_ns(), time.perf_counter()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from corp_onnx.deploy.records import Precision, ShapeRange, Target
+from corp_onnx.deploy.records import ShapeRange, Target
 from corp_onnx.errors import PlanError
 from corp_onnx.session import GraphLevel
 
@@ -17,7 +17,6 @@ class TargetOptions:
 
     Attributes:
         threads: Of one inference; 0 takes all cores.
-        spinning: Whether idle threads wait busily; not where engines take turns.
         arena: Whether ONNX Runtime keeps freed memory.
         graph_level: How far ONNX Runtime rewrites the graph.
         cache: Folder for what a builder finds out and may use again.
@@ -25,10 +24,12 @@ class TargetOptions:
         workspace_bytes: Memory that a kernel of TensorRT may take beside weights.
         optimization_level: How long TensorRT looks for the fastest kernels, 0 to 5.
         custom_op_library: Of operators that the model needs.
+        refit: Whether the weights of an engine of TensorRT can be changed later.
+        version_compatible: Whether later versions of TensorRT can run it.
+        cuda_graph: Whether it launches all kernels of a run at once.
     """
 
     threads: int = 0
-    spinning: bool = False
     arena: bool = True
     graph_level: GraphLevel = "all"
     cache: Path | None = None
@@ -36,20 +37,34 @@ class TargetOptions:
     workspace_bytes: int | None = None
     optimization_level: int = 3
     custom_op_library: Path | None = None
+    refit: bool = False
+    version_compatible: bool = False
+    cuda_graph: bool = False
 
 
-def require_taken(options: TargetOptions, targets: Sequence[str]) -> None:
-    """See whether everything that is asked for concerns one of the targets.
+def require_taken(options: TargetOptions, targets: Sequence[str], *, builds: bool = True) -> None:
+    """See whether everything that is asked for concerns one of the targets, and what is done there.
+
+    Args:
+        options: What is asked for.
+        targets: Their names.
+        builds: Whether anything is built, and not only run.
 
     Raises:
         PlanError: If something does not; says which flag, and where it would.
     """
+    default = TargetOptions()
     for name, flag in FLAGS.items():
-        asked = getattr(options, name) != getattr(TargetOptions(), name)
-        if asked and not any(name in TAKEN.get(target, ()) for target in targets):
+        if getattr(options, name) == getattr(default, name):
+            continue
+        if not any(name in TAKEN.get(target, ()) for target in targets):
             takers = ", ".join(target for target, taken in TAKEN.items() if name in taken)
             raise PlanError(
                 f"{flag} means nothing to {', '.join(targets)}, it is for {takers}; leave it out"
+            )
+        if name in BUILDING and not builds:
+            raise PlanError(
+                f"{flag} says how an engine is built, and here all are built already; leave it out"
             )
 
 
@@ -70,7 +85,6 @@ def _onnx_runtime(name: str, options: TargetOptions) -> Target:
     return OnnxRuntime(
         name,
         threads=options.threads,
-        spinning=options.spinning,
         arena=options.arena,
         graph_level=options.graph_level,
         cache=options.cache,
@@ -93,6 +107,9 @@ def _tensorrt(name: str, options: TargetOptions) -> Target:
         optimization_level=options.optimization_level,
         timing_cache=options.cache and options.cache / "tensorrt.cache",
         threads=options.threads,
+        refit=options.refit,
+        version_compatible=options.version_compatible,
+        cuda_graph=options.cuda_graph,
     )
 
 
@@ -122,7 +139,8 @@ TAKEN: Mapping[str, frozenset[str]] = {
     "ort-tensorrt": _OF_ORT | {"cache"},
     "ort-openvino": _OF_ORT,
     "openvino": frozenset({"threads"}),
-    "tensorrt": _OF_TENSORRT | {"optimization_level", "threads"},
+    "tensorrt": _OF_TENSORRT
+    | {"optimization_level", "threads", "refit", "version_compatible", "cuda_graph"},
     "tensorrt-rtx": _OF_TENSORRT,
 }
 """Fields of `TargetOptions` that concern a target."""
@@ -136,11 +154,16 @@ FLAGS: Mapping[str, str] = {
     "workspace_bytes": "--workspace",
     "optimization_level": "--optimization-level",
     "custom_op_library": "--custom-op-library",
+    "refit": "--refit",
+    "version_compatible": "--version-compatible",
+    "cuda_graph": "--cuda-graph",
 }
 """What those fields are on the command line."""
 
+BUILDING = frozenset(
+    {"shapes", "workspace_bytes", "optimization_level", "refit", "version_compatible"}
+)
+"""Those that say nothing of an engine that is built already."""
+
 SYMMETRIC = ("ort-tensorrt", "tensorrt", "tensorrt-rtx")
 """Those that take whole-number activations only with zero in the middle."""
-
-BY_ITSELF: Mapping[str, tuple[Precision, ...]] = {"openvino": ("bf16",)}
-"""Precisions to which a target rounds a float32 model when it loads it."""

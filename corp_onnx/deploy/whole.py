@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.catalog import probed
-from corp_onnx.facts import Facts
+from corp_onnx.deploy.pieces import Pieces, Sight, match_pieces, sight_of
+from corp_onnx.emit import Emitter
+from corp_onnx.session import version
 
 OPERATOR, DOMAIN = "MultiHeadAttention", "com.microsoft"
 
 FLOAT = (np.dtype(np.float32),)
 
-LAST_BY_DEFAULT = 13
-"""The first opset whose Softmax is along the last axis unless told otherwise."""
-
-HEADS_FIRST, KEYS_TURNED = [0, 2, 1, 3], [0, 2, 3, 1]
-"""From ``[b, t, h, e]``: to ``[b, h, t, e]`` and to ``[b, h, e, t]``."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Operand:
-    """Query, key or value: ``[b, t, h·e]`` that is cut into heads, turned and scaled."""
-
-    tensor: gs.Tensor
-    heads: int
-    scale: float
+MASKS_SINCE = (1, 22)
+"""Older kernels read a mask that is the same for all heads at the wrong places from the second
+sample on (microsoft/onnxruntime#24017).
+"""
 
 
 def write_whole(graph: gs.Graph, dtypes: Collection[np.dtype] = FLOAT) -> int:
@@ -36,116 +27,105 @@ def write_whole(graph: gs.Graph, dtypes: Collection[np.dtype] = FLOAT) -> int:
 
     ``Reshape, Transpose`` of query, key and value, the product of the first two, ``Softmax``, the
     product with the value, ``Transpose, Reshape``: one operator does it without writing all these
-    tensors. Where a piece has another reader, is of another form, as with a mask, or of another
-    type, the graph stays as it is.
+    tensors. It computes::
+
+        softmax(scale · query · key + mask) · value
+
+    so a number that multiplies or divides query, key or their product is part of its scale, and
+    what is added to the product is its mask, whatever is in it: 0 and a large negative number by
+    key, or a bias of every pair of tokens and head. Zeros in place of weights that are no numbers
+    become zeros in the result; they also hide values that are none. Where a piece has another
+    reader, is of another form, as with a mask that is scaled, or of another type, the graph stays
+    as it is.
 
     Args:
         graph: Is changed.
         dtypes: Types that there are kernels for.
     """
     softmaxes = [node for node in graph.nodes if node.op == "Softmax"]
-    probes = probed(graph) if softmaxes else ()
-    nodes = [_whole(node, graph, probes, dtypes) for node in softmaxes]
-    found = [node for node in nodes if node is not None]
+    if not softmaxes:
+        return 0
+    sight = sight_of(graph)
+    matched = [match_pieces(node, sight, dtypes) for node in softmaxes]
+    found = [pieces for pieces in matched if pieces is not None and _is_computed(pieces)]
+    writer = _Writer(sight, set(graph.tensors()) | {node.name for node in graph.nodes})
+    for pieces in found:
+        writer.write(pieces)
     if found:
-        graph.nodes += found
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return len(found)
 
 
-def _whole(
-    softmax: gs.Node, graph: gs.Graph, probes: Sequence[Facts], dtypes: Collection[np.dtype]
-) -> gs.Node | None:
-    """The operator that stands for the attention of a softmax, its output taken over."""
-    logits = _only_writer(softmax.inputs[0], "MatMul")
-    context = _only_reader(softmax, "MatMul", graph)
-    joined = context and _joined(context, graph)
-    if logits is None or context is None or joined is None:
-        return None
-    if not _over_keys(softmax, graph.opset) or context.inputs[0] is not softmax.outputs[0]:
-        return None
-    query = _operand(logits.inputs[0], HEADS_FIRST)
-    key = _operand(logits.inputs[1], KEYS_TURNED)
-    value = _operand(context.inputs[1], HEADS_FIRST)
-    if query is None or key is None or value is None or value.scale != 1.0:
-        return None
-    tensors = [query.tensor, key.tensor, value.tensor]
-    scale = query.scale * key.scale
-    if not query.heads == key.heads == value.heads or scale == 0.0:  # 0 asks for the default
-        return None
-    if not all(_alike(tensors, facts, dtypes) for facts in probes):
-        return None
-    outputs = list(joined.outputs)
-    joined.outputs.clear()
-    attrs = {"num_heads": query.heads, "scale": scale}
-    return gs.Node(OPERATOR, f"{softmax.name}/whole", attrs, tensors, outputs, domain=DOMAIN)
+def _is_computed(pieces: Pieces) -> bool:
+    """Whether the operator does the same: to it a scale of 0 says that it shall take its own."""
+    major, minor, *_ = version().split(".")
+    return pieces.scale != 0.0 and (pieces.mask is None or (int(major), int(minor)) >= MASKS_SINCE)
 
 
-def _over_keys(softmax: gs.Node, opset: int) -> bool:
-    """Whether it sums up along the last of four axes."""
-    return softmax.attrs.get("axis", -1 if opset >= LAST_BY_DEFAULT else 1) in {-1, 3}
+@dataclass(frozen=True, slots=True, eq=False)
+class _Writer:
+    """Writes operators into one graph, and every mask that serves many of them once."""
+
+    sight: Sight
+    taken: set[str]
+    spread: dict[str, gs.Tensor] = field(default_factory=dict)
+    """By the name of the mask, for queries that are as many as the keys."""
+
+    def write(self, pieces: Pieces) -> None:
+        """The operator that stands for an attention, its output taken over."""
+        emit = Emitter(self.sight.graph, f"{pieces.softmax.name}/whole", self.taken)
+        inputs = [pieces.query, pieces.key, pieces.value]
+        if pieces.mask is not None:
+            none = gs.Variable.empty()
+            inputs += [none, none, self._mask(pieces, pieces.mask, emit)]
+        dtype = self.sight.probes[0].dtype(pieces.query)
+        attrs = {"num_heads": pieces.heads, "scale": pieces.scale}
+        made = emit.node(OPERATOR, inputs, dtype=dtype, attrs=attrs, domain=DOMAIN)
+        if pieces.guarded:
+            zero = emit.constant("zero", np.zeros((), dtype))
+            made = emit.node("Where", [emit.node("IsNaN", [made], dtype=bool), zero, made])
+        (last,), outputs = made.inputs, list(pieces.joined.outputs)
+        pieces.joined.outputs.clear()
+        last.outputs = outputs
+
+    def _mask(self, pieces: Pieces, mask: gs.Tensor, emit: Emitter) -> gs.Tensor:
+        """The mask as the operator takes it: for every query and key, but once for many heads."""
+        shapes, wanted = self.sight.shapes(mask), self.sight.shapes(pieces.logits)
+        pairs = list(zip(shapes, wanted, strict=True))
+        if all(len(shape) == 4 and shape[2:] == full[2:] for shape, full in pairs):
+            return mask
+        if not self._is_square(pieces) or any(shape[-1:] != full[-1:] for shape, full in pairs):
+            lengths = [_size(tensor, 1, emit) for tensor in (pieces.query, pieces.key)]
+            return _spread(mask, lengths, emit)
+        if mask.name not in self.spread:
+            lengths = [_size(mask, len(shapes[0]) - 1, emit)] * 2
+            self.spread[mask.name] = _spread(mask, lengths, emit)
+        return self.spread[mask.name]
+
+    def _is_square(self, pieces: Pieces) -> bool:
+        """Whether queries and keys are made from one sequence, and so of one length."""
+        return self._source(pieces.query) is self._source(pieces.key)
+
+    def _source(self, tensor: gs.Tensor) -> gs.Tensor:
+        """Back over all that is done to the tokens of one sequence, as a projection is."""
+        while tensor.inputs:
+            lengths = [shape[:2] for shape in self.sight.shapes(tensor)]
+            before = [
+                each
+                for each in tensor.inputs[0].inputs
+                if [s[:2] for s in self.sight.shapes(each) if len(s) == 3] == lengths
+            ]
+            if len(before) != 1:
+                break
+            (tensor,) = before
+        return tensor
 
 
-def _alike(tensors: Sequence[gs.Tensor], facts: Facts, dtypes: Collection[np.dtype]) -> bool:
-    """Whether query, key and value are sequences of one batch, keys and values of one length."""
-    shapes = [facts.shape(tensor) for tensor in tensors]
-    query, key, value = shapes
-    if query is None or key is None or value is None or {len(s) for s in shapes if s} != {3}:
-        return False
-    kinds = {facts.dtype(tensor) for tensor in tensors}
-    return query[0] == key[0] and key[:2] == value[:2] and len(kinds) == 1 and kinds <= {*dtypes}
+def _size(tensor: gs.Tensor, axis: int, emit: Emitter) -> gs.Tensor:
+    """The size of a tensor along an axis, as a vector of one number."""
+    return emit.part(emit.node("Shape", [tensor], dtype=np.int64), axis, axis + 1)
 
 
-def _joined(context: gs.Node, graph: gs.Graph) -> gs.Node | None:
-    """The node behind which the heads lie side by side again."""
-    turned = _only_reader(context, "Transpose", graph)
-    joined = turned and _only_reader(turned, "Reshape", graph)
-    if turned is None or joined is None or turned.attrs.get("perm") != HEADS_FIRST:
-        return None
-    target = _constant(joined.inputs[1])
-    return joined if target is not None and _keeps_tokens(target, 3) else None
-
-
-def _operand(tensor: gs.Tensor, perm: list[int]) -> _Operand | None:
-    """Back over a scale, a turn and a cut into heads."""
-    scale = 1.0
-    if (scaled := _only_writer(tensor, "Mul")) is not None:
-        factor = _constant(scaled.inputs[1])
-        if factor is None or factor.size != 1:
-            return None
-        scale, tensor = float(factor.reshape(())), scaled.inputs[0]
-    turned = _only_writer(tensor, "Transpose")
-    if turned is None or turned.attrs.get("perm") != perm:
-        return None
-    cut = _only_writer(turned.inputs[0], "Reshape")
-    target = cut and _constant(cut.inputs[1])
-    if cut is None or target is None or not _keeps_tokens(target, 4) or target[2] < 1:
-        return None
-    return _Operand(cut.inputs[0], int(target[2]), scale)
-
-
-def _keeps_tokens(target: np.ndarray, rank: int) -> bool:
-    """Whether a Reshape leaves batch and sequence as they are."""
-    return len(target) == rank and target[:2].tolist() == [0, 0]
-
-
-def _only_reader(node: gs.Node, op: str, graph: gs.Graph) -> gs.Node | None:
-    """The node of a kind that reads what a node gives, if nobody else sees it."""
-    (output,) = node.outputs
-    readers = output.outputs
-    ends = [end for each in (graph, *graph.subgraphs(recursive=True)) for end in each.outputs]
-    if len(readers) != 1 or any(output is shown for shown in ends):
-        return None
-    (reader,) = readers
-    return reader if reader.op == op and any(reader is each for each in graph.nodes) else None
-
-
-def _only_writer(tensor: gs.Tensor, op: str) -> gs.Node | None:
-    """The node of a kind that writes a tensor which one node reads."""
-    if not tensor.inputs or len(tensor.outputs) != 1:
-        return None
-    return tensor.inputs[0] if tensor.inputs[0].op == op else None
-
-
-def _constant(tensor: gs.Tensor) -> np.ndarray | None:
-    return np.asarray(tensor.values) if isinstance(tensor, gs.Constant) else None
+def _spread(mask: gs.Tensor, lengths: list[gs.Tensor], emit: Emitter) -> gs.Tensor:
+    """A mask of four axes, of which the last two are whole."""
+    return emit.node("Expand", [mask, emit.join([[1, 1], *lengths])], dtype=mask.dtype)

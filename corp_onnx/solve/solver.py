@@ -27,12 +27,9 @@ from corp_onnx.solve.folds import Evidence, Fold, MlpFold, QueryKeyFold, ValueOu
 from corp_onnx.solve.joint import Joint
 from corp_onnx.solve.narrow import (
     Branch,
-    Heads,
     narrow_mlp,
     narrow_query_key,
-    narrow_values,
     truncated_query_key,
-    truncated_values,
 )
 from corp_onnx.solve.ranking import (
     RANKINGS,
@@ -42,6 +39,7 @@ from corp_onnx.solve.ranking import (
     row_norms,
     score,
 )
+from corp_onnx.solve.values import Heads, narrow_values, truncated_values
 from corp_onnx.statistics import Statistics
 
 Method = Literal["best", "corp", "mean", "none"]

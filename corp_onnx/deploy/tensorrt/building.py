@@ -19,13 +19,16 @@ from corp_onnx.errors import GraphError
 CHILD = "corp_onnx.deploy.tensorrt.child"
 TAIL = 20
 
+EXCEPTION = 1
+"""Exit status of Python after an exception."""
+
 
 def build_apart(model: Path, folder: Path, options: Options) -> Mapping[str, str]:
     """Build an engine into a folder, with a log; returns versions by name.
 
     Raises:
         BackendUnavailable: If TensorRT or a GPU is missing.
-        GraphError: If TensorRT cannot take the model, or crashed.
+        GraphError: If TensorRT cannot take the model, or the process failed or crashed.
         PlanError: If the options do not fit the model.
     """
     request = {
@@ -61,19 +64,23 @@ def _run(request: Path, log: Path) -> int:
         ).returncode
 
 
-def _crash(status: int, log: Path) -> Exception:
-    """A signal or an abort is TensorRT's; an exception of Python that got out is ours."""
+def _crash(status: int, log: Path) -> GraphError:
+    """A signal or an abort is TensorRT's; status 1 is an exception of Python that got out."""
     lines = log.read_text(errors="replace").splitlines()
     said = "\n  ".join(lines[-TAIL:]) or "nothing"
-    if status == 1:
-        return RuntimeError(f"the building process failed; it said last:\n  {said}")
     return GraphError(
-        f"TensorRT's builder crashed ({_name(status)}); it said last:\n  {said}\nAll of it is in "
+        f"TensorRT's builder {_name(status)}; it said last:\n  {said}\nAll of it is in "
         f"{log}. {_remedy(status)}"
     )
 
 
 def _name(status: int) -> str:
+    if status == EXCEPTION:
+        return "failed"
+    return f"crashed ({_signal(status)})"
+
+
+def _signal(status: int) -> str:
     if status >= 0:
         return f"exit status {status}"
     try:
@@ -83,6 +90,8 @@ def _name(status: int) -> str:
 
 
 def _remedy(status: int) -> str:
+    if status == EXCEPTION:
+        return "If the last line is no fault of this machine, report it, with the log."
     if status == -getattr(signal, "SIGKILL", 9):
         return "The system most likely ran out of memory: free some, or allow a smaller workspace."
     return "Build with a lower optimisation level, or with another version of TensorRT."

@@ -8,16 +8,15 @@ from pathlib import Path
 from time import perf_counter
 
 import onnx
-from google.protobuf.message import DecodeError
 
-from corp_onnx.deploy.records import Build, Precision
-from corp_onnx.deploy.shape_ranges import exactly
+from corp_onnx.deploy.records import Build, Precision, declared_inputs, without_weights
+from corp_onnx.deploy.shape_ranges import exactly, fitted
 from corp_onnx.deploy.tensorrt.bindings import version, versions
 from corp_onnx.deploy.tensorrt.building import build_apart
 from corp_onnx.deploy.tensorrt.cuda import device
 from corp_onnx.deploy.tensorrt.engine import TensorRTEngine
 from corp_onnx.deploy.tensorrt.options import ENGINE, Options
-from corp_onnx.errors import GraphError, PlanError
+from corp_onnx.errors import PlanError
 from corp_onnx.sizes import Sizes
 
 CAPABILITY: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0)}
@@ -42,9 +41,17 @@ class TensorRT(Options):
     cuda_graph: bool = False
     name: str = "tensorrt"
 
+    @property
+    def inference_threads(self) -> None:
+        """None: a GPU computes, and `threads` are those of the builder."""
+
     def versions(self) -> Mapping[str, str]:
         """Of TensorRT, CUDA, the driver and the GPU."""
         return versions()
+
+    def rounds_by_itself(self, precision: Precision) -> bool:
+        """Never: it computes in the types that the file has."""
+        return False
 
     def require(self, precision: Precision) -> None:
         """See whether TensorRT, CUDA and a GPU are here, and it computes in these types."""
@@ -62,11 +69,16 @@ class TensorRT(Options):
         return self if self.shapes else replace(self, shapes=exactly(sizes))
 
     def build(self, model: Path, folder: Path, precision: Precision) -> Build:
-        """Make an engine in a process of its own; what it said and its layers lie beside it."""
+        """Make an engine in a process of its own; what it said and its layers lie beside it.
+
+        That ranges fit what the file says of its inputs is seen before that process begins.
+        """
         self.check()
         self.require(precision)
+        proto = without_weights(model)
         if precision == "int8":
-            _require_quantised(model)
+            _require_quantised(model, proto)
+        fitted(self.shapes, declared_inputs(proto))
         start = perf_counter()
         made_by = build_apart(model, folder, self)
         seconds = perf_counter() - start
@@ -85,11 +97,7 @@ class TensorRT(Options):
         return TensorRTEngine(build, cuda_graph=self.cuda_graph)
 
 
-def _require_quantised(model: Path) -> None:
-    try:
-        proto = onnx.load(model, load_external_data=False)
-    except (OSError, DecodeError) as error:
-        raise GraphError(f"{model} cannot be read as an ONNX model: {error}") from error
+def _require_quantised(model: Path, proto: onnx.ModelProto) -> None:
     if not QUANTISING & {node.op_type for node in proto.graph.node}:
         raise PlanError(
             f"{model} has no QuantizeLinear or DequantizeLinear, so nothing in it is int8; "
