@@ -60,20 +60,18 @@ class Sight:
         return tensor.inputs[0] if tensor.inputs[0].op in ops else None
 
     def number(self, tensor: gs.Tensor) -> float | None:
-        """The number that a tensor is at all sizes; None if it is none, or one that an If chose."""
+        """The number that a tensor is at all sizes; None if it is none, or not the same."""
         values = [facts.value(tensor) for facts in self.probes]
         known = [value for value in values if value is not None and value.size == 1]
-        if len(known) < len(values) or any(tensor.name in facts.chosen for facts in self.probes):
-            return None
         found = {float(value.reshape(())) for value in known}
-        return found.pop() if len(found) == 1 else None
+        return found.pop() if len(known) == len(values) and len(found) == 1 else None
 
     def unscaled(self, tensor: gs.Tensor) -> tuple[float, gs.Tensor]:
-        """Back over products with numbers: their product, and what they multiply."""
+        """Back over products with numbers but 0: their product, and what they multiply."""
         scale = 1.0
         while (node := self.only_writer(tensor, "Mul", "Div")) is not None:
             left, right = node.inputs
-            if node.op == "Mul" and (factor := self.number(left)) is not None:
+            if node.op == "Mul" and (factor := self.number(left)):
                 scale, tensor = scale * factor, right
             elif factor := self.number(right):
                 scale, tensor = scale * factor if node.op == "Mul" else scale / factor, left
@@ -135,12 +133,6 @@ class Pieces:
         """With the mask, ``[b, h, q, k]``."""
         return self.softmax.inputs[0]
 
-    @property
-    def operands(self) -> tuple[gs.Tensor, ...]:
-        """All that it reads."""
-        mask = () if self.mask is None else (self.mask,)
-        return (self.query, self.key, self.value, *mask)
-
 
 def sight_of(graph: gs.Graph) -> Sight:
     """The graph, evaluated at sizes of its own."""
@@ -186,8 +178,8 @@ def _without_nan(weights: gs.Tensor, sight: Sight) -> gs.Tensor:
     test, choice = sorted(weights.outputs, key=lambda node: node.op)
     if (test.op, choice.op) != ("IsNaN", "Where"):
         return weights
-    condition, zero, kept = choice.inputs
-    fits = condition is test.outputs[0] and kept is weights and sight.number(zero) == 0.0
+    condition, zero, _ = choice.inputs
+    fits = condition is test.outputs[0] and sight.number(zero) == 0.0
     alone = sight.only_reader(condition, "Where") is not None
     return choice.outputs[0] if fits and alone else weights
 
@@ -203,11 +195,12 @@ def _alike(pieces: Pieces, facts: Facts, dtypes: Collection[np.dtype]) -> bool:
 
     The mask must not make more logits than the product has.
     """
-    query, key, value = (facts.shape(tensor) or () for tensor in pieces.operands[:3])
+    tensors = (pieces.query, pieces.key, pieces.value)
+    query, key, value = (facts.shape(tensor) or () for tensor in tensors)
     if {len(query), len(key), len(value)} != {3}:
         return False
     wanted = (query[0], pieces.heads, query[1], key[1])
-    kinds = {facts.dtype(tensor) for tensor in pieces.operands}
+    kinds = {facts.dtype(tensor) for tensor in tensors}
     one_batch = query[0] == key[0] and key[:2] == value[:2]
     return one_batch and facts.shape(pieces.logits) == wanted and kinds in [{d} for d in dtypes]
 

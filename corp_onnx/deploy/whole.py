@@ -16,6 +16,9 @@ OPERATOR, DOMAIN = "MultiHeadAttention", "com.microsoft"
 
 FLOAT = (np.dtype(np.float32),)
 
+MASKED = (*FLOAT, np.dtype(np.float16))
+"""Types for which every kernel reads a mask."""
+
 MASKS_SINCE = (1, 22)
 """Older kernels read a mask that is the same for all heads at the wrong places from the second
 sample on (microsoft/onnxruntime#24017).
@@ -47,7 +50,7 @@ def write_whole(graph: gs.Graph, dtypes: Collection[np.dtype] = FLOAT) -> int:
         return 0
     sight = sight_of(graph)
     matched = [match_pieces(node, sight, dtypes) for node in softmaxes]
-    found = [pieces for pieces in matched if pieces is not None and _is_computed(pieces)]
+    found = [pieces for pieces in matched if pieces is not None and _is_computed(pieces, sight)]
     writer = _Writer(sight, set(graph.tensors()) | {node.name for node in graph.nodes})
     for pieces in found:
         writer.write(pieces)
@@ -56,10 +59,13 @@ def write_whole(graph: gs.Graph, dtypes: Collection[np.dtype] = FLOAT) -> int:
     return len(found)
 
 
-def _is_computed(pieces: Pieces) -> bool:
+def _is_computed(pieces: Pieces, sight: Sight) -> bool:
     """Whether the operator does the same: to it a scale of 0 says that it shall take its own."""
     major, minor, *_ = version().split(".")
-    return pieces.scale != 0.0 and (pieces.mask is None or (int(major), int(minor)) >= MASKS_SINCE)
+    masked = (int(major), int(minor)) >= MASKS_SINCE and (
+        sight.probes[0].dtype(pieces.query) in MASKED
+    )
+    return bool(np.float32(pieces.scale)) and (pieces.mask is None or masked)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
