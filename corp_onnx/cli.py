@@ -172,7 +172,7 @@ def prune(
     options.require_one_of(data, stats, samples is not None or crops is not None or allow_random)
     if latency is None and (batch is not None or cache is not None):
         raise PlanError("--batch and --cache say how a model is timed for --latency; give that too")
-    if target is not None and latency is None and precision != "int8":
+    if target is not None and latency is None and precision != "int8" and weight_only is None:
         raise PlanError("--target is where --latency is measured, or int8 is to run; give one too")
     place = target or engine_options.DEFAULT_TARGET
     sizes = options.sizes_of(shapes)

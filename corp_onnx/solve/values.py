@@ -78,7 +78,7 @@ def narrow_values(
     parts = [part.on(device) for part in parts]
     found = truncated_values(merged(parts), branch, heads, width)
     (maps,) = found.maps
-    narrow = device.asarray(heads.side_along(maps, len(weight)))
+    narrow = device.asarray(heads.side_along(maps, len(branch.weight)))
     conditions = [found.condition]
 
     def narrowing(joint: Joint) -> tuple[Joint, Float64[Array, "k o"]]:
