@@ -21,6 +21,7 @@ from corp_onnx.data import open_data
 from corp_onnx.errors import DataError, NothingPrunable, OutputError, PlanError, TooFewSamples
 from corp_onnx.graph import load
 from corp_onnx.pipeline import Settings, prune, sweep
+from corp_onnx.precision import Request
 from corp_onnx.session import open_session
 from corp_onnx.solve import METHODS, Recipe
 from tests.builders import HEAD, HIDDEN, TINY, WIDTH, Net
@@ -401,3 +402,20 @@ def test_visits_to_a_stage_add_up(monkeypatch):
         with clock.stage("solve"):
             pass
     assert clock.seconds == {"solve": 3.5}
+
+
+def test_a_sweep_writes_models_in_the_precision_that_is_asked_for(files, tmp_path):
+    settings = Settings(align=1, recipe=Recipe("corp"), request=Request("fp16", limit=1.0))
+    budgets = {tmp_path / "small.onnx": Budget("macs", 0.8)}
+    sweep(files.model, budgets, data_of(files.model, files.data), settings=settings)
+    kinds = {tensor.data_type for tensor in onnx.load(tmp_path / "small.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in kinds
+
+
+def test_an_axis_that_no_block_offers_is_told_once(tmp_path, caplog):
+    model = tmp_path / "mlp.onnx"
+    onnx.save(TINY["mlp"](0).proto, model)
+    np.save(tmp_path / "x.npy", activations())
+    data = data_of(model, tmp_path / "x.npy")
+    prune(model, tmp_path / "small.onnx", data, shares_removed=HALF, settings=Settings(align=1))
+    assert caplog.text.count("no block offers the axis 'qk'") == 1
