@@ -23,7 +23,7 @@ from corp_onnx.labels import read_labels
 from corp_onnx.macs import count
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.shapes import evaluate
-from corp_onnx.statistics import Batch, Statistics
+from corp_onnx.statistics import Batch, Statistics, samples_in
 from corp_onnx.verify import comparable
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Subject:
     @property
     def tested(self) -> int:
         """How many test samples there are."""
-        return sum(len(next(iter(batch.values()))) for batch in self.test)
+        return sum(map(samples_in, self.test))
 
     def _macs(self, model: Model) -> int:
         return count(model.graph, evaluate(model.graph, self.catalog.sizes)).total

@@ -19,7 +19,7 @@ from corp_onnx.data import Dataset, open_data
 from corp_onnx.labels import read_labels
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import open_session
-from corp_onnx.statistics import Batch
+from corp_onnx.statistics import Batch, samples_in
 
 SEED = 0
 
@@ -59,10 +59,7 @@ class Task:
     def samples(self) -> dict[str, int]:
         """How many there are of each kind."""
         parts = {"calibration": self.calibration, "test": self.test}
-        return {
-            part: sum(len(next(iter(batch.values()))) for batch in batches)
-            for part, batches in parts.items()
-        }
+        return {part: sum(map(samples_in, batches)) for part, batches in parts.items()}
 
 
 def photographs(place: Place) -> Task:

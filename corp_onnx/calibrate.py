@@ -23,7 +23,7 @@ from corp_onnx.samples import drawn, enriched, held_apart
 from corp_onnx.scarcity import require_enough
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.sites import Site, Thinning
-from corp_onnx.statistics import Batch, Statistics
+from corp_onnx.statistics import Batch, Statistics, samples_in
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def gather(
             before = samples + (earlier.samples if earlier else 0)
             thinning = Thinning.drawn(crops, seed, before)
             list(pool.map(lambda site, read=tensors, thin=thinning: site.add(read, thin), sites))
-            size = len(next(iter(batch.values())))
+            size = samples_in(batch)
             samples += size
             on_batch(size)
             if keep:

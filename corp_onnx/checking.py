@@ -65,14 +65,14 @@ def verify(
         solved.held_out,
     )
     if checks[0].passed:
-        measured = kept_promises(model, catalog, surgery.model, found, solved, runtime)
+        measured = measured_promises(model, catalog, surgery.model, found, solved, runtime)
         checks.append(check_promises(solved.solution, measured))
     checks += [check_repair(comparison, bare) for bare in unrepaired]
     checks += check_gates(comparison, max_error=gates.max_error, min_agreement=gates.min_agreement)
     return Verification(tuple(checks), comparison)
 
 
-def kept_promises(
+def measured_promises(
     model: Model,
     catalog: Catalog,
     pruned: Model,

@@ -149,7 +149,7 @@ def scheduled(
     """
     request = request or Request()
     trial = _Trial(dense, model, catalog, statistics, probes, deadline, align, request, typed)
-    table = latency_table.kept(
+    table = latency_table.cached(
         lambda: latency_table.measured(
             *(probes, trial.shrunk, deadline.target, deadline.stopwatch),
             precision=request.precision,
@@ -241,7 +241,7 @@ def against_dense(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class DeadlineOutcome:
     """How a deadline was kept by the finished model, timed against the dense one."""
 
     schedule: Schedule

@@ -70,7 +70,7 @@ class Fitter:
         fold = narrow_mlp(
             joints, branch, cut.to, ridge=recipe.ridge, kept=kept, device=recipe.device
         )
-        return [fold], [self._solver(statistics, self._bare).fold(block, cut)]
+        return [fold], [self._solver(statistics, self.line.recipe.bare).fold(block, cut)]
 
     def _attention(self, block: Attention, cuts: Mapping[Axis, Cut]) -> Folds:
         """Queries and keys first: what is mixed then follows the narrower logits."""
@@ -79,7 +79,7 @@ class Fitter:
         if "qk" in cuts:
             statistics = self._query_key(block)
             folds.append(self._solver(statistics).fold(block, cuts["qk"]))
-            bare.append(self._solver(statistics, self._bare).fold(block, cuts["qk"]))
+            bare.append(self._solver(statistics, self.line.recipe.bare).fold(block, cuts["qk"]))
         if block.output is None:
             return folds, bare
         line, linear = self.line, block.output.linear
@@ -96,7 +96,7 @@ class Fitter:
         branch = solver.branch(block.id, linear, self.stream.gain)
         if "vo" not in cuts:
             return [*folds, narrow_output(joints, branch, device=line.recipe.device)], bare
-        bare.append(self._solver(statistics, self._bare).fold(block, cuts["vo"]))
+        bare.append(self._solver(statistics, self.line.recipe.bare).fold(block, cuts["vo"]))
         if not line.recipe.truncate:
             return [*folds, solver.fold(block, cuts["vo"])], bare
         heads, width = Heads.of(block.output), cuts["vo"].to
@@ -165,10 +165,6 @@ class Fitter:
 
     def _solver(self, statistics: Statistics, recipe: Recipe | None = None) -> Solver:
         return Solver.of(self.line.model, statistics, recipe or self.line.recipe)
-
-    @property
-    def _bare(self) -> Recipe:
-        return Recipe("none", device=self.line.recipe.device)
 
     @property
     def _sha256(self) -> str:

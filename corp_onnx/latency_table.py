@@ -128,7 +128,7 @@ def _variants(probes: Sequence[Probe], align: int) -> Iterator[tuple[str, int, d
                 yield kind, narrow, dict.fromkeys(alike, narrow)
 
 
-def kept(
+def cached(
     measure: Callable[[], LatencyTable], key: Mapping[str, object], folder: Path | None = None
 ) -> LatencyTable:
     """The table of an earlier measurement under the same key, or a new one, kept for the next.

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from corp_onnx.advice import advice
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
-from corp_onnx.deadline import Kept
+from corp_onnx.deadline import DeadlineOutcome
 from corp_onnx.pipeline import Pruned
 from corp_onnx.present_types import typed_json, typed_lines
 from corp_onnx.solve.folds import OutputFold
-from corp_onnx.statistics import Statistics
+from corp_onnx.statistics import Statistics, samples_in
 from corp_onnx.verify import Check, Comparison
 
 Json = dict[str, Any]
@@ -86,7 +86,7 @@ def statistics_json(statistics: Statistics, output: str) -> Json:
         "source": statistics.source,
         "sha256": statistics.sha256,
         "tokens": {name: moments.count for name, moments in statistics.sites.items()},
-        "held_out": sum(len(next(iter(batch.values()))) for batch in statistics.held_out),
+        "held_out": sum(map(samples_in, statistics.held_out)),
         "output": output,
     }
 
@@ -145,22 +145,22 @@ def pruned_json(result: Pruned, output: str) -> Json:
         "notes": list(result.surgery.model.notes),
         "advice": list(advice(result.solved.solution, result.solved.samples)),
         "output": output,
-    } | ({} if result.kept is None else {"latency": latency_json(result.kept)})
+    } | ({} if result.deadline is None else {"latency": latency_json(result.deadline)})
 
 
-def latency_json(kept: Kept) -> Json:
-    """How a deadline was kept."""
-    deadline = kept.schedule.deadline
-    dense, cut = kept.race.latencies
+def latency_json(outcome: DeadlineOutcome) -> Json:
+    """How a deadline was outcome."""
+    deadline = outcome.schedule.deadline
+    dense, cut = outcome.race.latencies
     return {
         "target": deadline.target.name,
         "batch": deadline.stopwatch.batch,
         "asked": {"limit": deadline.limit, "unit": "ms" if deadline.in_ms else "share of dense"},
         "dense_ms": dense.median_ms,
         "pruned_ms": cut.median_ms,
-        "share": kept.share,
-        "speedup": asdict(kept.race.speedups[1]),
-        "tries": [asdict(tried) for tried in kept.schedule.tries],
+        "share": outcome.share,
+        "speedup": asdict(outcome.race.speedups[1]),
+        "tries": [asdict(tried) for tried in outcome.schedule.tries],
     }
 
 

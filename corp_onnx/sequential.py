@@ -18,7 +18,7 @@ from corp_onnx.segments import Segment
 from corp_onnx.session import Runtime
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import Fold, Solution
-from corp_onnx.statistics import Batch
+from corp_onnx.statistics import Batch, samples_in
 from corp_onnx.tape import Tape
 
 
@@ -78,7 +78,7 @@ def fit_in_sequence(
                 dense.write(len(of_part), batch)
                 pruned.write(len(of_part), batch)
                 of_part.append(part)
-                size = len(next(iter(batch.values())))
+                size = samples_in(batch)
                 samples += size
                 on_batch(size)
         line = Line(model, catalog, recipe, runtime, dense, pruned, tuple(of_part), samples, seed)
@@ -110,7 +110,7 @@ def _solve_shared(line: Line, plan: Plan) -> Mapping[str, Folds]:
     require_enough(statistics)
     found, bare = (
         solve(line.model, line.catalog, Plan(cuts), statistics, recipe)
-        for recipe in (line.recipe, Recipe("none", device=line.recipe.device))
+        for recipe in (line.recipe, line.recipe.bare)
     )
     return {
         block.id: (

@@ -58,7 +58,7 @@ def from_statistics(
         )
     return Solved(
         solve(model, catalog, plan, statistics, recipe),
-        solve(model, catalog, plan, statistics, Recipe("none", device=recipe.device)),
+        solve(model, catalog, plan, statistics, recipe.bare),
         statistics.seen,
         statistics.held_out,
         statistics.samples,

@@ -24,6 +24,11 @@ Batch = Mapping[str, np.ndarray]
 FORMAT = 2
 
 
+def samples_in(batch: Batch) -> int:
+    """How many there are."""
+    return len(next(iter(batch.values())))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
     """Moments of every site of a dense model, over ``samples`` calibration samples.

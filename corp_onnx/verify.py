@@ -17,7 +17,7 @@ from corp_onnx.graph import Model, is_large
 from corp_onnx.plan import Plan
 from corp_onnx.session import Session
 from corp_onnx.solve.folds import Solution
-from corp_onnx.statistics import Batch
+from corp_onnx.statistics import Batch, samples_in
 
 PROMISE_FACTOR = 1.5
 """How much larger a block's measured error may be than the predicted one."""
@@ -112,7 +112,7 @@ def compare_each(
         for pruned, common, totals in zip(candidates, names, sums, strict=True):
             for name, after in pruned.run(batch, common).items():
                 totals[name].add(name, before[name], after)
-        samples += len(next(iter(batch.values())))
+        samples += samples_in(batch)
     if not samples:
         raise DataError("the data holds no samples to compare on")
     return tuple(_comparison(totals, samples, output, labels) for totals in sums)

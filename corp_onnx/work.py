@@ -13,7 +13,7 @@ from corp_onnx.calibrate import BATCH_SIZE, calibrate, gather
 from corp_onnx.checking import Gates, verify
 from corp_onnx.clock import Clock
 from corp_onnx.data import Dataset
-from corp_onnx.deadline import Deadline, Kept, against_dense, scheduled
+from corp_onnx.deadline import Deadline, DeadlineOutcome, against_dense, scheduled
 from corp_onnx.deploy.records import Target
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model, load
@@ -26,7 +26,7 @@ from corp_onnx.session import Runtime
 from corp_onnx.sizes import Sizes
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solved import Solved, from_statistics, in_sequence
-from corp_onnx.statistics import Batch, Statistics
+from corp_onnx.statistics import Batch, Statistics, samples_in
 from corp_onnx.surgery import Surgery, operate
 from corp_onnx.verify import Check, Verification, check_gates
 
@@ -52,7 +52,7 @@ class Pruned:
     surgery: Surgery
     verification: Verification
     seconds: Mapping[str, float]
-    kept: Kept | None = None
+    deadline: DeadlineOutcome | None = None
     """How a deadline was kept, where one was given."""
     typed: Typed | None = None
     """The same in another precision, where one was asked for."""
@@ -178,10 +178,8 @@ class Work:
 
         def left(plan: Plan) -> float:
             assert self.statistics is not None, "calibrated before"
-            device = self.settings.recipe.device
-            bare = solve(
-                self.model, self.catalog, plan, self.statistics, Recipe("none", device=device)
-            )
+            recipe = self.settings.recipe.bare
+            bare = solve(self.model, self.catalog, plan, self.statistics, recipe)
             return budget.share(operate(self.model, self.catalog, bare))
 
         return within(self.catalog, probes, budget, align=self.settings.align, left=left)
@@ -221,8 +219,8 @@ class Work:
         with self.clock.stage("latency"):
             model = self._typed_for_timing(result.surgery.model, deadline.target)
             precision = self.settings.request.precision
-            kept = Kept(schedule, against_dense(path, model, deadline, precision))
-        return replace(result.held_to(kept.check()), kept=kept)
+            outcome = DeadlineOutcome(schedule, against_dense(path, model, deadline, precision))
+        return replace(result.held_to(outcome.check()), deadline=outcome)
 
     def _typed_for_timing(self, model: Model, target: Target) -> Model:
         """The model in the precision asked for, whatever that costs, unless the target rounds."""
@@ -288,5 +286,5 @@ def _first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
     for batch in batches:
         if samples <= 0:
             return
-        samples -= len(next(iter(batch.values())))
+        samples -= samples_in(batch)
         yield batch

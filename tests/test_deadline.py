@@ -210,10 +210,10 @@ def test_the_finished_model_is_timed_once_more(clock, tables, tmp_path):
         budget=asked,
         settings=Settings(recipe=Recipe("corp")),
     )
-    assert result.kept is not None
-    assert 0.95 * 0.7 <= result.kept.share <= 0.7
-    slower = replace(result.kept.race, speedups=(result.kept.race.speedups[0],) * 2)
-    assert not replace(result.kept, race=slower).check().passed
+    assert result.deadline is not None
+    assert 0.95 * 0.7 <= result.deadline.share <= 0.7
+    slower = replace(result.deadline.race, speedups=(result.deadline.race.speedups[0],) * 2)
+    assert not replace(result.deadline, race=slower).check().passed
 
 
 @pytest.mark.parametrize(("limit", "in_ms"), [(0, False), (1.5, False), (-1, True)])
@@ -226,17 +226,17 @@ def test_tables_that_cannot_be_kept_are_measured_all_the_same(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
     table = LatencyTable(1.0, {"mlp": {2: 0.5}})
-    assert latency_table.kept(lambda: table, {"a": 1}, blocked / "cache") == table
+    assert latency_table.cached(lambda: table, {"a": 1}, blocked / "cache") == table
     assert "cannot be kept" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"whole_ms": 1.0, "variants_ms": {"mlp": [1]}}'])
 def test_a_damaged_table_is_measured_again(tmp_path, caplog, text):
     table = LatencyTable(1.25, {"mlp": {2: 0.5}})
-    latency_table.kept(lambda: table, {"a": 1}, tmp_path)
+    latency_table.cached(lambda: table, {"a": 1}, tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_text(text)
-    assert latency_table.kept(lambda: table, {"a": 1}, tmp_path) == table
+    assert latency_table.cached(lambda: table, {"a": 1}, tmp_path) == table
     assert "is measured again" in caplog.text
     assert json.loads(path.read_text())["whole_ms"] == 1.25
 
@@ -264,7 +264,7 @@ def test_what_cannot_be_timed_is_refused_before_any_work(tmp_path, clock):
 
 def test_a_kept_table_is_read_as_it_was(tmp_path):
     table = LatencyTable(1.25, {"mlp 8 1 1": {2: 0.5, 4: 0.75}})
-    assert latency_table.kept(lambda: table, {"a": 1}, tmp_path) == table
-    assert latency_table.kept(lambda: pytest.fail("again"), {"a": 1}, tmp_path) == table
+    assert latency_table.cached(lambda: table, {"a": 1}, tmp_path) == table
+    assert latency_table.cached(lambda: pytest.fail("again"), {"a": 1}, tmp_path) == table
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text())["whole_ms"] == 1.25

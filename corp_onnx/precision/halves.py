@@ -13,7 +13,7 @@ from corp_onnx.emit import Emitter
 from corp_onnx.graph import Model, nodes_of_subgraphs
 from corp_onnx.precision.norms import fused_norms
 from corp_onnx.precision.ranges import peaks
-from corp_onnx.precision.records import FORMATS, Draft, Format, Kept, Request
+from corp_onnx.precision.records import FORMATS, Draft, Exempt, Format, Request
 from corp_onnx.precision.sensitive import (
     Reasons,
     kept_by_range,
@@ -23,7 +23,7 @@ from corp_onnx.precision.sensitive import (
 )
 from corp_onnx.precision.slots import Types, types_of
 from corp_onnx.session import Runtime
-from corp_onnx.statistics import Batch
+from corp_onnx.statistics import Batch, samples_in
 
 UNMEASURED = (
     "there were no calibration inputs: ranges of weights were looked at, not of activations"
@@ -50,12 +50,12 @@ def halved(
     return Draft(
         with_casts(whole, types, kept, keep_io_types=request.keep_io_types),
         tuple(
-            Kept(name, ops[name].op, reason)
+            Exempt(name, ops[name].op, reason)
             for name, reason in kept.items()
             if types.float_inputs(ops[name]) or types.float_outputs(ops[name])
         ),
         fused=fused,
-        samples=sum(len(next(iter(batch.values()))) for batch in batches),
+        samples=sum(map(samples_in, batches)),
         notes=() if batches else (UNMEASURED,),
     )
 

@@ -14,7 +14,7 @@ from corp_onnx.precision.layers import Layer, layers_of
 from corp_onnx.precision.ranges import ALL_LEVELS, LEAST, LEVELS, Range, ranges
 from corp_onnx.precision.records import Draft
 from corp_onnx.session import Runtime
-from corp_onnx.statistics import Batch
+from corp_onnx.statistics import Batch, samples_in
 
 FIRST_OPSET = 13
 """That has scales by channel."""
@@ -55,7 +55,7 @@ def in_integers(
     reach = ranges(model, sources, batches, runtime, symmetric=symmetric)
     _quantise(graph, layers, reach, symmetric)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    samples = sum(len(next(iter(batch.values()))) for batch in batches)
+    samples = sum(map(samples_in, batches))
     return Draft(model.with_graph(graph), kept, quantised=len(layers), samples=samples)
 
 

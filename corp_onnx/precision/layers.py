@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float32
 
-from corp_onnx.precision.records import Kept
+from corp_onnx.precision.records import Exempt
 
 PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
 
@@ -24,16 +24,16 @@ class Layer:
     """Whether the node holds the weight as ``[out, in]``."""
 
 
-def layers_of(graph: gs.Graph) -> tuple[tuple[Layer, ...], tuple[Kept, ...]]:
+def layers_of(graph: gs.Graph) -> tuple[tuple[Layer, ...], tuple[Exempt, ...]]:
     """Linear layers of a graph, and products that are none, each with the reason."""
     found: list[Layer] = []
-    kept: list[Kept] = []
+    kept: list[Exempt] = []
     for node in _products(graph):
         layer = match_layer(node)
         if isinstance(layer, Layer):
             found.append(layer)
         else:
-            kept.append(Kept(node.name, node.op, layer))
+            kept.append(Exempt(node.name, node.op, layer))
     return tuple(found), tuple(kept)
 
 

@@ -110,7 +110,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class Exempt:
     """A node that is computed in float32 still, or a layer that is not quantised, and why."""
 
     node: str
@@ -132,7 +132,7 @@ class Draft:
     """
 
     model: Model
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[Exempt, ...] = ()
     quantised: int = 0
     fused: int = 0
     samples: int = 0

@@ -96,6 +96,11 @@ class Recipe:
         return "corp" if self.method == "best" else self.method
 
     @property
+    def bare(self) -> Recipe:
+        """The same cuts without repair."""
+        return Recipe("none", device=self.device)
+
+    @property
     def selection(self) -> str:
         """The ranking by which coordinates are selected."""
         return "energy" if self.ranking in {None, ELIMINATION} else str(self.ranking)
