@@ -65,7 +65,7 @@ def glance() -> Conditions:
     heat = [sensor.current for group in told.values() for sensor in group]
     return Conditions(
         processor(),
-        _cores(),
+        cores(),
         None,
         clock.current if clock else None,
         max(heat, default=None),
@@ -88,7 +88,8 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many this process may use."""
     process = psutil.Process()
     allowed = process.cpu_affinity() if hasattr(process, "cpu_affinity") else ()  # none on macOS
     return len(allowed) or os.cpu_count() or 1

@@ -7,13 +7,14 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import platformdirs
 from jaxtyping import Float64
 
-from corp_onnx.conditions import devices
+from corp_onnx.conditions import cores, devices
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.errors import OutputError
 from corp_onnx.graph import Model, whole
@@ -138,7 +139,8 @@ def cached(
         key: All that the times depend on: model, target and its versions, sizes, machine.
         folder: Where tables are kept; the user's cache unless told otherwise.
     """
-    text = json.dumps({**key, "devices": devices(), "shares": SHARES}, sort_keys=True)
+    ours = {"shares": SHARES, "corp_onnx": metadata.version("corp_onnx")}
+    text = json.dumps({**key, **ours, "devices": devices(), "cores": cores()}, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = (folder or platformdirs.user_cache_path("corp_onnx")) / f"latency-{name}.json"
     known = _read(path)

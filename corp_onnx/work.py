@@ -14,7 +14,6 @@ from corp_onnx.checking import Gates, verify
 from corp_onnx.clock import Clock
 from corp_onnx.data import Dataset
 from corp_onnx.deadline import Deadline, DeadlineOutcome, against_dense, scheduled
-from corp_onnx.deploy.records import Target
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model, load
 from corp_onnx.plan import DEFAULT_ALIGN, Plan, require_offered
@@ -212,21 +211,21 @@ class Work:
                 *(path, self.model, self.catalog, self.statistics, self.probed(), deadline),
                 align=self.settings.align,
                 request=self.settings.request,
-                typed=lambda model: self._typed_for_timing(model, deadline.target),
+                typed=self._typed_for_timing,
                 on_variant=self.settings.on_variant,
             )
         result = self.cut(schedule.plan)
         with self.clock.stage("latency"):
-            model = self._typed_for_timing(result.surgery.model, deadline.target)
+            model = self._typed_for_timing(result.surgery.model)
             precision = self.settings.request.precision
             outcome = DeadlineOutcome(schedule, against_dense(path, model, deadline, precision))
         return replace(result.held_to(outcome.check()), deadline=outcome)
 
-    def _typed_for_timing(self, model: Model, target: Target) -> Model:
-        """The model in the precision asked for, whatever that costs, unless the target rounds."""
+    def _typed_for_timing(self, model: Model) -> Model:
+        """The model in the precision that is written, whatever that costs."""
         assert self.statistics is not None, "calibrated before"
         request, seen = replace(self.settings.request, limit=float("inf")), self.statistics.seen[:1]
-        if request.wants_nothing or target.rounds_by_itself(request.precision):
+        if request.wants_nothing:
             return model
         return in_precision(model, request, seen, seen, runtime=self.settings.runtime).model
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 
 from corp_onnx import deadline as deadlines
@@ -216,6 +217,31 @@ def test_the_finished_model_is_timed_once_more(clock, tables, tmp_path):
     assert not replace(result.deadline, race=slower).check().passed
 
 
+def test_what_is_timed_is_what_is_written(clock, tables, tmp_path):
+    built = []
+
+    class Rounding(Abacus):
+        """Would take the float32 model for fp16."""
+
+        def rounds_by_itself(self, precision):
+            return True
+
+        def build(self, model, folder, precision):
+            weights = {tensor.data_type for tensor in onnx.load(model).graph.initializer}
+            built.append((precision, onnx.TensorProto.FLOAT16 in weights))
+            return super().build(model, folder, precision)
+
+    output = tmp_path / "out.onnx"
+    prune(
+        *(example.MODEL, output, data),
+        budget=Deadline(0.7, False, Rounding(clock), Stopwatch(warmup=0, runs=1), tables),
+        settings=Settings(recipe=Recipe("corp"), request=Request("fp16")),
+    )
+    weights = {tensor.data_type for tensor in onnx.load(output).graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in weights
+    assert set(built) == {("fp32", False), ("fp16", True)}
+
+
 @pytest.mark.parametrize(("limit", "in_ms"), [(0, False), (1.5, False), (-1, True)])
 def test_a_limit_that_is_none_is_refused(limit, in_ms):
     with pytest.raises(PlanError, match="--latency"):
@@ -228,6 +254,14 @@ def test_tables_that_cannot_be_kept_are_measured_all_the_same(tmp_path, caplog):
     table = LatencyTable(1.0, {"mlp": {2: 0.5}})
     assert latency_table.cached(lambda: table, {"a": 1}, blocked / "cache") == table
     assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["cores", "devices"])
+def test_a_table_of_another_machine_is_not_taken(tmp_path, monkeypatch, name):
+    first, second = LatencyTable(1.0, {}), LatencyTable(2.0, {})
+    latency_table.cached(lambda: first, {"a": 1}, tmp_path)
+    monkeypatch.setattr(latency_table, name, lambda: "another")
+    assert latency_table.cached(lambda: second, {"a": 1}, tmp_path) == second
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"whole_ms": 1.0, "variants_ms": {"mlp": [1]}}'])
