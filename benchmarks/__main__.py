@@ -27,6 +27,7 @@ from benchmarks import (
     language,
     latency,
     macs,
+    operators,
     precisions,
     punctual,
     quality,
@@ -123,6 +124,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         (*TORCH, "openvino"),
         tuple(punctual.MODELS),
         apart=True,
+    ),
+    "operators": Benchmark(
+        operators.measure,
+        "operators of the optimised graph, and where the time goes",
+        (*TORCH, "openvino"),
+        operators.MODELS,
     ),
     "alignment": Benchmark(
         alignment.measure,

@@ -105,6 +105,8 @@ class Bench:
             macs[kind] = count(cut.graph, evaluate(cut.graph, catalog.sizes)).total
             for precision in _stored(targets):
                 models[kind, precision] = _typed(cut, precision, drawn)
+        for precision in _stored(targets) - {"fp32"}:
+            models[AS_EXPORTED, precision] = _typed(model, precision, drawn)
         return Bench(found, models, macs, targets, "input_ids" in catalog.sizes)
 
     def rows(self, name: str, batches: Sequence[int]) -> Iterator[Row]:
@@ -128,8 +130,9 @@ class Bench:
                 ratio = self.macs[CLEANED] / self.macs[kind]
                 lane = Lane(self.models[kind, types], target, precision)
                 yield label | {"macs_ratio": ratio}, lane
-        label = {"precision": "fp32", "cut": AS_EXPORTED, "macs_ratio": 1.0}
-        yield label, Lane(self.exported, target)
+            label = {"precision": precision, "cut": AS_EXPORTED, "macs_ratio": 1.0}
+            as_it_is = self.exported if types == "fp32" else self.models[AS_EXPORTED, types]
+            yield label, Lane(as_it_is, target, precision)
 
     def _raced(self, lanes: Sequence[Lane], batch: int, tokens: int | None) -> Race:
         """As many turns as there is time for."""

@@ -19,7 +19,7 @@ class Emitter:
 
     def constant(self, role: str, values: np.ndarray) -> gs.Constant:
         """A new initializer."""
-        return gs.Constant(self._fresh(role), np.ascontiguousarray(values))
+        return gs.Constant(self._fresh(role), np.asarray(values, order="C"))
 
     def integers(self, role: str, values: Sequence[int]) -> gs.Constant:
         """A new initializer of int64, for shapes and indices."""

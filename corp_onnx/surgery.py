@@ -20,7 +20,7 @@ from corp_onnx.projections import kept_rows, project
 from corp_onnx.shapes import declared_only, evaluate
 from corp_onnx.solve.folds import Fold, MlpFold, OutputFold, QueryKeyFold, Solution, ValueOutputFold
 from corp_onnx.theatre import Theatre
-from corp_onnx.tidy import tidy_reshapes
+from corp_onnx.tidy import tidy
 
 OPERATORS = frozenset({"Attention", "MultiHeadAttention"})
 """What scales its logits by the head width, unless told otherwise."""
@@ -48,7 +48,7 @@ def operate(model: Model, catalog: Catalog, solution: Solution) -> Surgery:
         SurgeryError: If something outside the blocks still needs a projection that was to go.
     """
     graph = carried_out(model, catalog, solution.folds)
-    tidy_reshapes(graph)
+    tidy(graph)
     graph.cleanup(remove_unused_graph_inputs=False)
     return Surgery(
         model.with_graph(graph),

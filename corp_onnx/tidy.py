@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 from corp_onnx.blocks.catalog import probed
 from corp_onnx.emit import Emitter
 from corp_onnx.facts import Facts
+from corp_onnx.settle import settle
 from corp_onnx.shapes import evaluate, usual_facts
 from corp_onnx.sizes import input_sizes
 
@@ -21,15 +22,10 @@ AS_IT_WAS, WHATEVER_IS_LEFT = 0, -1
 """Entries of a target of Reshape: the input's dimension at that place, and the one that follows."""
 
 
-def tidy_reshapes(graph: gs.Graph) -> None:
-    """Let every Reshape have a constant target, where one serves all sizes; in place.
+def tidy(graph: gs.Graph) -> None:
+    """Write down targets of Reshape and values (`settle`) that serve all sizes; in place.
 
-    Exporters compute targets from shapes at run time, node by node: ``Shape, Gather, Unsqueeze,
-    Concat``. Where a dimension is that of the input at the same place it is copied, where it is the
-    same at all sizes that were probed it is written down, and one more may follow from the rest. A
-    dimension that is fixed is copied only if all before it are: further on it may be equal by
-    chance.
-    Nodes that only served the old target are left to `gs.Graph.cleanup`.
+    Nodes that only served what was computed before are left to `gs.Graph.cleanup`.
 
     Nothing is done where the sizes that can be probed do not tell all: a graph with pictures of any
     size, with dimensions of different names that always have the same size here, or with branches
@@ -38,8 +34,20 @@ def tidy_reshapes(graph: gs.Graph) -> None:
     if any(node.op in CHOICES for node in graph.nodes):
         return
     probes = _probes(graph)
-    if not _tell_apart(graph, probes):
-        return
+    if _tell_apart(graph, probes):
+        _write_targets(graph, probes)
+        settle(graph, probes)
+
+
+def _write_targets(graph: gs.Graph, probes: Sequence[Facts]) -> None:
+    """Let every Reshape have a constant target, where one serves all sizes.
+
+    Exporters compute targets from shapes at run time, node by node: ``Shape, Gather, Unsqueeze,
+    Concat``. Where a dimension is that of the input at the same place it is copied, where it is the
+    same at all sizes that were probed it is written down, and one more may follow from the rest. A
+    dimension that is fixed is copied only if all before it are: further on it may be equal by
+    chance.
+    """
     emit = Emitter(graph, "reshape", set(graph.tensors()) | {node.name for node in graph.nodes})
     for node in graph.nodes:
         if node.op != "Reshape" or isinstance(node.inputs[1], gs.Constant):

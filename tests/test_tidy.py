@@ -26,7 +26,7 @@ def model(inputs, outputs, body):
 
 def tidied(before):
     graph = before.graph.copy()
-    tidy.tidy_reshapes(graph)
+    tidy.tidy(graph)
     graph.cleanup(remove_unused_graph_inputs=False)
     return before.with_graph(graph)
 
