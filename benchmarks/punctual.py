@@ -35,7 +35,7 @@ TARGETS = ("ort-cpu", "openvino")
 MODELS: Mapping[str, tuple[int, ...]] = {
     "DeiT-T": (1, 8, 32),
     "DeiT-S": (1, 8),
-    "DeiT-B": (1,),
+    "DeiT-B": (1, 8),
     "DINOv2 ViT-S": (1, 8),
     "MiniLM-L6": (1, 8, 32),
 }
