@@ -19,7 +19,7 @@ LARGEST = 256
 SIZE_OPS = frozenset({"Shape", "Size"})
 
 MOVES = frozenset(
-    "Concat Flatten Gather Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split()
+    "Cast Concat Flatten Gather Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split()
 )
 """Operators whose results are entries of their data, from one place or another."""
 

@@ -15,14 +15,16 @@ from corp_onnx.session import open_session
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>\n'
 
 POSITIONS = """
-    s = Shape(x)
+    sizes = Shape(x)
+    s = Cast<to = 6>(sizes)
     h = Gather<axis = 0>(s, two)
     w = Gather<axis = 0>(s, three)
     rows = Div(h, patch)
     columns = Div(w, patch)
     rows1 = Unsqueeze(rows, first)
     columns1 = Unsqueeze(columns, first)
-    like = Concat<axis = 0>(ones, rows1, columns1)
+    narrow = Concat<axis = 0>(ones, rows1, columns1)
+    like = Cast<to = 7>(narrow)
     whole = Concat<axis = 0>(like, none)
     grid = Resize<mode = "linear">(table, , , whole)
     y = Add(x, grid)
@@ -32,8 +34,8 @@ POSITIONS = """
 
 def positions(picture, table="1,3,2,2"):
     text = f"""{HEAD} g (float[{picture}] x) => (float[B,3,R,C] y)
-        <int64 two = {{2}}, int64 three = {{3}}, int64 patch = {{1}}, int64[1] first = {{0}},
-         int64[2] ones = {{1, 3}}, int64[0] none = {{}}, float[{table}] table = {{
+        <int64 two = {{2}}, int64 three = {{3}}, int32 patch = {{1}}, int64[1] first = {{0}},
+         int32[2] ones = {{1, 3}}, int64[0] none = {{}}, float[{table}] table = {{
          {", ".join(map(str, range(12)))}}}> {{ {POSITIONS} }}"""
     return from_proto(onnx.parser.parse_model(text))
 
