@@ -79,14 +79,14 @@ def _rows(case: str, name: str, models: list[Model], runs: int) -> Iterator[Row]
 
 
 def _checks(rows: list[Row]) -> Iterator[Check]:
-    """That none of the widths between gains what the next multiple does."""
+    """That none of the widths between two multiples gains more than the lower one."""
     for case in CASES:
         for target in TARGETS:
             some = [row for row in rows if (row["axes"], row["target"]) == (case, target)]
             between = max(row["speedup"] for row in some if not row["aligned"])
             following = some[-1]["speedup"]
             yield Check(
-                f"{case} on {target}: what is not aligned runs no faster than the next that is",
+                f"{case} on {target}: widths between gain no more than a whole multiple less",
                 between <= max(1 + NOISE, following),
                 f"{between:.3f} times at most, {following:.3f} times where {DEFAULT_ALIGN} go",
             )

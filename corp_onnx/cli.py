@@ -154,6 +154,7 @@ def prune(
     ranking: options.Ranking = None,
     precision: options.PrecisionName = "fp32",
     weight_only: options.WeightBits = None,
+    narrow_io: options.NarrowIo = False,
     max_error: options.MaxError = None,
     min_agreement: options.MinAgreement = None,
     samples: options.Samples = None,
@@ -176,7 +177,7 @@ def prune(
         raise PlanError("--target is where --latency is measured, or int8 is to run; give one too")
     place = target or engine_options.DEFAULT_TARGET
     sizes = options.sizes_of(shapes)
-    request = Request(precision, weight_only, symmetric=place in SYMMETRIC)
+    request = Request(precision, weight_only, not narrow_io, place in SYMMETRIC)
     settings = Settings(
         align,
         Recipe(method, ranking, ridge, device=device_of(device)),

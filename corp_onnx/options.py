@@ -96,6 +96,9 @@ StatisticsFile = Annotated[
 PrecisionName = Annotated[
     Precision, typer.Option("--precision", help="What it computes with; checked against fp32.")
 ]
+NarrowIo = Annotated[
+    bool, typer.Option("--narrow-io", help="Inputs and outputs in fp16 or bf16 too.")
+]
 WeightBits = Annotated[
     Literal["int8", "int4"] | None,
     typer.Option("--weight-only", help="Store weights of linear layers so, compute in fp32."),

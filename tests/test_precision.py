@@ -397,6 +397,8 @@ def test_what_is_quantised_or_halved_already_is_refused(tiny):
 
 
 def test_requests_that_contradict_themselves_are_refused():
+    with pytest.raises(PlanError, match="goes with --precision fp16 or bf16"):
+        Request("int8", keep_io_types=False)
     with pytest.raises(PlanError, match="one of the two"):
         Request("int8", "int8")
     with pytest.raises(PlanError, match="fp8"):

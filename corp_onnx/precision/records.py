@@ -82,6 +82,11 @@ class Request:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise PlanError(f"{self.precision!r} is none of {', '.join(PRECISIONS)}")
+        if not self.keep_io_types and self.precision not in FORMATS:
+            raise PlanError(
+                f"--narrow-io gives inputs and outputs the 16 bits of the model, and {self.name} "
+                "has none; it goes with --precision fp16 or bf16"
+            )
         if self.weight_only is not None and self.precision != "fp32":
             raise PlanError(
                 f"weights of {self.weight_only} alone leave all else in fp32, so they do not go "
