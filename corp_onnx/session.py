@@ -142,7 +142,7 @@ class Session:
                 f"the model also reads {', '.join(missing)}, which the data do not have; they have "
                 f"{', '.join(feeds)}"
             )
-        taken = {spec.name: feeds[spec.name] for spec in self.inputs}
+        taken = {spec.name: spec.of_its_width(feeds[spec.name]) for spec in self.inputs}
         try:
             yield taken
         except _failures(_onnxruntime()) + also as error:

@@ -28,6 +28,11 @@ class InputSpec:
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...]
 
+    def of_its_width(self, array: Shaped[np.ndarray, "b ..."]) -> Shaped[np.ndarray, "b ..."]:
+        """Floating-point numbers as wide as the input has them; all else as it is."""
+        floats = array.dtype.kind == self.dtype.kind == "f"
+        return array.astype(self.dtype, copy=False) if floats else array
+
 
 Layout = tuple[InputSpec, ...]
 """What one sample holds, input by input. Samples of one layout can be stacked into a batch."""

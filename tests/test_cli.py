@@ -248,6 +248,18 @@ def test_what_was_built_can_be_timed_where_it_was_built_for(command, files, tmp_
     assert_refused(command("bench", folder, "--target", other), f"was built for {target} in fp32")
 
 
+def test_a_model_with_narrow_inputs_is_written_and_compared_all_the_same(command, files, tmp_path):
+    narrow = tmp_path / "narrow.onnx"
+    asked = ("prune", files.model, "-o", narrow, "--data", files.data, *HALF)
+    assert command(*asked, "--precision", "fp16", "--narrow-io").status == 0
+    graph = onnx.load(narrow).graph
+    types = {end.type.tensor_type.elem_type for end in (*graph.input, *graph.output)}
+    assert types == {onnx.TensorProto.FLOAT16}
+    ended = command("verify", files.model, narrow, "--data", files.data, "--json")
+    assert 0 < document(ended)["relative_error"] < 1
+    assert_refused(command(*asked, "--narrow-io"), "goes with --precision fp16 or bf16")
+
+
 def test_bench_tells_where_the_time_goes(command, files, pruned):
     ended = command("bench", files.model, pruned, "--runs", 2, "--profile", "--json")
     profiles = document(ended)["profiles"]
