@@ -16,9 +16,10 @@ from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.samples import halves
 from benchmarks.spread import summary
 from benchmarks.subjects import CUTS, Subject, subjects
+from corp_onnx import sites
 from corp_onnx.plan import Plan, uniform
 from corp_onnx.sequential import fit_in_sequence
-from corp_onnx.solve import DEFAULT_RIDGE, Recipe, refit
+from corp_onnx.solve import DEFAULT_RIDGE, Recipe, refit, values
 from corp_onnx.solve.folds import Solution
 from corp_onnx.solve.joint import Joint
 from corp_onnx.surgery import operate
@@ -51,8 +52,8 @@ def _rows(subject: Subject, kinds: Sequence[str]) -> list[Row]:
         plan = uniform(subject.catalog, CUTS[kind])
         whole: float | None = None
         for name, variant in VARIANTS.items():
-            if name == TWO_CROPS and subject.samples.crops(2) == 1:
-                continue  # no pictures
+            if not _says_something(name, subject, kind):
+                continue
             model = operate(subject.model, subject.catalog, variant(subject, plan)).model
             found = subject.measured(model)
             whole = whole or found["error"]
@@ -60,6 +61,13 @@ def _rows(subject: Subject, kinds: Sequence[str]) -> list[Row]:
             rows.append(labels | found | {"of best": found["error"] / whole})
             log.info("%s", rows[-1])
     return rows
+
+
+def _says_something(name: str, subject: Subject, kind: str) -> bool:
+    """Crops are of pictures, and heads help each other where values are cut."""
+    if name == TWO_CROPS:
+        return subject.samples.crops(2) > 1
+    return name != HEAD_BY_HEAD or "vo" in CUTS[kind]
 
 
 def _with(recipe: Recipe) -> Variant:
@@ -94,6 +102,18 @@ def _fixed_refit(subject: Subject, plan: Plan) -> Solution:
         return in_sequence(subject, plan, Recipe("best"))
 
 
+def _keys_as_they_are(subject: Subject, plan: Plan) -> Solution:
+    """Truncated by the energy of whole keys, though Softmax ignores what a sequence shares."""
+    with mock.patch.object(sites, "centred", lambda heads, *_: heads):
+        return in_sequence(subject, plan, Recipe("best"))
+
+
+def _every_head_by_itself(subject: Subject, plan: Plan) -> Solution:
+    """The refit begins with values that help no other head."""
+    with mock.patch.object(values, "taken_over", lambda _, lost, __: (np.zeros_like(lost), 1.0)):
+        return in_sequence(subject, plan, Recipe("best"))
+
+
 @contextmanager
 def fixed_choice(choice: refit.Choice) -> Iterator[None]:
     """While this lasts, a ridge and a step are taken whatever held-out samples say."""
@@ -107,6 +127,7 @@ def fixed_choice(choice: refit.Choice) -> Iterator[None]:
         yield
 
 
+HEAD_BY_HEAD = "every head by itself where the refit begins"
 TWO_CROPS = "two crops of every picture instead of one"
 VARIANTS: Mapping[str, Variant] = {
     BEST: _with(Recipe("best")),
@@ -114,6 +135,8 @@ VARIANTS: Mapping[str, Variant] = {
     "queries and keys selected and repaired instead of truncated": _with(
         Recipe("best", truncate=False)
     ),
+    "keys as they are instead of less their mean over each sequence": _keys_as_they_are,
+    HEAD_BY_HEAD: _every_head_by_itself,
     "one shot": _one_shot,
     "in sequence, but not refitted": _without_refit,
     TWO_CROPS: _two_crops,
