@@ -2,7 +2,7 @@
 
 Operators are those of the graph that ONNX Runtime has optimised, which is what runs: by itself, as
 the exporter wrote the model, and after this package has written attention whole. Times are of a
-profile, operator by operator, so more in sum than an inference takes.
+profile, operator by operator; their sum is not the time of an inference.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def measure(place: Place) -> Outcome:
         counted += [_counts_row(name, kind, of) for kind, of in counts.items()]
         checks += [_whole(name, kind, counts[kind]) for kind in (CLEANED, "all three")]
         timed += _times(name, bench)
-    settings = {"batch": BATCH, "tokens": TOKENS, "target": TARGET}
+    settings = {"batch": BATCH, "tokens": TOKENS, "targets": [TARGET, OTHER]}
     return Outcome({"operators": counted, "milliseconds": timed}, tuple(checks), settings)
 
 

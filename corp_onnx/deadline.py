@@ -192,6 +192,7 @@ class _Trial:
             "versions": dict(self.deadline.target.versions()),
             "batch": watch.batch,
             "precision": self.request.name,
+            "narrow_io": not self.request.keep_io_types,
             "sizes": {name: list(shape) for name, shape in watch.sizes.items()},
             "align": self.align,
             "axes": sorted(Counter(map(latency_table.kind_of, self.probes)).items()),

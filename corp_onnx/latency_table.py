@@ -136,10 +136,10 @@ def cached(
 
     Args:
         measure: Makes a new one.
-        key: All that the times depend on: model, target and its versions, sizes, machine.
+        key: All that the times depend on: model, target and its versions, sizes.
         folder: Where tables are kept; the user's cache unless told otherwise.
     """
-    ours = {"shares": SHARES, "corp_onnx": metadata.version("corp_onnx")}
+    ours = {"shares": SHARES, "corp_onnx": _version()}
     text = json.dumps({**key, **ours, "devices": devices(), "cores": cores()}, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = (folder or platformdirs.user_cache_path("corp_onnx")) / f"latency-{name}.json"
@@ -155,6 +155,14 @@ def cached(
     except (OSError, OutputError) as error:
         log.warning("the latency table cannot be kept in %s: %s", path.parent, error)
     return table
+
+
+def _version() -> str | None:
+    """Of this package; None where it runs without being installed."""
+    try:
+        return metadata.version("corp_onnx")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _read(path: Path) -> LatencyTable | None:

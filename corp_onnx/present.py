@@ -149,7 +149,7 @@ def pruned_json(result: Pruned, output: str) -> Json:
 
 
 def latency_json(outcome: DeadlineOutcome) -> Json:
-    """How a deadline was outcome."""
+    """How a deadline was kept."""
     deadline = outcome.schedule.deadline
     dense, cut = outcome.race.latencies
     return {

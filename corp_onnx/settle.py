@@ -33,10 +33,10 @@ Fixed = dict[str, Entries]
 def settle(graph: gs.Graph, probes: Sequence[Facts]) -> None:
     """Let readers of a value that is fixed read a constant; in place.
 
-    A size is fixed if it is the same at all probes. A value is if all that it is computed of is;
-    entries that are only moved stay what they were, so the height in the shape of a picture is
-    fixed although the batch is not. A size that is compared with a bound gives nothing fixed,
-    though no probe may be beyond the bound.
+    The size of what is no value itself is fixed if it is the same at all probes. A value is if all
+    that it is computed of is; entries that are only moved stay what they were, so the height in the
+    shape of a picture is fixed although the batch is not. A size that is compared with a bound
+    gives nothing fixed, though no probe may be beyond the bound.
 
     What exporters compute from sizes that they could have written down keeps engines from folding
     what depends on it: positions, for one, that are resized to the size of the picture.
@@ -70,34 +70,34 @@ class _Ledger:
     probes: Sequence[Facts]
 
     def fixed(self) -> Fixed:
-        """Of every small value that is known at all probes."""
+        """Of every small value that is known at all probes, and not empty."""
         fixed: Fixed = {}
         for node in self.graph.nodes:
             if all(made.name in facts.values for made in node.outputs for facts in self.probes):
                 of_node = zip(node.outputs, self._entries(node, fixed), strict=True)
-                fixed |= {made.name: entries & self._alike(made) for made, entries in of_node}
+                fixed |= {
+                    made.name: entries & self._alike(made)
+                    for made, entries in of_node
+                    if made.name and entries.size
+                }
         return fixed
 
     def _entries(self, node: gs.Node, fixed: Fixed) -> Sequence[Entries]:
         """Which entries of every result are made of what is fixed."""
+        read = [tensor for tensor in node.inputs if tensor.name]
+        count = len(read) if node.op == "Concat" else 1
+        data, told = read[:count], read[count:]
         if node.op in SIZE_OPS:
-            return [self._alike(made) for made in node.outputs]
-        known = {read.name: self._known(read, fixed) for read in node.inputs if read.name}
-        data = node.inputs if node.op == "Concat" else node.inputs[:1]
-        told = [read for read in node.inputs if read.name and read not in data]
-        if node.op in MOVES and all(known[read.name].all() for read in told):
-            feeds = {read.name: known[read.name].astype(np.int64) for read in data}
-            feeds |= {read.name: self._value(read) for read in told}
+            traced = data[0].name not in self.probes[0].values or _is_fixed(data[0], fixed)
+            return [self._alike(made) & traced for made in node.outputs]
+        apart = {each.name for each in data}.isdisjoint(each.name for each in told)
+        moves = node.op in MOVES and apart and all(_is_fixed(each, fixed) for each in told)
+        if moves and all(_has_entries(each, fixed) for each in data):
+            feeds = {each.name: _entries_of(each, fixed).astype(np.int64) for each in data}
+            feeds |= {each.name: self._value(each) for each in told}
             return [moved != 0 for moved in run(node, feeds, self.graph.opset)]
-        whole = all(entries.all() for entries in known.values())
+        whole = all(_is_fixed(each, fixed) for each in read)
         return [np.full(self._value(made).shape, whole) for made in node.outputs]
-
-    def _known(self, tensor: gs.Tensor, fixed: Fixed) -> Entries:
-        """Which entries of what a node reads are fixed."""
-        if isinstance(tensor, gs.Constant):
-            return np.ones(tensor.shape, bool)
-        none = np.zeros(self._value(tensor).shape, bool)
-        return fixed.get(tensor.name, none)
 
     def _value(self, tensor: gs.Tensor) -> np.ndarray:
         value = self.probes[0].value(tensor)
@@ -111,3 +111,18 @@ class _Ledger:
         for other in others:
             alike &= other == first if other.shape == first.shape else False
         return alike
+
+
+def _is_fixed(tensor: gs.Tensor, fixed: Fixed) -> bool:
+    """Whether all of what a node reads is; of an empty value nothing says so."""
+    return isinstance(tensor, gs.Constant) or bool(fixed.get(tensor.name, np.False_).all())
+
+
+def _has_entries(tensor: gs.Tensor, fixed: Fixed) -> bool:
+    return isinstance(tensor, gs.Constant) or tensor.name in fixed
+
+
+def _entries_of(tensor: gs.Tensor, fixed: Fixed) -> Entries:
+    if isinstance(tensor, gs.Constant):
+        return np.ones(tensor.shape, bool)
+    return fixed[tensor.name]

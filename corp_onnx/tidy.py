@@ -77,6 +77,8 @@ def _probes(graph: gs.Graph) -> list[Facts]:
 def _tell_apart(graph: gs.Graph, probes: Sequence[Facts]) -> bool:
     """Whether every dimension that may vary has a course over the probes that no other has."""
     names: dict[tuple[int, ...], Hashable] = {}
+    if any(tensor.shape is None for tensor in graph.inputs):
+        return False
     for tensor in graph.inputs:
         courses = zip(*(facts.sizes[tensor.name] for facts in probes), strict=True)
         for place, (declared, course) in enumerate(zip(tensor.shape or (), courses, strict=False)):
