@@ -109,7 +109,7 @@ def _whole(name: str, kind: str, counts: Counts) -> Check:
 
 
 def _times(name: str, bench: Bench) -> Iterator[Row]:
-    """Milliseconds of one inference by operator, the longest first."""
+    """Milliseconds by kind of operator, of every graph on both targets."""
     for target in (TARGET, OTHER):
         log.info("%s on %s", name, target)
         watch = Stopwatch(BATCH, bench.sizes(BATCH, TOKENS if bench.text else None))

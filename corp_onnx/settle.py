@@ -91,9 +91,12 @@ class _Ledger:
             traced = data[0].name not in self.probes[0].values or _is_fixed(data[0], fixed)
             return [self._alike(made) & traced for made in node.outputs]
         apart = {each.name for each in data}.isdisjoint(each.name for each in told)
-        moves = node.op in MOVES and apart and all(_is_fixed(each, fixed) for each in told)
-        if moves and all(_has_entries(each, fixed) for each in data):
-            feeds = {each.name: _entries_of(each, fixed).astype(np.int64) for each in data}
+        known = {each.name: _entries_of(each, fixed) for each in data}
+        feeds = {
+            name: entries.astype(np.int64) for name, entries in known.items() if entries is not None
+        }
+        moves = node.op in MOVES and apart and len(feeds) == len(known)
+        if moves and all(_is_fixed(each, fixed) for each in told):
             feeds |= {each.name: self._value(each) for each in told}
             return [moved != 0 for moved in run(node, feeds, self.graph.opset)]
         whole = all(_is_fixed(each, fixed) for each in read)
@@ -115,14 +118,12 @@ class _Ledger:
 
 def _is_fixed(tensor: gs.Tensor, fixed: Fixed) -> bool:
     """Whether all of what a node reads is; of an empty value nothing says so."""
-    return isinstance(tensor, gs.Constant) or bool(fixed.get(tensor.name, np.False_).all())
+    entries = _entries_of(tensor, fixed)
+    return entries is not None and bool(entries.all())
 
 
-def _has_entries(tensor: gs.Tensor, fixed: Fixed) -> bool:
-    return isinstance(tensor, gs.Constant) or tensor.name in fixed
-
-
-def _entries_of(tensor: gs.Tensor, fixed: Fixed) -> Entries:
+def _entries_of(tensor: gs.Tensor, fixed: Fixed) -> Entries | None:
+    """Which entries of what a node reads are fixed; None where nothing is known."""
     if isinstance(tensor, gs.Constant):
         return np.ones(tensor.shape, bool)
-    return fixed[tensor.name]
+    return fixed.get(tensor.name)

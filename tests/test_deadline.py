@@ -256,8 +256,8 @@ def test_tables_that_cannot_be_kept_are_measured_all_the_same(tmp_path, caplog):
     assert "cannot be kept" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["cores", "devices"])
-def test_a_table_of_another_machine_is_not_taken(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["cores", "devices", "_version"])
+def test_a_table_of_another_machine_or_version_is_not_taken(tmp_path, monkeypatch, name):
     first, second = LatencyTable(1.0, {}), LatencyTable(2.0, {})
     latency_table.cached(lambda: first, {"a": 1}, tmp_path)
     monkeypatch.setattr(latency_table, name, lambda: "another")

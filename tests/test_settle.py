@@ -8,11 +8,10 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from corp_onnx import settle, tidy
+from corp_onnx import settle
 from corp_onnx.graph import from_proto
 from corp_onnx.session import open_session
-
-HEAD = '<ir_version: 8, opset_import: ["" : 17]>\n'
+from tests.test_tidy import HEAD, tidied
 
 POSITIONS = """
     sizes = Shape(x)
@@ -40,13 +39,6 @@ def positions(picture, table="1,3,2,2"):
     return from_proto(onnx.parser.parse_model(text))
 
 
-def settled(before):
-    graph = before.graph.copy()
-    tidy.tidy(graph)
-    graph.cleanup(remove_unused_graph_inputs=False)
-    return before.with_graph(graph)
-
-
 def operators(model):
     return Counter(node.op for node in model.graph.nodes)
 
@@ -59,7 +51,7 @@ def result(model, *shape):
 
 def test_positions_for_pictures_of_one_size_wait_for_nothing():
     before = positions("B,3,6,4")
-    after = settled(before)
+    after = tidied(before)
     assert operators(after) == {"Resize": 1, "Add": 1}
     assert all(not name or name == "table" or "settled" in name for name in reads(after, "Resize"))
     for batch in (1, 5):
@@ -72,7 +64,7 @@ def reads(model, op):
 
 def test_positions_for_pictures_of_any_size_are_computed():
     before = positions("B,3,H,W")
-    assert operators(settled(before)) == operators(before)
+    assert operators(tidied(before)) == operators(before)
 
 
 def test_the_batch_in_the_same_shape_is_not_written_down():
@@ -86,7 +78,7 @@ def test_the_batch_in_the_same_shape_is_not_written_down():
         both = Add(zeros, more)
         y = Add(x, both) }}"""
     before = from_proto(onnx.parser.parse_model(text))
-    after = settled(before)
+    after = tidied(before)
     assert operators(after) == operators(before)
     assert np.array_equal(result(before, 7, 4), result(after, 7, 4))
 
@@ -102,7 +94,7 @@ BOUND = f"""{HEAD} g (float[B,N] x) => (float[B,N] y)
 
 def test_a_bound_that_no_probe_passes_is_still_compared_with():
     before = from_proto(onnx.parser.parse_model(BOUND))
-    after = settled(before)
+    after = tidied(before)
     for length in (5, 2600):
         assert np.array_equal(result(before, 2, length), result(after, 2, length))
 
@@ -111,7 +103,7 @@ def test_what_is_alike_at_all_probes_would_be_written_down_wrongly(monkeypatch):
     """The twin: without a look at what it is computed of, the comparison seems fixed."""
     monkeypatch.setattr(settle, "_is_fixed", lambda tensor, fixed: True)
     before = from_proto(onnx.parser.parse_model(BOUND))
-    after = settled(before)
+    after = tidied(before)
     assert np.array_equal(result(before, 2, 5), result(after, 2, 5))
     assert not np.array_equal(result(before, 2, 2600), result(after, 2, 2600))
 
@@ -160,7 +152,7 @@ def test_what_follows_from_a_size_is_not_fixed_by_a_detour(body):
         s = Shape(x)
         n = Gather<axis = 0>(s, one) {body} }}"""
     before = from_proto(onnx.parser.parse_model(text))
-    after = settled(before)
+    after = tidied(before)
     for length in (5, 2600):
         assert np.array_equal(result(before, 2, length), result(after, 2, length))
     assert not np.array_equal(result(before, 2, 5)[:, :1], result(before, 2, 2600)[:, :1])
@@ -173,7 +165,7 @@ def test_one_tensor_may_be_data_and_index():
         f = Cast<to = 1>(zero)
         y = Add(x, f) }}"""
     before = from_proto(onnx.parser.parse_model(text))
-    after = settled(before)
+    after = tidied(before)
     assert operators(after) == {"Add": 1}
     assert np.array_equal(result(before, 3, 4), result(after, 3, 4))
 
@@ -187,7 +179,7 @@ def test_an_input_of_unknown_rank_is_left_alone():
     proto = onnx.parser.parse_model(text)
     proto.graph.input[1].type.tensor_type.ClearField("shape")
     before = from_proto(proto)
-    assert operators(settled(before)) == operators(before)
+    assert operators(tidied(before)) == operators(before)
 
 
 @pytest.mark.parametrize(("limit", "left"), [(1, {"Tile": 1, "Add": 1}), (4, {"Add": 1})])
@@ -201,7 +193,7 @@ def test_what_is_larger_than_a_size_is_left_to_engines(monkeypatch, limit, left)
         row = Tile(half, times)
         y = Add(x, row) }}"""
     before = from_proto(onnx.parser.parse_model(text))
-    after = settled(before)
+    after = tidied(before)
     assert operators(after) == left
     assert np.array_equal(result(before, 3, 4), result(after, 3, 4))
 
@@ -210,6 +202,6 @@ def test_a_size_that_the_caller_asks_for_is_still_told():
     text = f"""{HEAD} g (float[B,4] x) => (int64 n)
         <int64 one = {{1}}> {{ s = Shape(x) n = Gather<axis = 0>(s, one) }}"""
     before = from_proto(onnx.parser.parse_model(text))
-    after = settled(before)
+    after = tidied(before)
     assert result(after, 3, 4) == result(before, 3, 4) == 4
     assert result(after, 3, 4).shape == ()
