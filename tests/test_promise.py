@@ -10,11 +10,13 @@ import pytest
 
 from corp_onnx.blocks import Catalog, axes_of, find_blocks
 from corp_onnx.calibrate import gather
+from corp_onnx.checking import Gates, verify
 from corp_onnx.graph import Model, from_proto
 from corp_onnx.plan import uniform
 from corp_onnx.promise import Measured, measured_errors
 from corp_onnx.solve import METHODS, Recipe, solve
 from corp_onnx.solve.folds import MlpFold, Solution
+from corp_onnx.solved import from_statistics
 from corp_onnx.surgery import operate
 from corp_onnx.verify import check_promises
 from tests.builders import TINY, Net, feeds, mlp
@@ -267,3 +269,49 @@ def test_blocks_whose_queries_cannot_be_cut_are_left_out():
     made = Case(model, find_blocks(model), [{"x": activations(4)}])
     measured = made.measured(operate(model, made.catalog, made.solution("corp")).model)
     assert set(measured) == {("mlp.0", "mlp")}
+
+
+# Which samples decide
+
+
+@pytest.mark.parametrize(
+    ("unlike", "spoil", "passed"),
+    [
+        ((), None, True),
+        ((5,), None, True),
+        ((1, 2, 4), None, False),
+        ((5,), negated_column, False),
+        ((), negated_column, False),
+    ],
+    ids=[
+        "none is unlike",
+        "one is",
+        "in three of four groups one is",
+        "one is, and a weight is wrong",
+        "wrong",
+    ],
+)
+def test_one_sample_unlike_all_others_breaks_no_promise(tiny, unlike, spoil, passed):
+    """It is promised on average over all samples, of which but a few are looked at."""
+    model = tiny("mlp")
+    catalog = find_blocks(model)
+    batches = [{"x": activations(samples=2, seed=seed)} for seed in range(32)]
+    plan = uniform(catalog, {"mlp": 0.5}, align=1)
+    recipe = Recipe("corp")
+    statistics = replace(
+        gather(model, catalog, batches), held_out=tuple(batches[:2]), samples=len(batches)
+    )
+    rng = np.random.default_rng(0)
+    seen = [
+        {"x": rng.normal(scale=9, size=x.shape).astype(np.float32)} if at in unlike else batch
+        for at, batch in enumerate(batches[:8])
+        for x in batch.values()
+    ]
+    solved = from_statistics(model, catalog, plan, replace(statistics, seen=tuple(seen)), recipe)
+    surgery = operate(model, catalog, solved.solution)
+    if spoil is not None:
+        surgery = replace(surgery, model=spoiled(surgery.model, spoil, "mlp.0"))
+    found = verify(model, catalog, plan, solved, surgery, gates=Gates())
+    (check,) = [check for check in found.checks if check.name == "promises"]
+    assert check.passed == passed, check.found
+    assert ("these samples differ" in check.found) == (len(unlike) == 1 and passed)
