@@ -31,6 +31,7 @@ from benchmarks import (
     precisions,
     punctual,
     quality,
+    quantisers,
     rotary,
     sizes,
     values,
@@ -138,6 +139,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "precisions": Benchmark(
         precisions.measure, "cut, then rounded: errors and sizes", DATA, precisions.MODELS
+    ),
+    "quantisers": Benchmark(
+        quantisers.measure,
+        "our typed models and those of ONNX Runtime's tools",
+        DATA,
+        quantisers.MODELS,
     ),
     "macs": Benchmark(macs.measure, "multiply-adds of DeiT, dense and cut, by hand count", TORCH),
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -16,6 +17,15 @@ class Emitter:
     graph: gs.Graph
     prefix: str
     taken: set[str]
+
+    @classmethod
+    def of(cls, graph: gs.Graph, prefix: str = "") -> Self:
+        """All names of the graph are taken."""
+        return cls(graph, prefix, set(graph.tensors()) | {node.name for node in graph.nodes})
+
+    def under(self, prefix: str) -> Self:
+        """The same, with another beginning of names."""
+        return replace(self, prefix=prefix)
 
     def constant(self, role: str, values: np.ndarray) -> gs.Constant:
         """A new initializer."""
@@ -113,9 +123,11 @@ class Emitter:
         return name
 
 
-def replace_readers(old: gs.Tensor, new: gs.Tensor) -> None:
-    """Let every node that reads ``old`` read ``new`` instead."""
-    for node in list(old.outputs):
+def replace_readers(
+    old: gs.Tensor, new: gs.Tensor, readers: Sequence[gs.Node] | None = None
+) -> None:
+    """Let every node that reads ``old``, or only these, read ``new`` instead."""
+    for node in list(old.outputs if readers is None else readers):
         for slot, tensor in enumerate(node.inputs):
             if tensor is old:
                 node.inputs[slot] = new

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Bool
 
-from corp_onnx.emit import Emitter
+from corp_onnx.emit import Emitter, replace_readers
 from corp_onnx.facts import Facts
 from corp_onnx.reference import run
 
@@ -45,7 +45,7 @@ def settle(graph: gs.Graph, probes: Sequence[Facts]) -> None:
     """
     fixed = _Ledger(graph, probes).fixed()
     settled = {name for name, each in fixed.items() if each.all() and each.size <= LARGEST}
-    emit = Emitter(graph, "settled", set(graph.tensors()) | {node.name for node in graph.nodes})
+    emit = Emitter.of(graph, "settled")
     for node in graph.nodes:
         for tensor in node.outputs:
             if tensor.name in settled:
@@ -54,12 +54,12 @@ def settle(graph: gs.Graph, probes: Sequence[Facts]) -> None:
 
 def _write_down(tensor: gs.Tensor, value: np.ndarray, settled: set[str], emit: Emitter) -> None:
     """Let all who read a tensor read its value, but those whose own results are settled."""
-    constant = emit.constant("value", value)
-    for reader in list(tensor.outputs):
-        if not all(made.name in settled for made in reader.outputs):
-            for slot, read in enumerate(reader.inputs):
-                if read is tensor:
-                    reader.inputs[slot] = constant
+    readers = [
+        reader
+        for reader in tensor.outputs
+        if not all(made.name in settled for made in reader.outputs)
+    ]
+    replace_readers(tensor, emit.constant("value", value), readers)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

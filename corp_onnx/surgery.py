@@ -64,7 +64,7 @@ def carried_out(model: Model, catalog: Catalog, folds: Iterable[Fold]) -> gs.Gra
         SurgeryError: As `operate`.
     """
     graph = model.graph.copy()
-    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    emit = Emitter.of(graph)
     of_block: dict[str, list[Fold]] = {}
     for fold in folds:
         of_block.setdefault(fold.block, []).append(fold)
@@ -74,8 +74,7 @@ def carried_out(model: Model, catalog: Catalog, folds: Iterable[Fold]) -> gs.Gra
     for block in catalog.blocks:
         if block.id not in of_block:
             continue
-        emit = Emitter(graph, block.id, taken)
-        theatre = Theatre.of(graph, model.fingerprint.opset, emit, biased)
+        theatre = Theatre.of(graph, model.fingerprint.opset, emit.under(block.id), biased)
         if isinstance(block, Mlp):
             gone |= _cut_mlp(theatre, block, of_block[block.id], cut)
         else:

@@ -48,7 +48,7 @@ def _write_targets(graph: gs.Graph, probes: Sequence[Facts]) -> None:
     dimension that is fixed is copied only if all before it are: further on it may be equal by
     chance.
     """
-    emit = Emitter(graph, "reshape", set(graph.tensors()) | {node.name for node in graph.nodes})
+    emit = Emitter.of(graph, "reshape")
     for node in graph.nodes:
         if node.op != "Reshape" or isinstance(node.inputs[1], gs.Constant):
             continue

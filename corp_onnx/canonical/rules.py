@@ -52,8 +52,7 @@ def canonicalise(graph: gs.Graph) -> None:
     if not wanted:
         return
     opset = graph.opset
-    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
-    bench = Bench(opset, _facts(graph), Emitter(graph, "", taken), {})
+    bench = Bench(opset, _facts(graph), Emitter.of(graph), {})
     for node in wanted:
         outputs = RULES[_key(node)](node, bench.beside(node))
         if outputs is None:

@@ -34,7 +34,7 @@ def without_casts(graph: gs.Graph, ops: Collection[str]) -> int:
     nodes = [node for node in graph.nodes if node.op in ops]
     if not nodes:
         return 0
-    view = _View(graph, probed(graph)[0])
+    view = _View(graph, probed(graph)[0], Emitter.of(graph))
     changed = [node for node in nodes if _uncast(node, view)]
     if changed:
         graph.cleanup(remove_unused_graph_inputs=False).toposort()
@@ -47,6 +47,7 @@ class _View:
 
     graph: gs.Graph
     facts: Facts
+    emit: Emitter
     rounded: dict[tuple[int, np.dtype], gs.Constant] = field(default_factory=dict)
 
     def shows(self, tensor: gs.Tensor) -> bool:
@@ -72,8 +73,8 @@ class _View:
             return None
         key = (id(tensor), dtype)
         if key not in self.rounded:
-            emit = Emitter(self.graph, tensor.name, set(self.graph.tensors()))
-            self.rounded[key] = emit.constant(dtype.name, values.astype(dtype))
+            named = self.emit.under(tensor.name)
+            self.rounded[key] = named.constant(dtype.name, values.astype(dtype))
         return self.rounded[key]
 
 

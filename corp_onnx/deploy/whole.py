@@ -51,7 +51,7 @@ def write_whole(graph: gs.Graph, dtypes: Collection[np.dtype] = FLOAT) -> int:
     sight = sight_of(graph)
     matched = [match_pieces(node, sight, dtypes) for node in softmaxes]
     found = [pieces for pieces in matched if pieces is not None and _is_computed(pieces, sight)]
-    writer = _Writer(sight, set(graph.tensors()) | {node.name for node in graph.nodes})
+    writer = _Writer(sight, Emitter.of(graph))
     for pieces in found:
         writer.write(pieces)
     if found:
@@ -73,13 +73,13 @@ class _Writer:
     """Writes operators into one graph, and every mask that serves many of them once."""
 
     sight: Sight
-    taken: set[str]
+    emit: Emitter
     spread: dict[str, gs.Tensor] = field(default_factory=dict)
     """By the name of the mask, for queries that are as many as the keys."""
 
     def write(self, pieces: Pieces) -> None:
         """The operator that stands for an attention, its output taken over."""
-        emit = Emitter(self.sight.graph, f"{pieces.softmax.name}/whole", self.taken)
+        emit = self.emit.under(f"{pieces.softmax.name}/whole")
         inputs = [pieces.query, pieces.key, pieces.value]
         if pieces.mask is not None:
             none = gs.Variable.empty()

@@ -89,8 +89,7 @@ class _Casts:
     emit: Emitter = field(init=False)
 
     def __post_init__(self) -> None:
-        taken = set(self.graph.tensors()) | {node.name for node in self.graph.nodes}
-        self.emit = Emitter(self.graph, "", taken)
+        self.emit = Emitter.of(self.graph)
 
     def retype(self, *, keep_io_types: bool) -> None:
         """Decide what every tensor is made as, then let every node read what it wants."""
@@ -176,7 +175,7 @@ class _Casts:
 
     def _cast(self, tensor: gs.Tensor, *, narrow: bool) -> gs.Variable:
         code = self.types.format.code if narrow else int(onnx.TensorProto.FLOAT)
-        emit = Emitter(self.graph, tensor.name, self.emit.taken)
+        emit = self.emit.under(tensor.name)
         cast = emit.node("Cast", [tensor], dtype=np.float32, attrs={"to": code})
         if narrow:
             _set_type(cast, self.types.format)

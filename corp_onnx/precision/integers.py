@@ -72,17 +72,17 @@ def require_some(layers: Sequence[Layer]) -> None:
 def _quantise(
     graph: gs.Graph, layers: Sequence[Layer], reach: Mapping[str, Range], symmetric: bool
 ) -> None:
-    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    emit = Emitter.of(graph)
     inputs: dict[str, gs.Variable] = {}
     weights: dict[tuple[int, bool], gs.Variable] = {}
     for layer in layers:
         source, weight = layer.node.inputs[:2]
         if source.name not in inputs:
-            emit = Emitter(graph, source.name, taken)
-            inputs[source.name] = _rounded_input(source, reach[source.name], symmetric, emit)
+            named = emit.under(source.name)
+            inputs[source.name] = _rounded_input(source, reach[source.name], symmetric, named)
         key = id(weight), layer.turned
         if key not in weights:
-            weights[key] = _stored_weight(layer, Emitter(graph, weight.name, taken))
+            weights[key] = _stored_weight(layer, emit.under(weight.name))
         layer.node.inputs[0], layer.node.inputs[1] = inputs[source.name], weights[key]
 
 

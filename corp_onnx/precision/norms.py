@@ -42,12 +42,12 @@ def fused_norms(model: Model, batches: Sequence[Batch] = ()) -> tuple[Model, int
         return model, 0
     graph = model.graph.copy()
     facts = facts_at(graph, batches)
-    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    emit = Emitter.of(graph)
     count = 0
     for node in list(graph.nodes):
         norm = match_norm(node, facts, graph)
         if norm is not None:
-            _replace(norm, Emitter(graph, node.name, taken))
+            _replace(norm, emit.under(node.name))
             count += 1
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return model.with_graph(graph), count

@@ -124,7 +124,7 @@ def _with_peaks(model: Model, tensors: Sequence[str]) -> tuple[Model, Mapping[st
     """The model with one number for each tensor as its outputs, and their names."""
     graph = model.graph.copy()
     by_name = graph.tensors()
-    emit = Emitter(graph, "peak", set(by_name) | {node.name for node in graph.nodes})
+    emit = Emitter.of(graph, "peak")
     zero = emit.constant("zero", np.zeros((), np.float32))
     names, outputs = {}, []
     for name in tensors:

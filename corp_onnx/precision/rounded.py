@@ -24,12 +24,12 @@ def rounding(model: Model, form: Format) -> Model:
     """The model in float32, where every tensor of the narrow type is rounded to it."""
     graph = model.graph.copy()
     facts = usual_facts(graph)
-    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    emit = Emitter.of(graph)
     tensors = graph.tensors().values()
     narrow = [tensor for tensor in tensors if _is(tensor, form, facts)]
     for tensor in narrow:
         if isinstance(tensor, gs.Constant):
-            _widen(graph, tensor, taken)
+            _widen(tensor, emit.under(tensor.name))
         else:
             tensor.dtype = np.dtype(np.float32)
     for node in graph.nodes:
@@ -37,14 +37,14 @@ def rounding(model: Model, form: Format) -> Model:
             node.attrs["to"] = FLOAT
     for tensor in narrow:
         if tensor.inputs or any(tensor is entry for entry in graph.inputs):
-            _round(graph, tensor, form, Emitter(graph, tensor.name, taken))
+            _round(graph, tensor, form, emit.under(tensor.name))
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return model.with_graph(graph)
 
 
-def _widen(graph: gs.Graph, tensor: gs.Constant, taken: set[str]) -> None:
-    values = np.asarray(tensor.values).astype(np.float32)
-    replace_readers(tensor, Emitter(graph, tensor.name, taken).constant("wide", values))
+def _widen(tensor: gs.Constant, emit: Emitter) -> None:
+    wide = emit.constant("wide", np.asarray(tensor.values).astype(np.float32))
+    replace_readers(tensor, wide)
 
 
 def _round(graph: gs.Graph, tensor: gs.Tensor, form: Format, emit: Emitter) -> None:

@@ -31,15 +31,15 @@ def with_stored_weights(model: Model, kind: WeightOnly) -> Draft:
     graph = model.graph.copy()
     layers, kept = layers_of(graph)
     require_some(layers)
-    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    emit = Emitter.of(graph)
     weights: dict[tuple[int, bool, float], list[gs.Constant]] = {}
     for layer in layers:
-        emit = Emitter(graph, layer.node.name, taken)
+        named = emit.under(layer.node.name)
         alpha = float(layer.node.attrs.get("alpha", 1.0))
         key = id(layer.node.inputs[1]), layer.turned, alpha
         if key not in weights:
-            weights[key] = _constants(layer.weight * np.float32(alpha), BITS[kind], emit)
-        _store(layer, weights[key], BITS[kind], emit)
+            weights[key] = _constants(layer.weight * np.float32(alpha), BITS[kind], named)
+        _store(layer, weights[key], BITS[kind], named)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return Draft(model.with_graph(graph), kept, quantised=len(layers), notes=(ONLY_HERE,))
 
