@@ -116,7 +116,17 @@ def _in_fp16(subject: Subject, model: Model) -> Iterator[Row]:
 
 
 def _seen(subject: Subject) -> list[Batch]:
-    return list(islice(subject.samples.batches(subject.crops, subject.seed), SEEN))
+    """Texts padded to one length over all batches, as the tools' histograms want it."""
+    batches = list(islice(subject.samples.batches(subject.crops, subject.seed), SEEN))
+    longest = {name: max(batch[name].shape[-1] for batch in batches) for name in batches[0]}
+    return [
+        {name: _padded(array, longest[name]) for name, array in batch.items()} for batch in batches
+    ]
+
+
+def _padded(array: np.ndarray, length: int) -> np.ndarray:
+    """With zeros at the end of the last axis."""
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, length - array.shape[-1])])
 
 
 def _quantised(
