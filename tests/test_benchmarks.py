@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import ablation, budgets, effort, quality, sizes
+from benchmarks import ablation, budgets, effort, quality, quantisers, sizes
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.ablation import fixed_choice
 from benchmarks.outcome import Place
@@ -21,6 +21,7 @@ OF_METHODS = {
     "ablation": ablation,
     "sizes": sizes,
     "effort": effort,
+    "quantisers": quantisers,
 }
 
 
