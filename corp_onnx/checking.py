@@ -95,7 +95,7 @@ def _promises(
     """
 
     def measured(samples: Sequence[Batch]) -> Measured:
-        return measured_promises(model, catalog, pruned, found, solved.solution, samples, runtime)
+        return _measured(model, catalog, pruned, found, solved.solution, samples, runtime)
 
     check = check_promises(solved.solution, measured(solved.seen))
     groups = [solved.seen[at::GROUPS] for at in range(GROUPS)]
@@ -115,7 +115,7 @@ def _least(errors: Sequence[float]) -> float:
         return float(np.mean(errors) - 2 * np.std(errors, ddof=1) / np.sqrt(len(errors)))
 
 
-def measured_promises(
+def _measured(
     model: Model,
     catalog: Catalog,
     pruned: Model,

@@ -129,9 +129,9 @@ def scheduled(
     A table says what every width of every axis costs (`latency_table`); it takes costs to add up.
     So the model of the chosen widths, with weights that do not matter, is timed against the dense
     one, and the aim corrected by the ratio of what was saved to what should have been, until the
-    time lies within the last twentieth below the limit, in a second race too: the slower counts, so
-    that no lucky one decides. Of several that keep the limit the slowest is taken; if none does,
-    the fastest.
+    time lies within the last twentieth below the limit. What keeps it is raced once more and the
+    slower time counts, so that no lucky race decides. Of several that keep the limit the slowest is
+    taken; if none does, the fastest.
 
     Args:
         dense: The model, or its file, that is timed for comparison.
@@ -213,7 +213,7 @@ class _Trial:
             if tuple(widths) in found:
                 break
             share = self._share(widths)
-            if WITHIN * limit <= share <= limit:
+            if share <= limit:
                 share = max(share, self._share(widths))
             found[tuple(widths)] = Timed(aim, share)
             log.info("aimed at %.3f of the dense time, measured %.3f", aim, share)

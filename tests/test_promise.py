@@ -282,14 +282,9 @@ def test_blocks_whose_queries_cannot_be_cut_are_left_out():
         ((1, 2, 4), None, False),
         ((5,), negated_column, False),
         ((), negated_column, False),
+        ((), lambda values: np.full_like(values, np.nan), False),
     ],
-    ids=[
-        "none is unlike",
-        "one is",
-        "in three of four groups one is",
-        "one is, and a weight is wrong",
-        "wrong",
-    ],
+    ids=["none is unlike", "one is", "three are", "one is, weight wrong", "wrong", "no number"],
 )
 def test_one_sample_unlike_all_others_breaks_no_promise(tiny, unlike, spoil, passed):
     """It is promised on average over all samples, of which but a few are looked at."""
