@@ -4,10 +4,10 @@ int8 is QDQ around linear layers, weights by output channel, activations in uint
 with each way that it has to choose ranges. `quantize_dynamic` finds ranges of activations at every
 inference, in operators that only ONNX Runtime has. Both get what `quant_pre_process` makes of the
 model, and are told to leave the products of attention alone as ours do. fp16 is
-`convert_float_to_float16`, inputs and outputs in float32; what it computes is judged as ours is, with
-every tensor rounded as its type says, since a processor computes it in float32. Errors are against
-the same model in float32, on inputs that no range was taken from. Times are those of ONNX Runtime,
-over the model in float32.
+`convert_float_to_float16`, inputs and outputs in float32; what it computes is judged as ours is,
+with every tensor rounded as its type says, since a processor computes it in float32. Errors are
+against the same model in float32, on inputs that no range was taken from. Times are those of ONNX
+Runtime, over the model in float32.
 """
 
 from __future__ import annotations
