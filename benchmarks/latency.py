@@ -104,9 +104,9 @@ class Bench:
             cut = operate(model, catalog, bare).model
             macs[kind] = count(cut.graph, evaluate(cut.graph, catalog.sizes)).total
             for precision in _stored(targets):
-                models[kind, precision] = _typed(cut, precision, drawn)
+                models[kind, precision] = typed(cut, precision, drawn)
         for precision in _stored(targets) - {"fp32"}:
-            models[AS_EXPORTED, precision] = _typed(model, precision, drawn)
+            models[AS_EXPORTED, precision] = typed(model, precision, drawn)
         return Bench(found, models, macs, targets, "input_ids" in catalog.sizes)
 
     def rows(self, name: str, batches: Sequence[int]) -> Iterator[Row]:
@@ -124,7 +124,7 @@ class Bench:
         """The first is what all others are held against."""
         target = open_target(name)
         for precision in self.targets[name]:
-            types = _stored_for(name, precision)
+            types = stored_for(name, precision)
             for kind in SHARES:
                 label = {"precision": precision, "cut": kind}
                 ratio = self.macs[CLEANED] / self.macs[kind]
@@ -150,16 +150,16 @@ class Bench:
         return {tensor.name: (batch, tokens) for tensor in model.graph.inputs}
 
 
-def _stored_for(target: str, precision: Precision) -> Precision:
+def stored_for(target: str, precision: Precision) -> Precision:
     """The precision of the file that a target computes in another by itself."""
     return "fp32" if open_target(target).rounds_by_itself(precision) else precision
 
 
 def _stored(targets: Targets) -> set[Precision]:
-    return {_stored_for(name, each) for name, some in targets.items() for each in some}
+    return {stored_for(name, each) for name, some in targets.items() for each in some}
 
 
-def _typed(model: Model, precision: Precision, drawn: Sequence[Batch]) -> Model:
+def typed(model: Model, precision: Precision, drawn: Sequence[Batch]) -> Model:
     """Whatever it costs in error."""
     if precision == "fp32":
         return model

@@ -1,37 +1,41 @@
-"""Whether half of the dense time is met, by model, target and batch.
+"""Whether half of the dense time is met, by model, target, precision and batch.
 
 Widths are chosen for the target (`scheduled`); a model of these widths is then raced against the
-dense one once more. As in ``latency`` what is computed does not matter: pictures are noise, weights
-are cut without repair. What a deadline costs in error is for ``deadlines`` to say.
+dense one once more, both in the precision in question: half of an int8 model's time is asked for as
+the share of the float32 model's that this is. As in ``latency`` what is computed does not matter:
+pictures are noise, weights are cut without repair. What a deadline costs in error is for
+``deadlines`` to say.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.deadlines import ALLOWED, LIMIT, deadline_at
-from benchmarks.latency import exported, inputs_drawn
+from benchmarks.latency import JUDGED_BATCH, TARGETS, exported, inputs_drawn, stored_for, typed
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.samples import drawn
 from benchmarks.subjects import minilm_l6
 from corp_onnx.blocks import Catalog, find_blocks
 from corp_onnx.calibrate import gather
 from corp_onnx.deadline import against_dense, scheduled
+from corp_onnx.deploy.records import Precision
 from corp_onnx.graph import Model, load
 from corp_onnx.plan import DEFAULT_ALIGN
+from corp_onnx.precision import Request
 from corp_onnx.probes import Probe, probe
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.statistics import Batch, Statistics
 from corp_onnx.surgery import operate
+from corp_onnx.timing import Lane
 from corp_onnx.verify import Check
 
 log = logging.getLogger(__name__)
 
-TARGETS = ("ort-cpu", "openvino")
 MODELS: Mapping[str, tuple[int, ...]] = {
     "DeiT-T": (1, 8, 32),
     "DeiT-S": (1, 8),
@@ -39,7 +43,8 @@ MODELS: Mapping[str, tuple[int, ...]] = {
     "DINOv2 ViT-S": (1, 8),
     "MiniLM-L6": (1, 8, 32),
 }
-"""Batches by model, as far as a table of times takes minutes, not hours."""
+"""Batches by model, as far as a table of times takes minutes, not hours; in float32. Other
+precisions are tried at `JUDGED_BATCH`."""
 
 BATCHES, TEXTS = 8, 1024
 """Batches of noise, or glosses, to calibrate on: drawn texts would repeat one word."""
@@ -50,22 +55,29 @@ def measure(place: Place) -> Outcome:
     name = place.model
     bench = _Bench.of(*_known(place, name))
     rows: list[Row] = []
-    for target in TARGETS:
-        for batch in MODELS[name][: 1 if place.quick else None]:
-            log.info("%s at batch %d on %s", name, batch, target)
-            rows.append(
-                {"model": name, "target": target, "batch": batch} | bench.row(target, batch)
-            )
-            log.info("%s", rows[-1])
+    for target, precision, batch in _cases(MODELS[name], quick=place.quick):
+        label = {"model": name, "target": target, "precision": precision, "batch": batch}
+        log.info("%s", label)
+        rows.append(label | bench.row(target, precision, batch))
+        log.info("%s", rows[-1])
     return Outcome({"half of the time": rows}, tuple(_checks(rows)), {"limit": LIMIT})
+
+
+def _cases(batches: Sequence[int], *, quick: bool) -> Iterator[tuple[str, Precision, int]]:
+    for target, precisions in TARGETS.items():
+        for precision in precisions:
+            some = batches if precision == "fp32" else (JUDGED_BATCH,)
+            for batch in some[: 1 if quick else None]:
+                yield target, precision, batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bench:
-    """A model, and what every axis of it is worth."""
+    """A model, some inputs, and what every axis is worth."""
 
     model: Model
     catalog: Catalog
+    inputs: Sequence[Batch]
     statistics: Statistics
     probes: tuple[Probe, ...]
 
@@ -75,20 +87,31 @@ class _Bench:
         statistics = gather(model, catalog, inputs)
         best = Recipe("best")
         probes = probe(model, catalog, statistics, inputs[:1], best, align=DEFAULT_ALIGN)
-        return _Bench(model, catalog, statistics, probes)
+        return _Bench(model, catalog, inputs, statistics, probes)
 
-    def row(self, target: str, batch: int) -> Row:
+    def row(self, target: str, precision: Precision, batch: int) -> Row:
         """What was found, and how."""
+
+        def stored(model: Model) -> Model:
+            return typed(model, stored_for(target, precision), self.inputs[:2])
+
+        dense = stored(self.model)
         with TemporaryDirectory() as folder:
             deadline = deadline_at(self.model, target, batch, Path(folder))
+            if precision != "fp32":
+                alone = against_dense(self.model, dense, deadline, precision)
+                deadline = replace(deadline, limit=LIMIT / alone.speedups[1].ratio)
             schedule = scheduled(
                 *(self.model, self.model, self.catalog, self.statistics, self.probes, deadline),
                 align=DEFAULT_ALIGN,
+                request=Request(precision),
+                typed=stored,
             )
         bare = solve(self.model, self.catalog, schedule.plan, self.statistics, Recipe("none"))
         done = operate(self.model, self.catalog, bare)
+        lanes = [Lane(each, deadline.target, precision) for each in (dense, stored(done.model))]
         return {
-            "time": 1.0 / against_dense(self.model, done.model, deadline).speedups[1].ratio,
+            "time": 1.0 / deadline.stopwatch.race(lanes).speedups[1].ratio,
             "MACs": done.pruned.total / done.dense.total,
             "tries": len(schedule.tries),
         }
@@ -106,7 +129,7 @@ def _known(place: Place, name: str) -> tuple[Model, list[Batch]]:
 
 def _checks(rows: list[Row]) -> Iterator[Check]:
     for row in rows:
-        name = f"{row['model']} on {row['target']}, batch {row['batch']}"
+        name = "{model} on {target}, {precision}, batch {batch}".format(**row)
         met = row["time"] <= LIMIT * (1 + ALLOWED)
         yield Check(
             f"{name}: {LIMIT:g} of the time is met within {ALLOWED:.0%}", met, f"{row['time']:.3f}"
