@@ -64,6 +64,17 @@ def type_of(
     return onnx.helper.make_tensor_type_proto(code, shape)
 
 
+def element_type(tensor: gs.Tensor) -> np.dtype | None:
+    """The type that the file gives a tensor; None if it gives none.
+
+    The library holds it as ONNX's number where NumPy has no such type of its own.
+    """
+    dtype = tensor.dtype
+    if isinstance(dtype, int):
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
+    return None if dtype is None else np.dtype(dtype)
+
+
 def type_of_constant(tensor: gs.Tensor) -> onnx.TypeProto | None:
     """The type of a constant as protobuf; None for other tensors."""
     if not isinstance(tensor, gs.Constant):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from corp_onnx import nbits
+from corp_onnx.facts import element_type
 from corp_onnx.fused import operands_of
 from corp_onnx.shapes import Facts
 from corp_onnx.sizes import Sizes
@@ -60,13 +62,19 @@ def _parameters(graph: gs.Graph) -> dict[str, int]:
         tensor.name: _size(tensor.shape)
         for node in graph.nodes
         for slot, tensor in enumerate(node.inputs)
-        if isinstance(tensor, gs.Constant)
-        and (slot == 0 if node.op == "DequantizeLinear" else _is_float(tensor))
+        if isinstance(tensor, gs.Constant) and _holds_parameters(node, slot)
     } | {
         node.inputs[1].name: int(node.attrs["N"] * node.attrs["K"])
         for node in graph.nodes
         if node.op == "MatMulNBits"
     }
+
+
+def _holds_parameters(node: gs.Node, slot: int) -> bool:
+    """Whether a constant there is of the network, rather than of how its weights are stored."""
+    if node.op == "DequantizeLinear":
+        return slot == 0
+    return _is_float(node.inputs[slot]) and (node.op != "MatMulNBits" or slot == nbits.BIAS)
 
 
 class _UnknownSize(Exception):
@@ -186,8 +194,7 @@ _BY_DOMAIN = {"": _COUNTERS, "ai.onnx": _COUNTERS, "com.microsoft": _FUSED}
 
 
 def _is_float(tensor: gs.Constant) -> bool:
-    dtype = tensor.dtype
-    return isinstance(dtype, int) or "float" in np.dtype(dtype).name
+    return "float" in str(element_type(tensor))
 
 
 def _size(shape: Sequence[int]) -> int:

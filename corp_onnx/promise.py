@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from corp_onnx.blocks import Attention, Axis, Block, Catalog, Mlp, axes_of
-from corp_onnx.blocks.records import Linear, Route, leader_of
+from corp_onnx.blocks.records import Linear, Mask, Route, leader_of, masks_of
 from corp_onnx.extracts import exposed, extract
 from corp_onnx.graph import Model
 from corp_onnx.masks import seen_rows
@@ -221,9 +221,9 @@ class _LogitMeter:
     grams: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
-        for role, route, narrow in _operands(block, other):
+        for role, route, narrow, mask in _operands(block, other):
             tensor = channels_last(route, before[route.linear.output])
-            rows = seen_rows(block.padding, tensor, before)
+            rows = seen_rows(mask, tensor, before)
             x = operand(route, tensor)[rows].astype(np.float64)
             small = channels_last(narrow, after[narrow.linear.output])
             y = operand(narrow, small)[rows].astype(np.float64)
@@ -255,12 +255,15 @@ def _output(block: Block, tensors: Batch) -> np.ndarray:
     return np.moveaxis(tensors[linear.output], linear.axis, -1)
 
 
-def _operands(block: Block, other: Block) -> list[tuple[str, Route, Route]]:
-    """Query and key of both blocks."""
+def _operands(block: Block, other: Block) -> list[tuple[str, Route, Route, Mask | None]]:
+    """Query and key of both blocks, and which of their tokens are padding."""
     assert isinstance(block, Attention), "an MLP has its own meter"
     assert isinstance(other, Attention), "both catalogs list the same blocks"
-    routes = [("q", block.query, other.query), ("k", block.key, other.key)]
-    return [(role, a, b) for role, a, b in routes if a is not None and b is not None]
+    routes = [
+        ("q", block.query, other.query, block.padding),
+        ("k", block.key, other.key, block.key_padding),
+    ]
+    return [(role, a, b, mask) for role, a, b, mask in routes if a is not None and b is not None]
 
 
 def _entries(block: Block, axes: Collection[Axis]) -> list[str]:
@@ -278,13 +281,12 @@ def _first_layers(block: Block, axes: Collection[Axis]) -> list[Linear]:
 
 
 def _reads(block: Block, axes: Collection[Axis]) -> list[str]:
-    """The tensors to compare, and the mask that says which rows count."""
-    mask = [block.padding.tensor] if block.padding else []
+    """The tensors to compare, and the masks that say which rows count."""
     if isinstance(block, Attention) and _kind(block, axes) == "qk":
-        return [*(linear.output for linear in _first_layers(block, axes)), *mask]
+        return [*(linear.output for linear in _first_layers(block, axes)), *masks_of(block)]
     linear = last_layer(block)
     assert linear is not None, f"{block.id} has a last layer"
-    return [linear.output, *mask]
+    return [linear.output, *masks_of(block)]
 
 
 def _vectors(tensor: np.ndarray) -> np.ndarray:

@@ -512,6 +512,11 @@ def mask_added(net: Net, logits: str) -> str:
     return net("Add", scaled(net, logits), net.input("added", "batch", 1, 1, "tokens"))
 
 
+def mask_of_others(net: Net, logits: str) -> str:
+    mask = net.input("added_of_others", "batch", 1, 1, "others")
+    return net("Add", scaled(net, logits), mask)
+
+
 def mask_keeps(net: Net, logits: str) -> str:
     keeps = net.input("keeps", "batch", 1, 1, "tokens", dtype=np.bool_)
     return net("Where", keeps, scaled(net, logits), -1e4)
@@ -595,14 +600,22 @@ def narrow_values(seed: int) -> Tiny:
     return Tiny(net.build(merge_heads(net, mixed, VALUE)), (expected,))
 
 
-def cross_attention(seed: int) -> Tiny:
-    """Keys and values come from another sequence of another length."""
-    net = Net(seed)
-    query = net.linear(net.x(), WIDTH, HEADS * HEAD)
-    context = net.input("context", "batch", "others", WIDTH - 1)
-    key, value = (net.linear(context, WIDTH - 1, HEADS * HEAD) for _ in range(2))
-    mixed = mix(net, *(split_heads(net, y) for y in (query, key, value)))
-    return Tiny(net.build(merge_heads(net, mixed)), (ATTENTION,))
+def cross_attention(*, masked: bool) -> Builder:
+    """Keys and values come from another sequence of another length, of which a mask hides some."""
+
+    def build(seed: int) -> Tiny:
+        net = Net(seed)
+        query = net.linear(net.x(), WIDTH, HEADS * HEAD)
+        context = net.input("context", "batch", "others", WIDTH - 1)
+        key, value = (net.linear(context, WIDTH - 1, HEADS * HEAD) for _ in range(2))
+        mixed = mix(
+            net,
+            *(split_heads(net, y) for y in (query, key, value)),
+            mask_of_others if masked else scaled,
+        )
+        return Tiny(net.build(merge_heads(net, mixed)), (ATTENTION,))
+
+    return build
 
 
 def single_head(seed: int) -> Tiny:
@@ -845,7 +858,8 @@ TINY: Mapping[str, Builder] = {
     "tokens_first": tokens_first,
     "transposed_keys": transposed_keys,
     "narrow_values": narrow_values,
-    "cross_attention": cross_attention,
+    "cross_attention": cross_attention(masked=False),
+    "cross_attention_masked": cross_attention(masked=True),
     "single_head": single_head,
     "static_sizes": one_sample(1, 5),
     "baked_batch": one_sample("batch", 5),

@@ -214,6 +214,25 @@ def test_a_bias_of_packed_operands_is_left_inside():
     check_left(net.build(mixed), "MultiHeadAttention")
 
 
+@pytest.mark.parametrize("mask", [None, "rows", "lengths"])
+def test_keys_and_values_with_heads_before_tokens(mask):
+    """As a decoder hands its operator what it keeps of an encoder."""
+    net = Net(0)
+    query = net("MatMul", net.x(), net.weight(WIDTH, INNER))
+    key, value = (
+        net(
+            "Transpose",
+            net("Reshape", net("MatMul", "x", net.weight(WIDTH, INNER)), [0, 0, HEADS, HEAD]),
+            perm=[0, 2, 1, 3],
+        )
+        for _ in range(2)
+    )
+    more = ["", masks(net, mask)] if mask else []
+    mixed = net("MultiHeadAttention", query, key, value, *more, domain=MICROSOFT, num_heads=HEADS)
+    proto = net.build(net.linear(mixed, INNER, WIDTH))
+    assert farthest(graph.from_proto(proto), proto) < BOUND
+
+
 # Products with something inside
 
 

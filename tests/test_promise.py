@@ -42,6 +42,7 @@ MODELS = (
     "tokens_first",
     "mask_keeps",
     "cross_attention",
+    "cross_attention_masked",
     "operator",
     "transformer",
     "tied_attention",

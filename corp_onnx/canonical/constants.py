@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx import reference
+from corp_onnx.facts import element_type
 from corp_onnx.shapes import Facts, evaluate
 from corp_onnx.sizes import input_sizes
 
@@ -61,7 +62,7 @@ def _cuts_weight(node: gs.Node) -> bool:
     return (
         node.op in {"Slice", "Split"}
         and isinstance(node.inputs[0], gs.Constant)
-        and np.issubdtype(node.inputs[0].dtype, np.floating)
+        and "float" in str(element_type(node.inputs[0]))
         and any(isinstance(tensor, gs.Variable) and tensor.name for tensor in node.inputs[1:])
     )
 

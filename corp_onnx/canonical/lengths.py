@@ -14,16 +14,18 @@ def whole_rows(
 ) -> gs.Tensor | None:
     """Lengths ``[b]``, and ``more``, as ones and zeros ``[b, t]``; any other mask as it is.
 
-    ``keys`` are ``[b, t, …]``.
+    ``keys`` are ``[b, t, …]``, or ``[b, h, t, e]``.
     """
-    if mask is None or len(bench.shape(mask) or ()) != 1 or len(bench.shape(keys) or ()) < 3:
+    rank = len(bench.shape(keys) or ())
+    if mask is None or len(bench.shape(mask) or ()) != 1 or rank < 3:
         return mask
     name = f"{mask.name}+{more}"
     if name not in bench.rows:
         emit = bench.emit
         zero, one = (emit.constant("count", np.array(number)) for number in (0, 1))
+        axis = emit.constant("axis", np.array(2 if rank == 4 else 1))
         sizes = emit.node("Shape", [keys], dtype=np.int64)
-        tokens = emit.node("Gather", [sizes, one], dtype=np.int64)
+        tokens = emit.node("Gather", [sizes, axis], dtype=np.int64)
         places = emit.node("Range", [zero, tokens, one], dtype=np.int64)
         wide = emit.node("Cast", [mask], dtype=np.int64, attrs={"to": onnx.TensorProto.INT64})
         if more:

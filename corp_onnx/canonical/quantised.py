@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from corp_onnx.facts import element_type
 from corp_onnx.inlining import inlined
 from corp_onnx.nbits import BITS
 
@@ -84,11 +85,7 @@ def notes_of(graph: gs.Graph) -> tuple[str, ...]:
 
 
 def _type_name(tensor: gs.Constant) -> str:
-    """The element type, which the library gives as ONNX's number where NumPy has none."""
-    dtype = tensor.dtype
-    if isinstance(dtype, int):
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
-    return str(np.dtype(dtype).name)
+    return str(element_type(tensor))
 
 
 def pack_narrow_constants(graph: gs.Graph) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from corp_onnx.canonical.quantised import QUANTISED_FAMILIES, QUANTISED_OPS
 from corp_onnx.errors import DataError, PlanError, QuantisedModel
+from corp_onnx.facts import element_type
 from corp_onnx.graph import Model
 from corp_onnx.precision.check import checked
 from corp_onnx.precision.halves import halved
@@ -99,10 +99,8 @@ def stored_type(model: Model) -> np.dtype:
     counts: dict[np.dtype, int] = {np.dtype(np.float32): 0}
     for tensor in model.graph.tensors().values():
         if isinstance(tensor, gs.Constant):
-            dtype = tensor.dtype
-            if isinstance(dtype, int):
-                dtype = onnx.helper.tensor_dtype_to_np_dtype(dtype)
-            dtype = np.dtype(dtype)
+            dtype = element_type(tensor)
+            assert dtype is not None, f"{tensor.name} has values"
             if dtype.kind == "f" or dtype.name == "bfloat16":
                 counts[dtype] = counts.get(dtype, 0) + int(np.prod(tensor.shape))
     return max(counts, key=counts.__getitem__)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float32
 
+from corp_onnx.facts import element_type
 from corp_onnx.precision.records import Exempt
 
 PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
@@ -45,7 +46,7 @@ def match_layer(node: gs.Node) -> Layer | str:
     if isinstance(source, gs.Constant) or not isinstance(weight, gs.Constant):
         return "both operands are computed, as in attention"
     if weight.dtype != np.float32:
-        return f"its weight is {np.dtype(weight.dtype).name}, not float32"
+        return f"its weight is {element_type(weight)}, not float32"
     values = np.asarray(weight.values)
     if values.ndim != 2:
         return f"its weight has {values.ndim} axes, not two"

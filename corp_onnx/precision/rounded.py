@@ -12,7 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from corp_onnx.emit import Emitter, replace_readers
-from corp_onnx.facts import Facts
+from corp_onnx.facts import Facts, element_type
 from corp_onnx.graph import Model
 from corp_onnx.precision.records import Format
 from corp_onnx.shapes import usual_facts
@@ -74,8 +74,5 @@ def _swap(tensor: gs.Tensor, wide: gs.Tensor) -> None:
 
 
 def _is(tensor: gs.Tensor, form: Format, facts: Facts) -> bool:
-    """Whether a tensor is of the type, which the library may give by ONNX's number."""
-    dtype = tensor.dtype if tensor.dtype is not None else facts.dtype(tensor)
-    if isinstance(dtype, int):
-        return bool(dtype == form.code)
-    return dtype is not None and np.dtype(dtype) == form.dtype
+    """Whether a tensor is of the type."""
+    return (element_type(tensor) or facts.dtype(tensor)) == form.dtype

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from corp_onnx.facts import Facts
+from corp_onnx.facts import Facts, element_type
 from corp_onnx.graph import Model
 from corp_onnx.precision.records import Format
 from corp_onnx.shapes import evaluate, usual_facts
@@ -35,12 +35,7 @@ class Types:
 
     def known(self, tensor: gs.Tensor) -> np.dtype | None:
         """The element type of a tensor; None if neither inference nor the file says it."""
-        found: np.dtype | None = self.facts.dtype(tensor)
-        declared = tensor.dtype
-        if found is not None or declared is None or isinstance(declared, int):
-            return found
-        known: np.dtype = np.dtype(declared)
-        return known
+        return self.facts.dtype(tensor) or element_type(tensor)
 
     def float_inputs(self, node: gs.Node) -> tuple[int, ...]:
         """Places of inputs that are float32."""
