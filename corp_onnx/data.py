@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from corp_onnx import fitting
 from corp_onnx.arrays import open_noise, open_npy, open_npz
 from corp_onnx.crops import Crops
 from corp_onnx.errors import DataError
-from corp_onnx.fitting import fitted, how_to_preprocess, listed, require_batchable, require_fit
+from corp_onnx.fitting import how_to_preprocess, only_input
 from corp_onnx.loaders import is_loader, open_loader
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.sources import Images, InputSpec, Layout, Store, open_images
@@ -104,6 +105,10 @@ class Dataset:
         ends = np.cumsum([len(piece) for piece in pieces])
         return map(self._read, pieces[int(np.searchsorted(ends, after, side="right")) :])
 
+    def filling(self) -> Dataset:
+        """The samples that batches hold: all, unless the model takes batches of one size only."""
+        return replace(self, indices=np.concatenate(self._pieces(1)))
+
     def arrays(self) -> dict[str, Shaped[np.ndarray, "n ..."]]:
         """All samples at once, for small sets.
 
@@ -188,7 +193,7 @@ class Dataset:
     def _read(self, piece: Int[np.ndarray, " b"]) -> dict[str, Shaped[np.ndarray, "b ..."]]:
         raw = self.store.read(piece)
         return {
-            spec.name: fitted(
+            spec.name: fitting.fitted(
                 spec,
                 raw[spec.name],
                 preprocessing=self.preprocessing,
@@ -228,8 +233,8 @@ def open_data(
     if samples is not None and samples < 1:
         raise DataError(f"at least one sample is needed, not {samples}")
     specs = tuple(inputs)
-    require_batchable(specs)
-    check = partial(require_fit, source, inputs=specs, preprocessing=preprocessing)
+    fitting.require_batchable(specs)
+    check = partial(fitting.require_fit, source, inputs=specs, preprocessing=preprocessing)
     if source == "random":
         store: Store = _open_random(specs, samples=samples, seed=seed, allowed=allow_random)
     elif is_loader(source) and not Path(source).exists():
@@ -263,12 +268,12 @@ def _open_path(source: str, specs: Layout, preprocessing: Preprocessing | None) 
         case ".npz":
             return open_npz(path)
         case ".npy":
-            return open_npy(path, _only_input(source, "a .npy holds", specs))
+            return open_npy(path, only_input(source, "a .npy holds", specs))
     raise DataError(f"{source} is not of a kind that can be read; give {FORMS}")
 
 
 def _open_folder(path: Path, specs: Layout, preprocessing: Preprocessing | None) -> Store:
-    name = _only_input(str(path), "a folder of images holds", specs)
+    name = only_input(str(path), "a folder of images holds", specs)
     if preprocessing is None:
         raise DataError(how_to_preprocess(path, specs[0]))
     if preprocessing.input != name:
@@ -277,15 +282,6 @@ def _open_folder(path: Path, specs: Layout, preprocessing: Preprocessing | None)
             f"{name!r}; correct `input` in its .preprocessing.json"
         )
     return open_images(path, preprocessing)
-
-
-def _only_input(source: str, what: str, specs: Layout) -> str:
-    if len(specs) == 1:
-        return specs[0].name
-    raise DataError(
-        f"{source}: {what} one input, but the model has {listed([spec.name for spec in specs])}; "
-        "save all of them in a .npz under these names"
-    )
 
 
 def _subset(source: str, available: int, samples: int | None, seed: int) -> Int[np.ndarray, " n"]:

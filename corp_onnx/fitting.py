@@ -104,6 +104,20 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names) or "none"
 
 
+def only_input(source: str, what: str, specs: Layout) -> str:
+    """The name of the one input that a source of one array per sample can fill.
+
+    Raises:
+        DataError: If the model has several.
+    """
+    if len(specs) == 1:
+        return specs[0].name
+    raise DataError(
+        f"{source}: {what} one input, but the model has {listed([spec.name for spec in specs])}; "
+        "save all of them in a .npz under these names"
+    )
+
+
 def shape_text(spec: InputSpec) -> str:
     """A shape for a message: n counts samples, ? is any size."""
     sizes = ["?" if size is None else str(size) for size in spec.shape[1:]]

@@ -68,7 +68,8 @@ def _multiply(
 ) -> gs.Variable:
     """``x W + b``, channels last, by the kind of node that the layer had: MatMul or Conv."""
     emit, x, dtype = theatre.emit, theatre.tensors[linear.input], columns.dtype
-    bias = [] if vector is None else [emit.constant(f"{role}_bias", vector)]
+    vectors = [] if vector is None else [theatre.as_bias(linear, vector)]
+    bias = [emit.constant(f"{role}_bias", each) for each in vectors]
     node = theatre.nodes[linear.node]
     if node.op == "Conv":
         old = constant_value(node.inputs[1], theatre.opset)

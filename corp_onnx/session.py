@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,8 +28,6 @@ from corp_onnx.providers import (
     warn_of_conflict,
 )
 from corp_onnx.widened import in_float32, is_bfloat16
-
-_log = logging.getLogger(__name__)
 
 LOG_ONLY_FATAL = 4
 """What ONNX Runtime logs of lesser errors it also raises."""
@@ -218,7 +215,6 @@ def _open(ort: ModuleType, source: Model | Path, options: Any, providers: Provid
         return ort.InferenceSession(str(source), options, providers=providers)
     proto: onnx.ModelProto = source.proto()
     if is_bfloat16(proto):
-        _log.info("bfloat16 is computed in float32")
         proto = in_float32(proto)
     if not is_large(proto):
         return ort.InferenceSession(proto.SerializeToString(), options, providers=providers)

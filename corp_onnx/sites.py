@@ -107,7 +107,7 @@ class Site:
             if role == "key":
                 apart = centred(heads, rows, tokens.shape[:-1], sequence_axis(route))
                 self._sum("centred_key", apart)
-        query, key = (np.square(heads) for heads in values)
+        query, key = (np.square(heads, dtype=np.float32) for heads in values)
         if query.shape[1:] != key.shape[1:] or (np.diff(block.key_heads) != 1).any():
             query = _pooled(query, block.key_heads, key.shape[1])
         energy = (

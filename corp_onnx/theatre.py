@@ -64,7 +64,17 @@ class Theatre:
         if node.op == "Gemm":
             node.attrs.update(transB=0, alpha=1.0, beta=1.0)
         if bias is not None:
-            self._set_bias(linear, self.emit.constant("bias", bias.astype(dtype)))
+            vector = self.as_bias(linear, bias.astype(dtype))
+            self._set_bias(linear, self.emit.constant("bias", vector))
+
+    def as_bias(self, linear: Linear, vector: np.ndarray) -> np.ndarray:
+        """A vector with as many axes as the bias that is added behind the layer, if one is."""
+        if linear.bias_node is None:
+            return vector
+        add = self.nodes[linear.bias_node]
+        old = constant_value(add.inputs[bias_slot(add, self.opset)], self.opset)
+        assert old is not None, f"{linear.bias_node} adds a constant"
+        return vector.reshape([1] * (old.ndim - 1) + [-1])
 
     def _set_bias(self, linear: Linear, bias: gs.Constant) -> None:
         """Write a bias where the layer keeps it; a MatMul without one gets an Add."""

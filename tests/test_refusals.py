@@ -570,3 +570,28 @@ def test_weights_that_contradict_each_other_are_refused_with_both_widths():
     catalog = find_blocks(graph.from_proto(model))
     assert not catalog.blocks
     assert "its input has 16 channels, its weight 12 rows" in [r.reason for r in catalog.refusals]
+
+
+def pointwise(net, x, rows, columns, stride):
+    kernel = net.random(columns, rows, 1, 1)
+    return net("Conv", x, kernel, net.random(columns), kernel_shape=[1, 1], strides=[stride] * 2)
+
+
+def test_an_mlp_that_leaves_tokens_out_at_its_end_is_refused_and_at_its_beginning_is_not():
+    for up, down in ((2, 1), (1, 2)):
+        net = Net(0)
+        x = net.x("batch", WIDTH, 8, 8)
+        hidden = relu(net, pointwise(net, x, WIDTH, HIDDEN, up))
+        catalog = catalog_of(net, pointwise(net, hidden, HIDDEN, WIDTH, down))
+        assert len(catalog.blocks) == (down == 1)
+        refused = [refusal.reason for refusal in catalog.refusals]
+        assert says("leaves tokens out (strides)", refused) == (down == 2)
+
+
+def test_an_output_projection_that_leaves_tokens_out_keeps_its_values():
+    net = Net(0)
+    rows = mix(net, *separate(net))
+    image = net("Reshape", net("Transpose", rows, perm=[0, 1, 3, 2]), [0, SIZE, -1, 1])
+    axes, refused = refused_attention(net, pointwise(net, image, SIZE, WIDTH, 2))
+    assert axes == ("qk",)
+    assert "leaves tokens out" in refused["vo"]

@@ -463,3 +463,32 @@ def test_a_projection_that_something_else_needs_cannot_go():
     forced = replace(catalog, blocks=(replace(block, refused={}, fragments=()),))
     with pytest.raises(SurgeryError, match="something outside their attention block still reads"):
         operate(model, forced, turned(model, forced))
+
+
+@pytest.mark.parametrize("where", ["up", "down", "query"])
+def test_a_bias_that_adds_an_axis_still_does(where):
+    """Vectors ``[b, d]`` and a bias ``[1, 1, d]`` make ``[1, b, d]``."""
+    net = Net(0)
+    x = net.x("batch", WIDTH)
+
+    def layer(name, x, rows, columns):
+        shape = (1, 1, columns) if name == where else (columns,)
+        return net("Add", net("MatMul", x, net.weight(rows, columns)), net.random(*shape))
+
+    if where == "query":
+        rows = [layer(role, x, WIDTH, HEADS * HEAD) for role in ("query", "key", "value")]
+        heads = [net("Reshape", y, [1, -1, HEADS, HEAD]) for y in rows]
+        query, key, value = (net("Transpose", y, perm=[0, 2, 1, 3]) for y in heads)
+        y = merge_heads(net, mix(net, query, key, value))
+    else:
+        y = layer("down", relu(net, layer("up", x, WIDTH, HIDDEN)), HIDDEN, WIDTH)
+    model = graph.from_proto(net.build(y))
+    catalog = find_blocks(model)
+    assert catalog.blocks
+    given = {"x": np.random.default_rng(0).standard_normal((4, WIDTH)).astype(np.float32)}
+    (dense,) = run(model, given)
+    (made,) = run(operate(model, catalog, turned(model, catalog)).model, given)
+    assert {name: value.shape for name, value in made.items()} == {
+        name: value.shape for name, value in dense.items()
+    }
+    assert squared_error(made, dense) <= BOUND

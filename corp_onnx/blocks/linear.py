@@ -12,6 +12,8 @@ from corp_onnx import nbits
 from corp_onnx.blocks.records import Linear, Refusal
 from corp_onnx.blocks.view import constant_value
 
+LEAVES_TOKENS_OUT = "its last layer leaves tokens out (strides), so nothing can be fitted to them"
+
 SILENT_OPS = frozenset({"Identity", "Dropout"})
 """Operators that pass values on as they are."""
 
@@ -127,7 +129,8 @@ def _match_pointwise(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Non
         return None
     width_out, width_in = weight.shape[:2]
     ends = (node.inputs[0].name, node.outputs[0].name)
-    return Linear(node.name, None, *ends, width_in, width_out, axis=1)
+    strided = any(stride != 1 for stride in node.attrs.get("strides", ()))
+    return Linear(node.name, None, *ends, width_in, width_out, axis=1, strided=strided)
 
 
 def _has_vector(node: gs.Node, opset: int) -> bool:

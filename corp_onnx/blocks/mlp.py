@@ -7,6 +7,7 @@ from collections.abc import Sequence, Set
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.branches import Branch, branches_of, same_places
+from corp_onnx.blocks.linear import LEAVES_TOKENS_OUT
 from corp_onnx.blocks.movement import MOVING_OPS, Blocked
 from corp_onnx.blocks.packed import Packing, packing_of
 from corp_onnx.blocks.records import (
@@ -44,6 +45,8 @@ def _read(
     block_id: str,
 ) -> Mlp | str:
     """The MLP whose regions, one for every set of sizes, are known; or why it is none."""
+    if down.strided:
+        return LEAVES_TOKENS_OUT
     explored = [region for region in regions if isinstance(region, Region)]
     if len(explored) < len(regions):
         return next(reason for reason in regions if isinstance(reason, str))

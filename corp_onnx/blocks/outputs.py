@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from corp_onnx.blocks.linear import LEAVES_TOKENS_OUT
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Path, move
 from corp_onnx.blocks.operands import Operand, spread
 from corp_onnx.blocks.readers import measured_only, readers_below
@@ -59,6 +60,8 @@ def _descend(view: View, context: gs.Tensor) -> tuple[Path, Linear] | str:
             return f"the mixed values {tensor.name!r} are read {times}, or by the caller"
         (node,) = readers
         linear = linears.get((node.name, tensor.name))
+        if linear is not None and linear.strided:
+            return LEAVES_TOKENS_OUT
         if linear is not None:
             return Path(context, tensor, tuple(view.in_order(nodes))), linear
         joins = node.op == "Concat" and len(node.inputs) > 1

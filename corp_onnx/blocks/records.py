@@ -17,9 +17,9 @@ Axis = Literal["mlp", "qk", "vo"]
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A product with a constant matrix, ``y = scale · x W + b``, by node and tensor name.
+    """A product with a constant matrix, ``y = x W + b``, by node and tensor name.
 
-    MatMul, Gemm, or a convolution whose kernel is a single point.
+    MatMul, Gemm, MatMulNBits, or a convolution whose kernel is a single point.
     """
 
     node: str
@@ -32,6 +32,8 @@ class Linear:
     width_out: int
     axis: int = -1
     """The axis of input and output that holds the channels: 1 for a convolution."""
+    strided: bool = False
+    """Whether it leaves tokens out, as a convolution with strides does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

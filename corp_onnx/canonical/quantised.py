@@ -62,26 +62,37 @@ def _rounding(graph: onnx.GraphProto, constants: set[str]) -> set[str]:
 
 
 def notes_of(graph: gs.Graph) -> tuple[str, ...]:
-    """Weights that are stored quantised are read, but not written so again: said, and logged."""
+    """Weights whose form is not the one that they are computed in: said, and logged."""
+    notes = [note for note in (_stored_rounded(graph), _stored_narrow(graph)) if note]
+    for note in notes:
+        log.warning("%s", note)
+    return tuple(notes)
+
+
+def _stored_rounded(graph: gs.Graph) -> str | None:
     found = {
         (_type_name(node.inputs[0]), node.op)
         for node in graph.nodes
         if node.op == "DequantizeLinear" and isinstance(node.inputs[0], gs.Constant)
-    }
-    found |= {
+    } | {
         (f"int{node.attrs.get('bits', BITS)}", node.op)
         for node in graph.nodes
         if node.op == "MatMulNBits"
     }
     if not found:
-        return ()
+        return None
     types, ops = (", ".join(sorted({pair[place] for pair in found})) for place in (0, 1))
-    note = (
+    return (
         f"weights are stored as {types} ({ops}); those of layers that are "
         "cut are written as plain floating-point numbers, all others stay as they are"
     )
-    log.warning("%s", note)
-    return (note,)
+
+
+def _stored_narrow(graph: gs.Graph) -> str | None:
+    tensors = [tensor for node in graph.nodes for tensor in node.inputs]
+    if any(isinstance(one, gs.Constant) and _type_name(one) == "bfloat16" for one in tensors):
+        return "weights are stored as bfloat16, which is run in float32 here; they stay bfloat16"
+    return None
 
 
 def _type_name(tensor: gs.Constant) -> str:

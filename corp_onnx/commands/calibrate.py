@@ -37,7 +37,7 @@ class Calibrate:
         graph.require_writable(self.output)
         model = graph.load(self.model)
         catalog = find_blocks(model, self.sizes)
-        data = self.source.open(self.model, open_session(self.model, self.runtime))
+        data = self.source.open(self.model, open_session(model, self.runtime))
         index, parts = self.shard
         order = np.random.default_rng(self.source.seed).permutation(data.samples)
         shard = data if parts == 1 else data.take(np.sort(order[index::parts]))

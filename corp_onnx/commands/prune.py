@@ -36,7 +36,7 @@ class Prune:
 
     def __call__(self, progress: Progress) -> Answer:
         """Cut, repair, verify, write."""
-        given = self.settings
+        given, recipe = self.settings, Preprocessing.beside(self.model)
         knowledge: Knowledge | None = self.statistics
         if self.source is not None:
             knowledge = opener(self.source, self.model, given.runtime)
@@ -49,7 +49,7 @@ class Prune:
             budget=None if isinstance(self.widths, Mapping) else self.widths,
             settings=telling(given, progress),
         )
-        keep_preprocessing(self.model, self.output)
+        keep_preprocessing(recipe, self.model, self.output)
         return Answer(
             present.pruned_json(result, str(self.output)),
             present.pruned_table(result, str(self.output)),
@@ -57,9 +57,9 @@ class Prune:
         )
 
 
-def opener(source: Source, model: Path, runtime: Runtime | None) -> Callable[[Model], Dataset]:
-    """Opens a source for a model, once its blocks are known."""
-    return lambda _: source.open(model, open_session(model, runtime))
+def opener(source: Source, path: Path, runtime: Runtime | None) -> Callable[[Model], Dataset]:
+    """Opens a source for the model of a file, once its blocks are known."""
+    return lambda model: source.open(path, open_session(model, runtime))
 
 
 def telling(settings: Settings, progress: Progress) -> Settings:
@@ -72,10 +72,9 @@ def telling(settings: Settings, progress: Progress) -> Settings:
     )
 
 
-def keep_preprocessing(model: Path, output: Path) -> None:
+def keep_preprocessing(recipe: Preprocessing | None, model: Path, output: Path) -> None:
     """Let what is beside a model be beside what was made of it."""
-    sidecar = Preprocessing.beside(model)
-    if sidecar is not None:
-        sidecar.save_beside(output)
+    if recipe is not None:
+        recipe.save_beside(output)
     elif output != model and (left := Preprocessing.path_beside(output)).is_file():
         log.warning("%s is of another model, yet it will be read with %s; remove it", left, output)

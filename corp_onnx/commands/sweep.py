@@ -14,6 +14,7 @@ from corp_onnx.graph import made, whole
 from corp_onnx.latency import Race
 from corp_onnx.pipeline import Settings, sweep
 from corp_onnx.plot import curve
+from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.timing import Lane, Stopwatch, described
 
 
@@ -32,6 +33,7 @@ class Sweep:
     def __call__(self, progress: Progress) -> Answer:
         """Calibrate once; cut, verify and time every budget; write models, table and plot."""
         self.target.require("fp32")
+        recipe = Preprocessing.beside(self.model)
         watch = Stopwatch.of(described(self.model), self.settings.sizes)
         made(self.folder)
         outputs = {self._output(budget): budget for budget in self.budgets}
@@ -42,7 +44,7 @@ class Sweep:
             settings=telling(self.settings, progress),
         )
         for output in found:
-            keep_preprocessing(self.model, output)
+            keep_preprocessing(recipe, self.model, output)
         document = points.sweep_json(self.model, outputs, found, self._raced(list(found), watch))
         with whole(self.folder / "sweep.json") as draft:
             draft.write_text(present.as_json(document) + "\n", encoding="utf-8")

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from corp_onnx import graph, present
+from corp_onnx import present
 from corp_onnx.checking import Gates
 from corp_onnx.commands.records import Answer, Progress, Source
-from corp_onnx.graph import Model
+from corp_onnx.errors import QuantisedModel
+from corp_onnx.graph import Model, load
 from corp_onnx.labels import read_labels
 from corp_onnx.macs import Counts, count
-from corp_onnx.session import Runtime, open_session
+from corp_onnx.session import Runtime, Session, open_session
 from corp_onnx.shapes import usual_facts
+from corp_onnx.timing import described
 from corp_onnx.verify import check_gates, comparable, compare
 
 
@@ -30,10 +32,10 @@ class Verify:
 
     def __call__(self, progress: Progress) -> Answer:
         """Run both and compare."""
-        models = [graph.load(path) for path in (self.dense, self.pruned)]
-        sessions = [open_session(comparable(model, self.output), self.runtime) for model in models]
-        data = self.source.open(self.dense, open_session(self.dense, self.runtime))
-        labels = None if self.labels is None else read_labels(self.labels, data)
+        models = [_readable(path) for path in (self.dense, self.pruned)]
+        sessions = [self._opened(model) for model in models]
+        data = self.source.open(self.dense, open_session(models[0], self.runtime))
+        labels = None if self.labels is None else read_labels(self.labels, data.filling())
         comparison = compare(
             sessions[0], sessions[1], data.batches(8), output=self.output, labels=labels
         )
@@ -47,6 +49,20 @@ class Verify:
         }
         return Answer(document, present.comparison_table(document), 0 if document["passed"] else 1)
 
+    def _opened(self, model: Model | Path) -> Session:
+        """With the one output that counts, if it is a model that can be opened there."""
+        shown = comparable(model, self.output) if isinstance(model, Model) else model
+        return open_session(shown, self.runtime)
 
-def _counts(model: Model) -> Counts:
-    return count(model.graph, usual_facts(model.graph))
+
+def _readable(path: Path) -> Model | Path:
+    """A model; the file itself of a quantised one, which can be run as it is."""
+    try:
+        return load(path)
+    except QuantisedModel:
+        return path
+
+
+def _counts(model: Model | Path) -> Counts:
+    graph = model.graph if isinstance(model, Model) else described(model)
+    return count(graph, usual_facts(graph))

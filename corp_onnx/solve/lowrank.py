@@ -115,7 +115,9 @@ def truncate_value_output(
     condition = 1.0
     for head in range(covariances.shape[0]):
         root, inverse, spread = _roots(covariances[head, ...])
-        u, sigma, _ = xp.linalg.svd(root @ weights[head, ...])
+        matrix = root @ weights[head, ...]
+        few = matrix.shape[1] < matrix.shape[0]  # fewer columns than there may be directions
+        u, sigma, _ = xp.linalg.svd(matrix, full_matrices=few)
         maps.append(inverse @ u[:, :width])
         losses += _left_after(np.pad(to_host(sigma), (0, u.shape[0] - sigma.shape[0])))
         condition = max(condition, spread)
