@@ -22,12 +22,13 @@ from benchmarks.tasks import IMAGENET
 from corp_onnx import graph
 from corp_onnx.blocks import Axis, find_blocks
 from corp_onnx.calibrate import calibrate, gather
+from corp_onnx.comparison import comparable
 from corp_onnx.data import open_data
 from corp_onnx.graph import Model
 from corp_onnx.pipeline import prune
 from corp_onnx.session import open_session
 from corp_onnx.statistics import Batch
-from corp_onnx.verify import Check, comparable
+from corp_onnx.verify import Check
 
 log = logging.getLogger(__name__)
 

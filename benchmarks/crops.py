@@ -19,6 +19,7 @@ from benchmarks.tasks import Task
 from corp_onnx import graph
 from corp_onnx.blocks import Axis, Catalog, find_blocks
 from corp_onnx.calibrate import gather
+from corp_onnx.comparison import comparable
 from corp_onnx.data import Dataset
 from corp_onnx.graph import Model
 from corp_onnx.plan import uniform
@@ -26,7 +27,7 @@ from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.statistics import Statistics
 from corp_onnx.surgery import operate
-from corp_onnx.verify import Check, comparable
+from corp_onnx.verify import Check
 
 log = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ from benchmarks.published import PUBLISHED, SOURCE, CutModel, Measured, accuracy
 from benchmarks.report import RESULTS, Heading, report, status_of
 from corp_onnx.blocks import Axis
 from corp_onnx.commands import Source
+from corp_onnx.comparison import compare_each
 from corp_onnx.data import Dataset
 from corp_onnx.errors import BackendUnavailable, DataError
 from corp_onnx.export import export
@@ -36,7 +37,6 @@ from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import CPU, Runtime, open_session
 from corp_onnx.solve import METHODS, Method, Recipe
 from corp_onnx.statistics import Batch
-from corp_onnx.verify import compare_each
 
 log = logging.getLogger("benchmarks.imagenet")
 

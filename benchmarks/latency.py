@@ -22,6 +22,7 @@ from benchmarks.subjects import CUTS
 from corp_onnx import conditions
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import gather
+from corp_onnx.comparison import comparable
 from corp_onnx.deploy.records import Precision
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.graph import Model, load
@@ -36,7 +37,7 @@ from corp_onnx.solve import Recipe, solve
 from corp_onnx.statistics import Batch
 from corp_onnx.surgery import operate
 from corp_onnx.timing import Lane, Stopwatch
-from corp_onnx.verify import Check, comparable
+from corp_onnx.verify import Check
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,12 @@ from itertools import islice
 from benchmarks.methods import BEST, cut, solution
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.subjects import CUTS, Subject, subjects
+from corp_onnx.comparison import compare
 from corp_onnx.graph import Model
 from corp_onnx.plan import uniform
 from corp_onnx.precision import Request, Typed, in_precision
 from corp_onnx.session import open_session
-from corp_onnx.verify import Check, compare
+from corp_onnx.verify import Check
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.outcome import Row
+from corp_onnx.comparison import Comparison
 from corp_onnx.solve import Method
-from corp_onnx.verify import Check, Comparison
+from corp_onnx.verify import Check
 
 SOURCE = "Zhang & Yang, CORP, arXiv 2602.05243"
 

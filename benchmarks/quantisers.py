@@ -34,6 +34,7 @@ from benchmarks.methods import BEST, cut, solution
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.precisions import REMOVED, SEEN, UNLIMITED
 from benchmarks.subjects import CUTS, Subject, subjects
+from corp_onnx.comparison import compare
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.graph import Model, from_proto, write
 from corp_onnx.plan import uniform
@@ -44,7 +45,7 @@ from corp_onnx.precision.rounded import rounding
 from corp_onnx.session import open_session
 from corp_onnx.statistics import Batch
 from corp_onnx.timing import Lane, Stopwatch
-from corp_onnx.verify import Check, compare
+from corp_onnx.verify import Check
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from corp_onnx import example, graph
 from corp_onnx.blocks import Axis, Catalog, find_blocks
 from corp_onnx.calibrate import gather
 from corp_onnx.commands import Source
+from corp_onnx.comparison import comparable
 from corp_onnx.data import open_data
 from corp_onnx.graph import Model
 from corp_onnx.labels import read_labels
@@ -24,7 +25,6 @@ from corp_onnx.macs import count
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.shapes import evaluate
 from corp_onnx.statistics import Batch, Statistics, samples_in
-from corp_onnx.verify import comparable
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from corp_onnx.blocks import Catalog, find_blocks
 from corp_onnx.calibrate import calibrate
+from corp_onnx.comparison import compare
 from corp_onnx.data import open_data
 from corp_onnx.errors import CorpError
 from corp_onnx.graph import Model, load, save
@@ -17,7 +18,6 @@ from corp_onnx.session import Runtime, open_session
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.statistics import Statistics
 from corp_onnx.surgery import operate
-from corp_onnx.verify import compare
 
 __all__ = [
     "Catalog",

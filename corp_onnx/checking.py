@@ -9,6 +9,7 @@ import numpy as np
 
 from corp_onnx.blocks import Axis, Catalog, find_blocks
 from corp_onnx.blocks.catalog import named_as
+from corp_onnx.comparison import compare_each
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model
 from corp_onnx.plan import Plan
@@ -26,7 +27,6 @@ from corp_onnx.verify import (
     check_promises,
     check_repair,
     check_structure,
-    compare_each,
 )
 
 GROUPS = 4

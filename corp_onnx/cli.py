@@ -21,11 +21,12 @@ from corp_onnx.demo import Demo
 from corp_onnx.deploy.targets import SYMMETRIC, TargetOptions, open_target
 from corp_onnx.device import device_of
 from corp_onnx.errors import CorpError, NothingPrunable, PlanError
+from corp_onnx.graph import described
 from corp_onnx.pipeline import Settings
 from corp_onnx.plan import DEFAULT_ALIGN
 from corp_onnx.precision import Request
 from corp_onnx.solve import DEFAULT_RIDGE, Recipe
-from corp_onnx.timing import Stopwatch, described
+from corp_onnx.timing import Stopwatch
 
 DONE, UNVERIFIED, UNUSABLE, NOTHING = 0, 1, 2, 3
 
@@ -290,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or DONE)
     except NothingPrunable as error:
         return screen.complain(error, NOTHING)
-    except CorpError as error:
+    except (CorpError, OSError) as error:
         return screen.complain(error, UNUSABLE)
     return DONE
 

@@ -14,6 +14,8 @@ from corp_onnx import example, graph
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import calibrate
 from corp_onnx.commands import Answer, Progress, Source
+from corp_onnx.comparison import compare
+from corp_onnx.files import made
 from corp_onnx.graph import Model
 from corp_onnx.labels import read_labels
 from corp_onnx.latency import race
@@ -26,7 +28,6 @@ from corp_onnx.solve import Method, Recipe, solve
 from corp_onnx.solved import in_sequence
 from corp_onnx.statistics import Batch
 from corp_onnx.surgery import operate
-from corp_onnx.verify import compare
 
 BATCH_SIZE = 32
 EVALUATION_BATCH = 100
@@ -64,8 +65,8 @@ class Demo:
     folder: Path
 
     def __call__(self, progress: Progress) -> Answer:
-        """Calibrate once, cut three times, compare and time all four models."""
-        graph.made(self.folder)
+        """Calibrate, cut in every way, compare and time all models."""
+        made(self.folder)
         dense = graph.load(example.MODEL)
         models = {"dense": dense, **_pruned(dense, progress)}
         paths = {"dense": example.MODEL}

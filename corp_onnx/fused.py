@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from corp_onnx.operators import MICROSOFT, STANDARD
+
 Shape = tuple[int, ...]
 Shapes = Sequence[Shape | None]
 """Of every input in order; None for one that is absent or not known."""
@@ -25,7 +27,7 @@ TWINS = {"FusedConv": "Conv", "FusedGemm": "Gemm"}
 BLOCKED_TWINS = frozenset({"AveragePool", "Conv", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
 """The same for operators of blocked layout, whose last channels may be padding."""
 
-DOMAINS = frozenset({None, "", "ai.onnx", "com.microsoft", BLOCKED_LAYOUT})
+DOMAINS = STANDARD | {MICROSOFT, BLOCKED_LAYOUT}
 
 _MASK_INDEX = np.dtype(np.int32)
 
@@ -102,7 +104,11 @@ def _comparison(node: gs.Node, shapes: Shapes) -> list[Made | None] | None:
     left, right = shapes[:2]
     if left is None or right is None:
         return None
-    return [Made(np.broadcast_shapes(left, right), np.dtype(np.bool_))]
+    try:
+        shape = np.broadcast_shapes(left, right)
+    except ValueError:
+        return None
+    return [Made(shape, np.dtype(np.bool_))]
 
 
 def _norm(node: gs.Node, shapes: Shapes) -> list[Made | None]:

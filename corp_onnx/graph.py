@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +16,10 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from corp_onnx.canonical import canonicalise
 from corp_onnx.canonical.constants import constants_from_nodes, cut_weights, name_every_node
 from corp_onnx.canonical.quantised import notes_of, pack_narrow_constants, quantised_ops
-from corp_onnx.errors import GraphError, OutputError, QuantisedModel
+from corp_onnx.errors import GraphError, QuantisedModel
+from corp_onnx.files import whole
 from corp_onnx.inlining import inlined
+from corp_onnx.operators import STANDARD
 
 # It writes to standard output, and warns of types that it then reads all the same.
 G_LOGGER.severity = G_LOGGER.ERROR
@@ -73,18 +73,23 @@ def load(path: Path) -> Model:
         GraphError: If it is not a complete ONNX model of a known opset.
         QuantisedModel: If its weights or activations are quantised already.
     """
-    proto = _read(path)
+    proto = inlined(_read(path))
     opset = _require_known_opset(proto, path)
     _require_float(proto, path)
-    digest = _sha256(path, proto)
+    fingerprint = Fingerprint(_sha256(path, proto), opset, _producer(proto))
+    return from_proto(_with_weights(proto, path), fingerprint)
+
+
+def described(path: Path) -> gs.Graph:
+    """The graph of a file; of a quantised one, which can be run but not be cut, as it is there.
+
+    Raises:
+        GraphError: If it is no ONNX model that can be read.
+    """
     try:
-        onnx.external_data_helper.load_external_data_for_model(proto, str(path.parent))
-    except (FileNotFoundError, onnx.checker.ValidationError, ValueError) as error:
-        raise GraphError(
-            f"{path} keeps weights in another file that cannot be read ({_first_line(error)}); "
-            "put the external data file back beside the model"
-        ) from error
-    return from_proto(proto, Fingerprint(digest, opset, _producer(proto)))
+        return load(path).graph
+    except QuantisedModel:
+        return gs.import_onnx(_with_weights(_read(path), path))
 
 
 def from_proto(proto: onnx.ModelProto, fingerprint: Fingerprint | None = None) -> Model:
@@ -143,68 +148,9 @@ def is_large(proto: onnx.ModelProto) -> bool:
     return _size_bytes(proto) > LARGEST_PROTOBUF_BYTES
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A draft that takes the place of ``path`` once it is complete; else nothing of it is left.
-
-    What is written beside the draft is moved with it, and before it.
-
-    Raises:
-        OutputError: If it cannot be written.
-    """
-    require_writable(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            draft = Path(folder) / path.name
-            yield draft
-            for file in sorted(draft.parent.iterdir(), key=lambda file: file == draft):
-                file.replace(path.with_name(file.name))
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def require_writable(path: Path) -> None:
-    """Fail before the work, not after it, when a result could not be written to ``path``."""
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder; name a file")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist")
-    _require_takes_files(path.parent, path)
-
-
-def _require_takes_files(folder: Path, path: Path) -> None:
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {folder} takes no files ({error.strerror or error})"
-        ) from error
-
-
-def require_makeable(folder: Path) -> None:
-    """Likewise, when a folder could not be made or takes no files."""
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    _require_takes_files(nearest, folder)
-
-
-def made(folder: Path) -> Path:
-    """The folder, with those above it, made if it is not there.
-
-    Raises:
-        OutputError: If it cannot be made, or takes no files.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
-    _require_takes_files(folder, folder)
-    return folder
-
-
 def opset_of(proto: onnx.ModelProto) -> int:
     """The version of the standard operator set that a model imports; 0 if it imports none."""
-    versions = [entry.version for entry in proto.opset_import if entry.domain in {"", "ai.onnx"}]
+    versions = [entry.version for entry in proto.opset_import if entry.domain in STANDARD]
     return max(versions, default=0)
 
 
@@ -226,6 +172,18 @@ def _read(path: Path) -> onnx.ModelProto:
         ) from error
     if not proto.graph.node or not proto.ir_version:
         raise GraphError(f"{path} holds no ONNX graph; export or download it again")
+    return proto
+
+
+def _with_weights(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """A model with what it keeps in other files."""
+    try:
+        onnx.external_data_helper.load_external_data_for_model(proto, str(path.parent))
+    except (FileNotFoundError, onnx.checker.ValidationError, ValueError) as error:
+        raise GraphError(
+            f"{path} keeps weights in another file that cannot be read ({_first_line(error)}); "
+            "put the external data file back beside the model, as a file and not as a link"
+        ) from error
     return proto
 
 
@@ -264,7 +222,7 @@ def _declare_outputs(graph: gs.Graph, proto: onnx.ModelProto) -> None:
 def _match_domains(model: onnx.ModelProto) -> None:
     """Import the domains of operators that rewriting brought in, and no others."""
     imported = {entry.domain for entry in model.opset_import}
-    used = {node.domain for node in model.graph.node} - {"", "ai.onnx"}
+    used = {node.domain for node in model.graph.node} - STANDARD
     for domain in sorted(used - imported):
         model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
 

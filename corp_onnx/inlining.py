@@ -8,8 +8,7 @@ import onnx
 from onnx.inliner import inline_local_functions
 
 from corp_onnx.errors import GraphError
-
-STANDARD = frozenset({"", "ai.onnx"})
+from corp_onnx.operators import STANDARD
 
 
 def inlined(proto: onnx.ModelProto) -> onnx.ModelProto:

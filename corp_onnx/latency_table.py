@@ -17,7 +17,8 @@ from jaxtyping import Float64
 from corp_onnx.conditions import cores, devices
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.errors import OutputError
-from corp_onnx.graph import Model, whole
+from corp_onnx.files import whole
+from corp_onnx.graph import Model
 from corp_onnx.plan import least_width
 from corp_onnx.probes import Probe
 from corp_onnx.timing import Lane, Stopwatch

@@ -89,15 +89,15 @@ def open_loader(
     """
     place, _, name = source.rpartition(":")
     script = Path(place) if place.endswith(".py") else None
-    with _importable(Path.cwd() if script is None else script.resolve().parent):
+    with importable(Path.cwd() if script is None else script.resolve().parent):
         module = _import_module(place) if script is None else _run_script(script)
         batches = _batches(source, _find(source, module, name))
         return _drain(source, batches, check=check, samples=samples, seed=seed)
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let the user's code import what lies beside it."""
+def importable(folder: Path) -> Iterator[None]:
+    """Let the user's code import what lies beside it, in this folder."""
     entry = str(folder)
     sys.path.insert(0, entry)
     try:

@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from corp_onnx import nbits
 from corp_onnx.facts import element_type
 from corp_onnx.fused import operands_of
+from corp_onnx.operators import MICROSOFT, STANDARD
 from corp_onnx.shapes import Facts
 from corp_onnx.sizes import Sizes
 
@@ -45,7 +46,7 @@ def count(graph: gs.Graph, facts: Facts) -> Counts:
     for node in graph.nodes:
         if node.op not in _COUNTERS | _FUSED:
             continue
-        table = _BY_DOMAIN.get(node.domain or "", {})
+        table = _BY_DOMAIN.get(node.domain, {})
         try:
             if node.op not in table:
                 raise _UnknownSize
@@ -190,7 +191,7 @@ _FUSED = {
 }
 """The same of ONNX Runtime's own domain."""
 
-_BY_DOMAIN = {"": _COUNTERS, "ai.onnx": _COUNTERS, "com.microsoft": _FUSED}
+_BY_DOMAIN = dict.fromkeys(STANDARD, _COUNTERS) | {MICROSOFT: _FUSED}
 
 
 def _is_float(tensor: gs.Constant) -> bool:

@@ -6,6 +6,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64
 
+from corp_onnx.operators import operand
+
 BITS = 4
 """What ``bits`` is where a node does not say."""
 
@@ -15,7 +17,7 @@ BIAS = 5
 
 def why_unread(node: gs.Node) -> str | None:
     """Why the weight of a MatMulNBits cannot be read; None if it can."""
-    weight, scales, zeros, order = (_input(node, slot) for slot in (1, 2, 3, 4))
+    weight, scales, zeros, order = (operand(node, slot) for slot in (1, 2, 3, 4))
     given = [tensor for tensor in (weight, scales, zeros, order) if tensor is not None]
     if any(not isinstance(tensor, gs.Constant) for tensor in given):
         return "its weight is computed at run time"
@@ -40,7 +42,7 @@ def weight_of(node: gs.Node) -> Float64[np.ndarray, "i o"]:
     width_in, width_out, bits = node.attrs["K"], node.attrs["N"], _bits(node)
     size = int(node.attrs["block_size"])
     blocks = -(-width_in // size)
-    stored, scales, zeros, order = (_input(node, slot) for slot in (1, 2, 3, 4))
+    stored, scales, zeros, order = (operand(node, slot) for slot in (1, 2, 3, 4))
     assert stored is not None, "its weight can be read"
     assert scales is not None, "its weight can be read"
     values = _unpacked(stored.values, bits, width_out)[:, :width_in]
@@ -70,7 +72,3 @@ def _bits(node: gs.Node) -> int:
 def _is_packed(zeros: gs.Tensor | None) -> bool:
     """Whether zero points are packed as the weight is, rather than of the type of the scales."""
     return zeros is not None and zeros.dtype == np.uint8
-
-
-def _input(node: gs.Node, slot: int) -> gs.Tensor | None:
-    return node.inputs[slot] if slot < len(node.inputs) and node.inputs[slot].name else None

@@ -9,7 +9,8 @@ from corp_onnx.blocks import Axis
 from corp_onnx.budget import Budget
 from corp_onnx.data import Dataset
 from corp_onnx.deadline import Deadline
-from corp_onnx.graph import Model, require_writable, save
+from corp_onnx.files import require_writable
+from corp_onnx.graph import Model, save
 from corp_onnx.plan import DEFAULT_SHARES, uniform, warn_of_uncut
 from corp_onnx.work import Knowledge, Pruned, Settings, Work
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from corp_onnx.graph import whole
+from corp_onnx.files import whole
 
 DPI = 120
 
@@ -47,11 +48,14 @@ def bars(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     batches = list(dict.fromkeys(run["batch"] for run in runs))
     rows = len(runs) // len(batches)
+    paths = {run["model"]: Path(run["model"]) for run in runs}
+    alike = Counter(path.stem for path in paths.values())
+    told = {name: path.stem if alike[path.stem] == 1 else name for name, path in paths.items()}
     figure = Figure(figsize=(8.0, 0.8 + len(batches) * (0.5 + 0.32 * rows)), layout="constrained")
     panels = figure.subplots(len(batches), squeeze=False)[:, 0]
     for batch, panel in zip(batches, panels, strict=True):
         here = [run for run in runs if run["batch"] == batch]
-        names = [f"{Path(run['model']).stem}, {run['target']} {run['precision']}" for run in here]
+        names = [f"{told[run['model']]}, {run['target']} {run['precision']}" for run in here]
         medians = [run["median_ms"] for run in here]
         below = [run["median_ms"] - run["p5_ms"] for run in here]
         above = [run["p95_ms"] - run["median_ms"] for run in here]

@@ -22,7 +22,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from corp_onnx.errors import DataError
-from corp_onnx.graph import whole
+from corp_onnx.files import whole
 
 _log = logging.getLogger(__name__)
 
@@ -233,6 +233,16 @@ def _cropped(config: Mapping[str, Any]) -> tuple[int, int, float]:
         raise DataError(f"pictures are resized to {size}, which no centre crop says")
     _log.warning("the image processor squeezes pictures to %s; they will be cropped instead", size)
     return size["height"], size["width"], 1.0
+
+
+def keep_beside(recipe: Preprocessing | None, model: Path) -> Path | None:
+    """Write the recipe of a model beside it, if it has one; what lies there else is warned of."""
+    if recipe is not None:
+        return recipe.save_beside(model)
+    left = Preprocessing.path_beside(model)
+    if left.is_file():
+        _log.warning("%s is of another model, yet it will be read with %s; remove it", left, model)
+    return None
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from rich.text import Text
 
 from corp_onnx.advice import advice
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
+from corp_onnx.comparison import Comparison
 from corp_onnx.deadline import DeadlineOutcome
 from corp_onnx.pipeline import Pruned
 from corp_onnx.present_types import typed_json, typed_lines
 from corp_onnx.solve.folds import OutputFold
 from corp_onnx.statistics import Statistics, samples_in
-from corp_onnx.verify import Check, Comparison
+from corp_onnx.verify import Check
 
 Json = dict[str, Any]
 

@@ -12,8 +12,9 @@ from threadpoolctl import threadpool_limits
 
 from corp_onnx.blocks import Axis, Catalog, axes_of
 from corp_onnx.blocks.records import leader_of
+from corp_onnx.comparison import compare_each
 from corp_onnx.graph import Model
-from corp_onnx.macs import count
+from corp_onnx.macs import Counts, count
 from corp_onnx.moments import read_only
 from corp_onnx.plan import Cut, Plan, uniform
 from corp_onnx.session import Runtime, Session, open_session
@@ -23,7 +24,6 @@ from corp_onnx.solve.folds import Solution
 from corp_onnx.solve.solver import Solver
 from corp_onnx.statistics import Batch, Statistics
 from corp_onnx.surgery import carried_out
-from corp_onnx.verify import compare_each
 
 PROBED_SHARE = 0.5
 """What is removed of an axis to see what that does to the model's output."""
@@ -89,7 +89,8 @@ def probe(
         curves = list(
             pool.map(lambda cuts: solver.curve(blocks[cuts[0].block], cuts[0].axis), groups)
         )
-    bench = _Bench(model, catalog, open_session(model, runtime), tuple(samples), runtime)
+    counts = count(model.graph, evaluate(model.graph, catalog.sizes))
+    bench = _Bench(model, catalog, counts, open_session(model, runtime), tuple(samples), runtime)
     return tuple(
         bench.probe(cuts, curve, solution) for cuts, curve in zip(groups, curves, strict=True)
     )
@@ -115,6 +116,7 @@ class _Bench:
 
     model: Model
     catalog: Catalog
+    counts: Counts
     dense: Session
     samples: tuple[Batch, ...]
     runtime: Runtime | None
@@ -129,9 +131,7 @@ class _Bench:
         (found,) = compare_each(
             self.dense, [open_session(self.model.with_graph(graph), self.runtime)], self.samples
         )
-        sizes = self.catalog.sizes
-        before = count(self.model.graph, evaluate(self.model.graph, sizes))
-        after = count(graph, evaluate(graph, sizes))
+        before, after = self.counts, count(graph, evaluate(graph, self.catalog.sizes))
         gone = max(first.width - first.to, 1)
         own = float(curve[first.to])
         return Probe(

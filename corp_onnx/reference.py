@@ -8,6 +8,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
+from corp_onnx.operators import MICROSOFT
+
 ROUNDING_OPS = frozenset({"DequantizeLinear", "QuantizeLinear"})
 """Operators that ONNX Runtime also has in a domain of its own, for types that came late to ONNX."""
 
@@ -28,7 +30,7 @@ def run(node: gs.Node, inputs: Mapping[str, np.ndarray], opset: int) -> tuple[np
         return (boxed,)
     names = [tensor.name for tensor in node.inputs]
     proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
-    if node.op in ROUNDING_OPS and proto.domain == "com.microsoft":
+    if node.op in ROUNDING_OPS and proto.domain == MICROSOFT:
         proto.domain, opset = "", max(opset, BLOCKED_OPSET)
     evaluator = ReferenceEvaluator(proto, opsets={"": opset})
     feeds = {name: inputs[name] for name in names if name}

@@ -51,6 +51,8 @@ def run(command: Callable[[Report], Answer], as_json: bool, log_level: str) -> N
 
 def complain(error: object, status: int) -> int:
     """Say what is wrong, and give the status back."""
+    if isinstance(error, OSError) and error.filename is not None:
+        error = f"{error.filename} cannot be read or written: {error.strerror}"
     print(f"corp-onnx: {error}", file=sys.stderr)
     return status
 

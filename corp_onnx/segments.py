@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.view import SIZE_OPS, producer
+from corp_onnx.blocks.view import producer
 from corp_onnx.graph import Model
+from corp_onnx.operators import SIZE_OPS
 from corp_onnx.streams import Stream
 
 

@@ -11,12 +11,12 @@ from jaxtyping import Bool
 
 from corp_onnx.emit import Emitter, replace_readers
 from corp_onnx.facts import Facts
+from corp_onnx.operators import SIZE_OPS
 from corp_onnx.reference import run
 
 LARGEST = 256
 """Elements of what is written down; what is larger and follows from it, engines fold."""
 
-SIZE_OPS = frozenset({"Shape", "Size"})
 
 MOVES = frozenset(
     "Cast Concat Flatten Gather Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split()

@@ -1,8 +1,7 @@
 """What is known of every tensor at given input sizes, without running the model.
 
 Small tensors that follow from constants and shapes alone (the shape arithmetic that exporters
-write) are computed; of all others the shape is inferred. Nothing the size of an activation is
-allocated.
+write) are computed, up to a size; of all others the shape is inferred.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import onnx_graphsurgeon as gs
 from corp_onnx.facts import Facts as Facts  # a name of this module too
 from corp_onnx.facts import shape_of, type_of, type_of_constant
 from corp_onnx.fused import has_rule, outputs_of, twin_of
+from corp_onnx.operators import SIZE_OPS, is_standard
 from corp_onnx.reference import run as run  # a name of this module too: `shapes.run`
 from corp_onnx.sizes import DEFAULT_SEQUENCES, Sizes, input_sizes
 
@@ -157,9 +157,9 @@ def _opsets(graph: gs.Graph) -> dict[str, int]:
 
 def _known_inputs(node: gs.Node, facts: Facts) -> dict[str, np.ndarray] | None:
     """Input values by name if all are known and small, for Shape the shape suffices."""
-    if node.domain not in {"", "ai.onnx", None}:
+    if not is_standard(node):
         return None
-    if node.op in {"Shape", "Size"}:
+    if node.op in SIZE_OPS:
         shape = facts.shape(node.inputs[0])
         # A view without memory: only its shape is read.
         empty = None if shape is None else np.broadcast_to(np.float32(0), shape)

@@ -16,7 +16,7 @@ from jaxtyping import Float64
 from numpy.lib import format as npy
 
 from corp_onnx.errors import DataError
-from corp_onnx.graph import whole
+from corp_onnx.files import whole
 from corp_onnx.moments import Moments
 
 Batch = Mapping[str, np.ndarray]

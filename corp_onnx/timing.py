@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import onnx
 import onnx_graphsurgeon as gs
 
 from corp_onnx.data import InputSpec
 from corp_onnx.deploy.records import Build, Engine, Precision, Target
-from corp_onnx.errors import PlanError, QuantisedModel
-from corp_onnx.graph import Model, load, write
+from corp_onnx.errors import PlanError
+from corp_onnx.graph import Model, described, write
 from corp_onnx.latency import RUNS, WARMUP, Race, race, timing_inputs
 from corp_onnx.shapes import usual_sequence
 from corp_onnx.sizes import DEFAULT_BATCH, Sizes, batch_of, input_sizes
@@ -209,18 +208,6 @@ class Stopwatch:
                 f"--shapes names {', '.join(unknown)}, but the inputs are "
                 f"{', '.join(sorted(known))}"
             )
-
-
-def described(path: Path) -> gs.Graph:
-    """The graph of a file; of a quantised one, which can be run but not be cut, as it is there.
-
-    Raises:
-        GraphError: If it is no ONNX model that can be read.
-    """
-    try:
-        return load(path).graph
-    except QuantisedModel:
-        return gs.import_onnx(onnx.load(path))
 
 
 def inputs_of(engine: Engine, likely: Sizes) -> gs.Graph:

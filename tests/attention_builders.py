@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from onnx import TensorProto, helper
 
+from corp_onnx.operators import MICROSOFT
 from tests.builders import VALUE, WIDTH, Net, Tiny, softmax
 
 HEADS, KV_HEADS, HEAD = 4, 2, 6
 BOTH, QK, VO = ("qk", "vo"), ("qk",), ("vo",)
-MICROSOFT = "com.microsoft"
 SHAPE = ("batch", "tokens", WIDTH)
 
 Make = Callable[[Net], str]

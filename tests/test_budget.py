@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from corp_onnx.blocks import Catalog, find_blocks
 from corp_onnx.budget import Budget, within
 from corp_onnx.calibrate import gather
+from corp_onnx.comparison import compare
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import from_proto
 from corp_onnx.plan import uniform
@@ -19,7 +20,6 @@ from corp_onnx.probes import Probe, probe
 from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.surgery import operate
-from corp_onnx.verify import compare
 from tests.builders import TINY, feeds
 
 ALIGN = 4

@@ -470,3 +470,19 @@ def test_every_axis_of_every_tiny_model_has_a_site(tiny, name):
     batch = feeds(TINY[name](0).proto, 1 if name in {"static_sizes", "baked_batch"} else 2, 5)
     found = gather(model, catalog, [batch])
     assert {site: moments.mean.shape for site, moments in found.sites.items()} == expected
+
+
+def test_energies_of_float16_do_not_overflow(tiny):
+    """A query of 300 squared is beyond float16, and a key of a thousandth squared below it."""
+    model = tiny("attention_half")
+    (block,) = find_blocks(model).blocks
+    nodes = {node.name: node for node in model.graph.nodes}
+    for route, gain in ((block.query, 300.0), (block.key, 1 / 300.0)):
+        weight = nodes[route.linear.node].inputs[1]
+        weight.values = (weight.values.astype(np.float32) * gain).astype(np.float16)
+    found = gathered(model, {"x": activations(8).astype(np.float16)})
+    energy = found.energies[block.id]
+    assert np.isfinite(energy).all()
+    query, key = (found.sites[f"{block.id}.{role}"] for role in ("query", "key"))
+    bound = np.sqrt((query.mean**2 + query.variance) * (key.mean**2 + key.variance))
+    assert (energy > 0.01 * bound).all()

@@ -9,12 +9,12 @@ from onnx import TensorProto, numpy_helper
 
 from corp_onnx import graph
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
+from corp_onnx.operators import MICROSOFT
 from corp_onnx.surgery import operate
 from tests.builders import HEAD, HEADS, HIDDEN, WIDTH, Net, feeds, relu
 from tests.full_width import run, turned
 from tests.tolerances import distance, rounding
 
-MICROSOFT = "com.microsoft"
 INNER = HEADS * HEAD
 SIZES = ((1, 3), (2, 5), (3, 8))
 BOUND = rounding(width=64, dtype=np.float32)

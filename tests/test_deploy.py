@@ -180,7 +180,7 @@ def test_the_threads_and_the_graph_level_reach_onnx_runtime(tmp_path):
         folder.mkdir()
         build = target.build(example.MODEL, folder, "fp32")
         assert build.options["graph_level"] == level
-        assert build.options["threads"] == "1"
+        assert build.options["threads"] == 1
         sizes[level] = build.path.read_bytes().count(b"BiasGelu")
     assert sizes["none"] == 0 < sizes["all"]
 

@@ -12,12 +12,12 @@ from corp_onnx import graph
 from corp_onnx.blocks import find_blocks
 from corp_onnx.fused import BLOCKED_LAYOUT
 from corp_onnx.macs import count
+from corp_onnx.operators import MICROSOFT
 from corp_onnx.shapes import declared_only, evaluate
 from corp_onnx.surgery import operate
 from tests.builders import HEAD, HEADS, HIDDEN, WIDTH, Net, feeds, relu
 from tests.full_width import narrowed, run, unchanged
 
-MICROSOFT = "com.microsoft"
 INNER = HEADS * HEAD
 BATCH, TOKENS = 3, 5
 
@@ -292,3 +292,15 @@ def test_weights_that_are_stored_quantised_are_parameters():
     counts = count(made, evaluate(made, {"x": (1, 2, WIDTH)}))
     assert counts.params == WIDTH * HIDDEN
     assert counts.total == 2 * WIDTH * HIDDEN
+
+
+def test_a_comparison_that_the_opset_does_not_have_yet_of_sizes_that_do_not_fit():
+    """At sizes that are only tried: nothing is said of what follows."""
+    net = Net(0, opset=11)
+    y = net("GreaterOrEqual", net.x(), net.input("other", "batch", "others", WIDTH))
+    model = graph.from_proto(net.build(y))
+    sizes = {"x": (2, 5, WIDTH), "other": (2, 7, WIDTH)}
+    facts = evaluate(model.graph, sizes)
+    assert facts.shape(model.graph.outputs[0]) is None
+    same = evaluate(model.graph, sizes | {"other": (2, 1, WIDTH)})
+    assert same.shape(model.graph.outputs[0]) == (2, 5, WIDTH)

@@ -18,6 +18,7 @@ from corp_onnx import graph
 from corp_onnx.blocks import Attention, Mlp, axes_of, find_blocks
 from corp_onnx.calibrate import gather
 from corp_onnx.macs import count
+from corp_onnx.operators import MICROSOFT
 from corp_onnx.plan import uniform
 from corp_onnx.shapes import evaluate
 from corp_onnx.solve import Recipe, solve
@@ -26,7 +27,6 @@ from tests.builders import HIDDEN, WIDTH, Net, feeds, mlp, relu
 from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
 from tests.tolerances import distance, rounding
 
-MICROSOFT = "com.microsoft"
 HEADS, KV_HEADS, HEAD = 4, 2, 32
 WIDE, NARROW = HEADS * HEAD, KV_HEADS * HEAD
 SIZES = ((1, 3), (2, 5), (3, 8))

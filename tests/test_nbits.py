@@ -18,13 +18,13 @@ from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.blocks.catalog import view_of
 from corp_onnx.blocks.linear import bias_of
 from corp_onnx.macs import count
+from corp_onnx.operators import MICROSOFT
 from corp_onnx.shapes import evaluate
 from corp_onnx.surgery import operate
 from tests.builders import WIDTH, Net, feeds, merge_heads, mix, relu, residual_block, separate
 from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
 from tests.tolerances import distance, rounding
 
-MICROSOFT = "com.microsoft"
 ROWS, COLUMNS = 40, 24
 BOUND = 1e-10
 """As in ``test_surgery``: rounding in float32 of a few hundred terms."""

@@ -14,6 +14,7 @@ from onnx import TensorProto, numpy_helper
 from corp_onnx import example, graph
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import calibrate
+from corp_onnx.comparison import compare
 from corp_onnx.data import open_data
 from corp_onnx.errors import DataError, PlanError, QuantisedModel, VerificationError
 from corp_onnx.graph import from_proto
@@ -31,7 +32,6 @@ from corp_onnx.precision.stored import packed
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe
-from corp_onnx.verify import compare
 from tests.assets import asset
 from tests.builders import TINY, WIDTH, Net, feeds
 from tests.inputs import activations

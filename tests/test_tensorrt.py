@@ -101,7 +101,7 @@ def test_a_crash_of_the_builder_is_an_error_with_what_it_said_last(
     with pytest.raises(GraphError, match=how.name) as caught:
         TensorRT(SHAPES).build(files.model, out, "fp32")
     assert "[INFO] timing tactic 0x1234 of layer MatMul_7" in str(caught.value)
-    assert str(out / "build.log") in str(caught.value)
+    assert "All of it is in build.log, where the engine was to be" in str(caught.value)
 
 
 def test_a_builder_that_was_killed_wanted_memory(machine, files, out, monkeypatch):
@@ -127,7 +127,8 @@ def test_an_exception_in_the_other_process_is_an_error_with_what_it_said_last(
     with pytest.raises(GraphError, match="builder failed; it said last") as caught:
         TensorRT(SHAPES).build(files.model, out, "fp32")
     assert "No module named corp_onnx.no_such_module" in str(caught.value)
-    assert f"All of it is in {out / 'build.log'}" in str(caught.value)
+    assert "All of it is in build.log" in str(caught.value)
+    assert (out / "build.log").is_file()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from onnxruntime import InferenceSession
 from corp_onnx import example
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import gather
+from corp_onnx.deploy.ort import rewritten
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.deploy.whole import DOMAIN, write_whole
 from corp_onnx.graph import from_proto, load, write
@@ -571,3 +572,30 @@ def test_what_surgery_emits_is_whole_on_onnx_runtime(tmp_path, share):
     assert found["BiasGelu"] == 6
     wanted = open_session(path).run(images)["logits"]
     assert np.abs(target.load(build).run(images)["logits"] - wanted).max() < 1e-4
+
+
+def test_weights_of_four_bits_beside_an_attention_stay_packed():
+    """One byte holds two of them, in the file and in what is made of it."""
+    body = "k0 = MatMul(k, w)" + PLAIN.replace("Reshape(k, heads)", "Reshape(k0, heads)")
+    proto = gs.export_onnx(attention(body, inputs=f"{INPUTS}, float[8,8] w", opset=21))
+    del proto.graph.input[-1]
+    node = onnx.helper.make_node("DequantizeLinear", ["stored", "steps", "zeros"], ["w"], axis=1)
+    proto.graph.node.insert(0, node)
+    rng = np.random.default_rng(0)
+    steps = rng.uniform(0.1, 0.2, 8).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(steps, "steps"))
+    for name, shape in {"stored": (8, 8), "zeros": (8,)}.items():
+        values = rng.integers(0, 16, shape).astype(ml_dtypes.uint4)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    made = rewritten(proto, "ort-cpu")
+    assert "MultiHeadAttention" in {node.op_type for node in made.graph.node}
+    held = {tensor.name: len(tensor.raw_data) for tensor in made.graph.initializer}
+    assert (held["stored"], held["zeros"]) == (32, 4)
+    feeds = {
+        name: rng.standard_normal((2, 5, width), dtype=np.float32)
+        for name, width in {"q": 8, "k": 8, "v": 12}.items()
+    }
+    before, after = (
+        InferenceSession(each.SerializeToString()).run(None, feeds)[0] for each in (proto, made)
+    )
+    assert np.abs(before - after).max() < SAME

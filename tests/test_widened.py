@@ -101,3 +101,11 @@ def test_nothing_is_written_to_standard_output_for_bfloat16(capsys):
 def test_a_float_model_is_not_bfloat16():
     net = Net(0)
     assert not is_bfloat16(net.build(mlp(net, net.x(), relu)))
+
+
+def test_a_constant_in_bfloat16_that_is_split_is_read():
+    net = Net(0, dtype=ml_dtypes.bfloat16)
+    table = net.const(np.ones((4, 10)))
+    sizes = net("Split", table, [2, 2], outputs=2, axis=0)
+    proto = net.build(net("Add", net.x(), net("ReduceSum", sizes[0], [0], keepdims=0)))
+    assert graph.from_proto(proto).graph.outputs

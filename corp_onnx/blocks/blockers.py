@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Blocked
-from corp_onnx.blocks.view import SIZE_OPS, View, follows_data, producer
+from corp_onnx.blocks.view import View, follows_data, producer
+from corp_onnx.operators import SIZE_OPS
 
 NORMS = frozenset(
     """BatchNormalization GroupNormalization InstanceNormalization LayerNormalization

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.attention import attention_of, unshared
 from corp_onnx.blocks.blockers import sources_of
-from corp_onnx.blocks.foreign import is_foreign, weights_inside, why_fused
+from corp_onnx.blocks.foreign import weights_inside, why_fused
 from corp_onnx.blocks.linear import match_linear
 from corp_onnx.blocks.logits import Anchor, match_softmax
 from corp_onnx.blocks.mlp import match_mlp, why_not_hidden
@@ -29,6 +29,7 @@ from corp_onnx.blocks.twins import with_twins
 from corp_onnx.blocks.view import View, holders_of
 from corp_onnx.graph import Model, nodes_of_subgraphs
 from corp_onnx.macs import Counts, count
+from corp_onnx.operators import is_standard
 from corp_onnx.shapes import Facts, evaluate, tensor_count, usual_facts
 from corp_onnx.sizes import Sizes, input_sizes
 
@@ -158,7 +159,7 @@ def _parts(view: View, node: gs.Node) -> Parts | Refusal | None:
     """What an attention multiplies, if ``node`` is one or its Softmax."""
     if node.op == "MultiHeadAttention":
         return match_multi_head(view, node)
-    if "Attention" in node.op and is_foreign(node):
+    if "Attention" in node.op and not is_standard(node):
         return Refusal(node.name, node.op, why_fused(view, node))
     if node.op == "Attention":
         return match_operator(view, node)

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from corp_onnx.blocks.records import Refusal
 from corp_onnx.blocks.view import View
 from corp_onnx.fused import BLOCKED_LAYOUT
+from corp_onnx.operators import is_standard
 
 CACHED = "keys or values are kept in a cache (graph input or output), an interface"
 REMEDY = "prune the model before attention is fused"
@@ -54,11 +55,6 @@ TABLE_OPS = frozenset(
 """Operators that look weights up, scale or store them, rather than multiply activations."""
 
 
-def is_foreign(node: gs.Node) -> bool:
-    """Whether an operator is none of ONNX's own."""
-    return node.domain not in {"", "ai.onnx", None}
-
-
 def why_fused(view: View, node: gs.Node) -> str:
     """Why the attention inside an operator is not read."""
     if node.op in ALWAYS_CACHED or _keeps_cache(view, node):
@@ -77,7 +73,7 @@ def weights_inside(graph: gs.Graph, params: int, share: float) -> Iterator[Refus
     Convolutions over more than a point are no linear layers, whoever computes them.
     """
     for node in graph.nodes:
-        if not is_foreign(node) or node.op in TABLE_OPS:
+        if is_standard(node) or node.op in TABLE_OPS:
             continue
         sizes = [
             int(np.prod(tensor.shape))

@@ -11,6 +11,7 @@ from jaxtyping import Float64
 from corp_onnx import nbits
 from corp_onnx.blocks.records import Linear, Refusal
 from corp_onnx.blocks.view import constant_value
+from corp_onnx.operators import is_standard
 
 LEAVES_TOKENS_OUT = "its last layer leaves tokens out (strides), so nothing can be fitted to them"
 
@@ -26,7 +27,7 @@ def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal
     ``shown`` are the names of what the caller sees, or the body of an If: a product among them
     keeps its bias outside.
     """
-    if node.domain not in {"", "ai.onnx", None} and node.op != "MatMulNBits":
+    if not is_standard(node) and node.op != "MatMulNBits":
         return None
     matcher = _MATCHERS.get(node.op)
     return None if matcher is None else matcher(node, opset, shown)

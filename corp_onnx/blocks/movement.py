@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx import shapes
 from corp_onnx.blocks.view import View, producer
+from corp_onnx.operators import is_standard
 from corp_onnx.shapes import Facts
 
 PASSING_OPS = frozenset({"Identity", "Cast", "Dropout"})
@@ -81,7 +82,7 @@ def element_numbers(shape: Sequence[int], axis: int) -> np.ndarray:
 
 def carried_inputs(view: View, node: gs.Node) -> list[gs.Tensor]:
     """The inputs whose elements a node moves or scales; empty if it does anything else."""
-    if node.domain not in {"", "ai.onnx", None}:
+    if not is_standard(node):
         return []
     if node.op in PASSING_OPS or (node.op in MOVING_OPS and node.op != "Concat"):
         return [node.inputs[0]]

@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from corp_onnx import shapes
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Blocked
 from corp_onnx.blocks.view import OPEN_SIZE, View, producer
+from corp_onnx.operators import MICROSOFT, STANDARD
 from corp_onnx.shapes import Facts
 
 CHANNELWISE_OPS = frozenset(
@@ -34,7 +35,7 @@ POSITIONAL_OPS = frozenset(
 )
 """Operators that mix positions and keep the channels of axis 1 apart; so do depthwise Conv."""
 
-KNOWN_DOMAINS = frozenset({None, "", "ai.onnx", "com.microsoft"})
+KNOWN_DOMAINS = STANDARD | {MICROSOFT}
 """Whose operators mean what their names say."""
 
 NOBODY = -1

@@ -130,7 +130,7 @@ def _land(
     else:
         rows, (gain, offset) = operand.rows(numbers), (operand.rows(array) for array in scales)
     channels, places = rows % width, rows // width
-    reason = _mixed(channels, places, operand) or _uneven(gain, offset)
+    reason = _mixed(channels, places) or _uneven(gain, offset)
     if reason:
         return reason
     heads, first = _heads(channels[..., 0, :])
@@ -162,7 +162,7 @@ def _scales(
     return ones[path.target.name].astype(np.float64) - offset, offset
 
 
-def _mixed(channels: np.ndarray, tokens: np.ndarray, operand: Operand | None) -> str | None:
+def _mixed(channels: np.ndarray, tokens: np.ndarray) -> str | None:
     """Whether channels change where tokens should, or tokens where channels should."""
     turned = (channels != channels[..., :1, :]).any(), (tokens != tokens[..., :1]).any()
     if all(turned) and not (channels != channels[..., :1]).any():

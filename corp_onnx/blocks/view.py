@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx import shapes
 from corp_onnx.blocks.records import Linear
+from corp_onnx.operators import SIZE_OPS, is_standard
 from corp_onnx.reference import ROUNDING_OPS
 from corp_onnx.shapes import COMPUTED_OPS, Facts
 
@@ -30,7 +31,6 @@ FOLDED_OPS = frozenset(
 )
 """Operators on a constant that leave it a constant: a weight behind them is read through."""
 
-SIZE_OPS = frozenset({"Shape", "Size"})
 """What follows from them depends on sizes, not on data."""
 
 OPEN_SIZE = "size is not known: it depends on the data, or the model runs at one size only"
@@ -117,7 +117,7 @@ def constant_value(tensor: gs.Tensor, opset: int) -> np.ndarray | None:
     node = producer(tensor)
     if node is None or node.op not in FOLDED_OPS:
         return None
-    if node.domain not in {"", "ai.onnx", None} and node.op not in ROUNDING_OPS:
+    if not is_standard(node) and node.op not in ROUNDING_OPS:
         return None
     values = {}
     for source in node.inputs:

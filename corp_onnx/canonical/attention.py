@@ -10,7 +10,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.canonical.lengths import whole_rows
-from corp_onnx.canonical.rewriting import MICROSOFT, Bench, Outputs, is_read, operand
+from corp_onnx.canonical.rewriting import Bench, Outputs, is_read
+from corp_onnx.operators import MICROSOFT, operand
 
 PAST, PAST_LENGTH = 4, 6
 """Inputs of ``Attention`` that hold keys and values of earlier runs."""

@@ -11,7 +11,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.canonical.lengths import whole_rows
-from corp_onnx.canonical.rewriting import MICROSOFT, Bench, Outputs, is_read, operand
+from corp_onnx.canonical.rewriting import Bench, Outputs, is_read
+from corp_onnx.operators import MICROSOFT, operand
 
 LENGTHS, COSINES, SINES, POSITIONS, ADDED = 5, 7, 8, 9, 10
 """Inputs by place: 3 and 4 are the cache, and from 11 on come sinks, scales and norms."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.canonical.rewriting import Bench, Outputs, is_read, operand, sole_reader
+from corp_onnx.canonical.rewriting import Bench, Outputs, is_read, sole_reader
+from corp_onnx.operators import is_standard, operand
 
 DEFAULT_EPSILON = 1e-5
 
@@ -56,7 +57,7 @@ def _above(node: gs.Node, graph: gs.Graph) -> Iterator[gs.Node]:
     tensor = node.inputs[0]
     while tensor.inputs and sole_reader(graph, tensor) is node:
         (node,) = tensor.inputs
-        if node.domain not in {"", "ai.onnx", None}:
+        if not is_standard(node):
             return
         yield node
         moved = node.op in {"Reshape", "Flatten"}

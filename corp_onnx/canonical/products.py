@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.canonical.rewriting import MICROSOFT, Bench, Outputs, operand
+from corp_onnx.canonical.rewriting import Bench, Outputs
+from corp_onnx.operators import MICROSOFT, operand
 
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "Relu": (),

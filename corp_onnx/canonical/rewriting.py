@@ -9,9 +9,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.emit import Emitter, replace_readers
+from corp_onnx.operators import SIZE_OPS
 from corp_onnx.shapes import Facts
-
-MICROSOFT = "com.microsoft"
 
 Outputs = Sequence[gs.Variable]
 """For every output of a node, the tensor that takes its place."""
@@ -53,13 +52,6 @@ Rule = Callable[[gs.Node, Bench], "Outputs | None"]
 """Rewrites a node, or leaves the graph as it is and answers None."""
 
 
-def operand(node: gs.Node, slot: int) -> gs.Tensor | None:
-    """An input of a node; None if it is left out."""
-    if slot >= len(node.inputs) or not node.inputs[slot].name:
-        return None
-    return node.inputs[slot]
-
-
 def is_read(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     """Whether anybody reads a tensor."""
     return bool(tensor.outputs) or any(tensor is output for output in graph.outputs)
@@ -67,7 +59,7 @@ def is_read(graph: gs.Graph, tensor: gs.Tensor) -> bool:
 
 def sole_reader(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
     """The only one who reads the values of a tensor, the caller included; its size is anybody's."""
-    readers: list[gs.Node] = [node for node in tensor.outputs if node.op not in {"Shape", "Size"}]
+    readers: list[gs.Node] = [node for node in tensor.outputs if node.op not in SIZE_OPS]
     if len(readers) != 1 or any(tensor is output for output in graph.outputs):
         return None
     return readers[0]

@@ -18,18 +18,19 @@ from corp_onnx.canonical.products import (
     split_matmul,
     split_matmul_activation,
 )
-from corp_onnx.canonical.rewriting import MICROSOFT, Bench, Rule, instead
+from corp_onnx.canonical.rewriting import Bench, Rule, instead
 from corp_onnx.emit import Emitter
+from corp_onnx.operators import MICROSOFT, is_standard
 from corp_onnx.shapes import Facts, evaluate, usual_sequence
 from corp_onnx.sizes import input_sizes
 
 log = logging.getLogger(__name__)
 
-STANDARD = ""
+ONNX = ""
 
 RULES: Mapping[tuple[str, str], Rule] = {
-    (STANDARD, "BatchNormalization"): fold_batch_norm,
-    (STANDARD, "Einsum"): einsum_as_matmul,
+    (ONNX, "BatchNormalization"): fold_batch_norm,
+    (ONNX, "Einsum"): einsum_as_matmul,
     (MICROSOFT, "Attention"): unpack_attention,
     (MICROSOFT, "FusedConv"): split_conv,
     (MICROSOFT, "FusedGemm"): split_gemm,
@@ -62,7 +63,7 @@ def canonicalise(graph: gs.Graph) -> None:
 
 
 def _key(node: gs.Node) -> tuple[str, str]:
-    return STANDARD if node.domain in {"", "ai.onnx", None} else node.domain, node.op
+    return ONNX if is_standard(node) else node.domain, node.op
 
 
 def _facts(graph: gs.Graph) -> Facts:

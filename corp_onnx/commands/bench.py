@@ -10,8 +10,8 @@ from corp_onnx import conditions, timetable
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import Precision, Target
+from corp_onnx.files import require_writable
 from corp_onnx.footprint import footprint
-from corp_onnx.graph import require_writable
 from corp_onnx.latency import Race
 from corp_onnx.plot import bars
 from corp_onnx.present import Json

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.text import Text
@@ -12,9 +12,9 @@ from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import LOG, RECORD, Precision, Target
 from corp_onnx.errors import OutputError
-from corp_onnx.graph import Model, made, require_makeable, write
+from corp_onnx.files import require_makeable, whole_folder
+from corp_onnx.graph import Model, described, write
 from corp_onnx.session import Runtime
-from corp_onnx.timing import described
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,9 @@ class Build:
             if isinstance(typed, Model):
                 path = Path(folder) / self.model.name
                 write(typed.proto(), path)
-            built = self.target.build(path, made(self.folder), self.precision)
+            with whole_folder(self.folder, log=LOG, last=RECORD) as draft:
+                built = self.target.build(path, draft, self.precision)
+        built = replace(built, path=self.folder / built.path.name)
         progress(1, "engines")
         text = (
             f"{built.path} for {built.target} in {built.precision}: "

@@ -12,6 +12,7 @@ from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import calibrate
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.device import HOST, Device
+from corp_onnx.files import require_writable
 from corp_onnx.resume import Partial
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.sizes import Sizes
@@ -34,7 +35,7 @@ class Calibrate:
 
     def __call__(self, progress: Progress) -> Answer:
         """Run the model on the shard's samples and write what was found."""
-        graph.require_writable(self.output)
+        require_writable(self.output)
         model = graph.load(self.model)
         catalog = find_blocks(model, self.sizes)
         data = self.source.open(self.model, open_session(model, self.runtime))
@@ -77,7 +78,7 @@ class Merge:
 
     def __call__(self, progress: Progress) -> Answer:
         """Add them up."""
-        graph.require_writable(self.output)
+        require_writable(self.output)
         statistics = merged(Statistics.load(path) for path in self.files)
         statistics.save(self.output)
         return _statistics_answer(statistics, self.output)

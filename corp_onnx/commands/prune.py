@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,9 @@ from corp_onnx.data import Dataset
 from corp_onnx.deadline import Deadline
 from corp_onnx.graph import Model
 from corp_onnx.pipeline import Settings, prune
-from corp_onnx.preprocessing import Preprocessing
+from corp_onnx.preprocessing import Preprocessing, keep_beside
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.work import Knowledge
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class Prune:
             budget=None if isinstance(self.widths, Mapping) else self.widths,
             settings=telling(given, progress),
         )
-        keep_preprocessing(recipe, self.model, self.output)
+        keep_beside(recipe, self.output)
         return Answer(
             present.pruned_json(result, str(self.output)),
             present.pruned_table(result, str(self.output)),
@@ -70,11 +67,3 @@ def telling(settings: Settings, progress: Progress) -> Settings:
         on_block=lambda _: progress(1, "blocks"),
         on_variant=lambda variants: progress(variants, "variants timed"),
     )
-
-
-def keep_preprocessing(recipe: Preprocessing | None, model: Path, output: Path) -> None:
-    """Let what is beside a model be beside what was made of it."""
-    if recipe is not None:
-        recipe.save_beside(output)
-    elif output != model and (left := Preprocessing.path_beside(output)).is_file():
-        log.warning("%s is of another model, yet it will be read with %s; remove it", left, output)

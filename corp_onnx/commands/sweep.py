@@ -7,15 +7,16 @@ from pathlib import Path
 
 from corp_onnx import points, present
 from corp_onnx.budget import Budget
-from corp_onnx.commands.prune import keep_preprocessing, opener, telling
+from corp_onnx.commands.prune import opener, telling
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.deploy.records import Target
-from corp_onnx.graph import made, whole
+from corp_onnx.files import made, whole
+from corp_onnx.graph import described
 from corp_onnx.latency import Race
 from corp_onnx.pipeline import Settings, sweep
 from corp_onnx.plot import curve
-from corp_onnx.preprocessing import Preprocessing
-from corp_onnx.timing import Lane, Stopwatch, described
+from corp_onnx.preprocessing import Preprocessing, keep_beside
+from corp_onnx.timing import Lane, Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Sweep:
             settings=telling(self.settings, progress),
         )
         for output in found:
-            keep_preprocessing(recipe, self.model, output)
+            keep_beside(recipe, output)
         document = points.sweep_json(self.model, outputs, found, self._raced(list(found), watch))
         with whole(self.folder / "sweep.json") as draft:
             draft.write_text(present.as_json(document) + "\n", encoding="utf-8")

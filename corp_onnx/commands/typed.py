@@ -83,5 +83,6 @@ class Typist:
             return drawn[:1], drawn[1:]
         data = self.source.open(path, session)
         chosen = np.random.default_rng(self.source.seed).permutation(data.samples)
-        batches = list(data.take(chosen[: 2 * BATCH * BATCHES]).batches(BATCH))
-        return batches[::2], batches[1::2]
+        count = 2 * max(BATCH * BATCHES, data.fixed_batch or 1)
+        seen, held_out = data.take(chosen[:count]).split(0.5, self.source.seed)
+        return list(seen.batches(BATCH)), list(held_out.batches(BATCH))

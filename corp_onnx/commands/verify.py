@@ -8,14 +8,14 @@ from pathlib import Path
 from corp_onnx import present
 from corp_onnx.checking import Gates
 from corp_onnx.commands.records import Answer, Progress, Source
+from corp_onnx.comparison import comparable, compare
 from corp_onnx.errors import QuantisedModel
-from corp_onnx.graph import Model, load
+from corp_onnx.graph import Model, described, load
 from corp_onnx.labels import read_labels
 from corp_onnx.macs import Counts, count
 from corp_onnx.session import Runtime, Session, open_session
 from corp_onnx.shapes import usual_facts
-from corp_onnx.timing import described
-from corp_onnx.verify import check_gates, comparable, compare
+from corp_onnx.verify import check_gates
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from corp_onnx.data import InputSpec
-from corp_onnx.deploy.records import PROFILED_RUNS, Build, Precision
+from corp_onnx.deploy.records import PROFILED_RUNS, Build, Precision, options_of
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
-from corp_onnx.graph import require_writable
+from corp_onnx.files import require_writable
 from corp_onnx.sizes import Sizes
 
 DEVICE = "CPU"
@@ -82,8 +82,8 @@ class OpenVino:
         openvino.save_model(translated, path, compress_to_fp16=False)
         seconds = perf_counter() - start
         size = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")))
-        options = {key: str(value) for key, value in asdict(self).items() if key != "name"}
-        build = Build(self.name, precision, path, seconds, size, self.versions(), options)
+        versions, options = self.versions(), options_of(self)
+        build = Build(self.name, precision, path, seconds, size, versions, options)
         build.write()
         return build
 

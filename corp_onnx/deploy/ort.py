@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -15,12 +15,14 @@ import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
-from corp_onnx.deploy.records import Build, Precision
+from corp_onnx.canonical.quantised import pack_narrow_constants
+from corp_onnx.deploy.records import Build, Precision, options_of
 from corp_onnx.deploy.sessions import SessionEngine
 from corp_onnx.deploy.uncast import without_casts
 from corp_onnx.deploy.whole import DOMAIN, FLOAT, write_whole
 from corp_onnx.errors import PlanError
-from corp_onnx.graph import is_large, require_writable, write
+from corp_onnx.files import require_writable
+from corp_onnx.graph import is_large, write
 from corp_onnx.session import GraphLevel, Runtime, Session, open_session, require_providers, version
 from corp_onnx.sizes import Sizes
 
@@ -110,8 +112,6 @@ class OnnxRuntime:
         self.require(precision)
         path = folder / ENGINE
         require_writable(path)
-        for stale in folder.glob(f"{ENGINE}.*"):
-            stale.unlink()
         start = perf_counter()
         self._write(model, path)
         seconds = perf_counter() - start
@@ -119,7 +119,7 @@ class OnnxRuntime:
         build = Build(
             *(self.name, precision, path, seconds, sum(file.stat().st_size for file in files)),
             versions=self.versions(),
-            options={key: str(value) for key, value in asdict(self).items() if key != "name"},
+            options=options_of(self),
         )
         build.write()
         return build
@@ -179,6 +179,7 @@ def rewritten(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     whole = write_whole(graph, WHOLE[name])
     if uncast == whole == 0:
         return proto
+    pack_narrow_constants(graph)
     made = gs.export_onnx(graph, do_type_check=False)
     if whole and all(opset.domain != DOMAIN for opset in made.opset_import):
         made.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import onnx
@@ -15,6 +15,9 @@ from google.protobuf.message import DecodeError
 from corp_onnx.data import InputSpec
 from corp_onnx.errors import DataError, GraphError
 from corp_onnx.sizes import Sizes
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
@@ -94,6 +97,15 @@ class Build:
             raise DataError(
                 f"{record} is no record of a build: {error}; build the engine again"
             ) from error
+
+
+def options_of(target: DataclassInstance) -> dict[str, Any]:
+    """The options of a target as JSON has them; its name stands elsewhere."""
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in asdict(target).items()
+        if key != "name"
+    }
 
 
 def without_weights(model: Path) -> onnx.ModelProto:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,7 @@ from corp_onnx.deploy.records import (
     Precision,
     ShapeRange,
     declared_inputs,
+    options_of,
     without_weights,
 )
 from corp_onnx.deploy.sessions import SessionEngine
@@ -100,7 +101,7 @@ class TensorRTRTX:
             *(self.name, precision, path, seconds),
             size_bytes=sum(fact.st_size for fact in facts if fact.st_mtime_ns >= started),
             versions=self.versions(),
-            options=asdict(self) | {"cache": None if self.cache is None else str(self.cache)},
+            options=options_of(self),
         )
         build.write()
         return build

@@ -10,9 +10,10 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.deploy.pieces import Pieces, Sight, match_pieces, sight_of
 from corp_onnx.emit import Emitter
+from corp_onnx.operators import MICROSOFT
 from corp_onnx.session import version
 
-OPERATOR, DOMAIN = "MultiHeadAttention", "com.microsoft"
+OPERATOR, DOMAIN = "MultiHeadAttention", MICROSOFT
 
 FLOAT = (np.dtype(np.float32),)
 

@@ -7,8 +7,7 @@ import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from corp_onnx.errors import BackendUnavailable, DataError, GraphError
 from corp_onnx.export.backend import first_line, package
 from corp_onnx.export.checkpoint import few, fill, read_checkpoint
 from corp_onnx.export.module import MASK, Module, Sourced, positional
+from corp_onnx.loaders import importable
 from corp_onnx.preprocessing import Preprocessing
 
 _log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _from_script(source: str) -> Sourced:
         raise GraphError(
             f"{source!r} is no source; give timm:NAME, hf:FOLDER or script.py:function"
         )
-    with _importable(Path(place)):
+    with importable(Path(place).resolve().parent):
         made = _function(Path(place), name)()
     if not (isinstance(made, tuple) and len(made) == 2 and hasattr(made[0], "forward")):
         raise GraphError(f"{source} must return (module, example inputs), not {made!r:.100}")
@@ -218,14 +218,3 @@ def _function(script: Path, name: str) -> Callable[[], object]:
         )
     made: Callable[[], object] = function
     return made
-
-
-@contextmanager
-def _importable(script: Path) -> Iterator[None]:
-    """Let the script import what lies beside it."""
-    folder = str(script.resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)

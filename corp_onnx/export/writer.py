@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from corp_onnx.errors import GraphError, PlanError, VerificationError
 from corp_onnx.export.backend import FAILURES, first_line, package, root
 from corp_onnx.export.module import Module, is_tokens
 from corp_onnx.export.sources import load_module
-from corp_onnx.graph import LARGEST_PROTOBUF_BYTES, require_writable
-from corp_onnx.preprocessing import Preprocessing
+from corp_onnx.files import require_writable, whole
+from corp_onnx.graph import LARGEST_PROTOBUF_BYTES
+from corp_onnx.preprocessing import keep_beside
 from corp_onnx.session import open_session
 
 OPSETS: Mapping[str, range] = {"torchscript": range(13, 21), "dynamo": range(18, 24)}
@@ -97,8 +97,7 @@ def export(
         raise PlanError("a checkpoint and random weights exclude each other; give one of them")
     require_writable(output)
     module = load_module(source, checkpoint=checkpoint, random_weights=random_weights)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        draft = Path(folder) / output.name
+    with whole(output) as draft:
         _write(source, module, draft, exporter=exporter, opset=opset)
         _gather_weights(draft)
         parity = _parity(module, draft)
@@ -109,7 +108,7 @@ def export(
                 "may depend on the batch it was traced with: try the other exporter"
             )
         inputs = _input_shapes(draft)
-        recipe = _publish(draft, output, module.recipe)
+    recipe = keep_beside(module.recipe, output)
     parameters = sum(weight.numel() for weight in module.module.parameters())
     return Export(output, source, opset, exporter, parameters, inputs, parity, recipe)
 
@@ -231,16 +230,3 @@ def _input_shapes(draft: Path) -> dict[str, tuple[str | int, ...]]:
         )
         for value in graph.input
     }
-
-
-def _publish(draft: Path, output: Path, recipe: Preprocessing | None) -> Path | None:
-    """Move the model, and what belongs to it, to where the user wants it."""
-    if _data(draft).exists():
-        _data(draft).replace(_data(output))
-    if recipe is None:
-        Preprocessing.path_beside(output).unlink(missing_ok=True)  # of another model
-        beside = None
-    else:
-        beside = recipe.save_beside(output)
-    draft.replace(output)
-    return beside

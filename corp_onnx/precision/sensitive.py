@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.precision.slots import Types, is_standard
+from corp_onnx.precision.slots import Types, is_in
 from corp_onnx.rounding import MOST_SQUARED_ERROR, squared_error
 
 NORMS = frozenset(
@@ -97,7 +97,7 @@ def _foreign(graph: gs.Graph, types: Types) -> Iterator[tuple[gs.Node, str]]:
     for node in graph.nodes:
         if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
             yield node, "it holds a graph of its own"
-        elif not is_standard(node, types.opset):
+        elif not is_in(node, types.opset):
             yield node, f"an operator of {node.domain or 'an unknown domain'}"
         elif any(t.name and types.known(t) is None for t in (*node.inputs, *node.outputs)):
             yield node, "the types around it are not known"
@@ -106,7 +106,7 @@ def _foreign(graph: gs.Graph, types: Types) -> Iterator[tuple[gs.Node, str]]:
 def _not_allowed(graph: gs.Graph, types: Types) -> Iterator[tuple[gs.Node, str]]:
     """Operators that do not exist in the type, and those that make numbers of a stated type."""
     for node in graph.nodes:
-        if not is_standard(node, types.opset):
+        if not is_in(node, types.opset):
             continue
         if not types.allows(node):
             yield node, f"opset {types.opset} has no {types.format.name} {node.op}"
@@ -162,7 +162,7 @@ def _with_lost_constants(graph: gs.Graph, types: Types) -> Iterator[tuple[gs.Nod
     """Readers of a constant that the type cannot hold."""
     seen: dict[int, str | None] = {}
     for node in graph.nodes:
-        if not is_standard(node, types.opset):
+        if not is_in(node, types.opset):
             continue
         for slot in types.narrow_inputs(node):
             tensor = node.inputs[slot]

@@ -12,11 +12,10 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.facts import Facts, element_type
 from corp_onnx.graph import Model
+from corp_onnx.operators import is_standard
 from corp_onnx.precision.records import Format
 from corp_onnx.shapes import evaluate, usual_facts
 from corp_onnx.statistics import Batch
-
-STANDARD = frozenset({"", "ai.onnx", None})
 
 FLOAT = "tensor(float)"
 
@@ -96,9 +95,9 @@ def facts_at(graph: gs.Graph, batches: Sequence[Batch]) -> Facts:
     return evaluate(graph, {t.name: tuple(batches[0][t.name].shape) for t in graph.inputs})
 
 
-def is_standard(node: gs.Node, opset: int) -> bool:
+def is_in(node: gs.Node, opset: int) -> bool:
     """Whether an operator is one of ONNX itself, and in this version of the set."""
-    return node.domain in STANDARD and onnx.defs.has(node.op, max_inclusive_version=opset)
+    return is_standard(node) and onnx.defs.has(node.op, max_inclusive_version=opset)
 
 
 @cache

@@ -70,7 +70,7 @@ def _crash(status: int, log: Path) -> GraphError:
     said = "\n  ".join(lines[-TAIL:]) or "nothing"
     return GraphError(
         f"TensorRT's builder {_name(status)}; it said last:\n  {said}\nAll of it is in "
-        f"{log}. {_remedy(status)}"
+        f"{log.name}, where the engine was to be. {_remedy(status)}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from corp_onnx.deploy.records import ShapeRange
 from corp_onnx.errors import PlanError
-from corp_onnx.graph import made, require_writable
+from corp_onnx.files import made, require_writable
 
 Verbosity = Literal["none", "names", "detailed"]
 """How much an engine can tell of its layers."""
