@@ -36,6 +36,7 @@ COLLECTED = (50_000, 20, 50)
 app = typer.Typer(
     name="corp-onnx",
     help="Cut an exported ONNX transformer to half its width, and repair it in closed form.",
+    callback=screen.about,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,9 +45,7 @@ app = typer.Typer(
 
 @app.command()
 def demo(
-    run_dir: Annotated[Path, typer.Option("--run-dir", help="Folder for the results.")] = Path(
-        "runs/demo"
-    ),
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="For results.")] = Path("runs/demo"),
     as_json: options.AsJson = False,
     log_level: options.LogLevel = "warning",
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import DTypeLike
 
 from corp_onnx.emit import replace_readers
 from corp_onnx.graph import Model
@@ -26,12 +27,13 @@ def extract(
     model: Model,
     entries: Iterable[str],
     outputs: Iterable[str],
-    types: Mapping[str, np.dtype] | None = None,
+    like: Mapping[str, np.ndarray] | None = None,
 ) -> Model:
     """The model cut open: ``entries`` are fed from outside instead of being computed.
 
-    Inputs of the model that the outputs still need stay inputs. ``types`` are those of entries of
-    which the file says nothing; float32 otherwise.
+    Inputs of the model that the outputs still need stay inputs. ``like`` holds what flows into
+    entries, which get its types and as many axes; without it they are of type float32, unless the
+    file says otherwise.
     """
     graph = model.graph.copy()
     by_name = graph.tensors()
@@ -40,8 +42,7 @@ def extract(
         computed = by_name[name]
         if not any(computed is known for known in inputs):
             computed.name = f"{name}/computed"  # it stays where it is among its node's outputs
-            dtype = (types or {}).get(name) or computed.dtype or np.dtype(np.float32)
-            by_name[name] = gs.Variable(name, dtype)
+            by_name[name] = _entry(name, computed.dtype, (like or {}).get(name))
             replace_readers(computed, by_name[name])
             inputs.append(by_name[name])
     graph.inputs = inputs
@@ -50,3 +51,9 @@ def extract(
         tensor.shape = None
     graph.cleanup(remove_unused_graph_inputs=True).toposort()
     return model.with_graph(graph)
+
+
+def _entry(name: str, declared: DTypeLike, like: np.ndarray | None) -> gs.Variable:
+    if like is None:
+        return gs.Variable(name, declared or np.dtype(np.float32))
+    return gs.Variable(name, like.dtype, [f"{name}/{axis}" for axis in range(like.ndim)])

@@ -26,6 +26,14 @@ class Facts:
     chosen: set[str] = field(default_factory=set)
     """Values that an If chose by sizes, and what follows from them."""
 
+    @property
+    def filled(self) -> int:
+        """How many tensors are known to hold something.
+
+        Where sizes are too small for a model, convolutions leave nothing of them.
+        """
+        return sum(min(shape, default=1) > 0 for shape in self.shapes.values())
+
     def value(self, tensor: gs.Tensor) -> np.ndarray | None:
         """The value of a tensor, or None if it depends on the data or is large."""
         if isinstance(tensor, gs.Constant):

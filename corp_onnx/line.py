@@ -71,8 +71,7 @@ class Line:
     def part(self, segment: Segment) -> Part:
         """A segment as a model of its own, with inputs of the types that flow there."""
         first = self.dense.read(0, segment.inputs)
-        types = {name: tensor.dtype for name, tensor in first.items()}
-        return Part(segment, extract(self.model, segment.inputs, segment.ends, types))
+        return Part(segment, extract(self.model, segment.inputs, segment.ends, first))
 
     def advance(self, tape: Tape, part: Part, also: tuple[str, ...] = ()) -> None:
         """Go on to the border behind a part."""

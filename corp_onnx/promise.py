@@ -82,8 +82,7 @@ def measured_errors(
     for batch in batches:
         first = whole.run(batch)
         if parts is None:
-            types = {name: first[name].dtype for name in entries}
-            parts = open_session(extract(other, entries, far_ends, types), runtime)
+            parts = open_session(extract(other, entries, far_ends, first), runtime)
         second = parts.run({**batch, **first})
         before, after = (second, first) if behind_pruned else (first, second)
         for block, narrow in pairs:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from importlib import metadata
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +19,21 @@ from corp_onnx.commands.records import Progress as Report
 from corp_onnx.errors import PlanError
 
 INTERRUPTED = 130
+
+
+def _tell(version: bool) -> None:
+    if version:
+        print(f"corp-onnx {metadata.version('corp_onnx')}")
+        raise typer.Exit
+
+
+def about(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_tell, is_eager=True),
+    ] = False,
+) -> None:
+    """Cut an exported ONNX transformer to half its width, and repair it in closed form."""
 
 
 def show(command: Callable[[Report], Answer], *, as_json: bool, log_level: str) -> int:

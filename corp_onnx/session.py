@@ -44,6 +44,9 @@ GRAPH_LEVELS: Mapping[GraphLevel, str] = {
     "all": "ORT_ENABLE_ALL",
 }
 
+UNKNOWN = "is not a registered function/op"
+"""What ONNX Runtime says of an operator that it does not have."""
+
 NUMPY_TYPES = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -177,9 +180,10 @@ def open_session(source: Model | Path, runtime: Runtime | None = None) -> Sessio
     try:
         session = _open(ort, source, options, given)
     except _failures(ort) as error:
+        unknown = UNKNOWN in str(error)
         raise GraphError(
-            f"ONNX Runtime {ort.__version__} cannot load the model: {str(error)[:500]}; operators "
-            "that it does not know can be brought with --custom-op-library"
+            f"ONNX Runtime {ort.__version__} cannot load the model: {str(error)[:500]}"
+            + ("; a library of such operators is named by --custom-op-library" if unknown else "")
         ) from error
     require_started(runtime.providers, session.get_providers())
     return wrapped(session)

@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.facts import Facts as Facts  # a name of this module too
 from corp_onnx.facts import shape_of, type_of, type_of_constant
+from corp_onnx.feasible import runs
 from corp_onnx.fused import has_rule, outputs_of, twin_of
 from corp_onnx.operators import SIZE_OPS, is_standard
 from corp_onnx.reference import run as run  # a name of this module too: `shapes.run`
@@ -44,7 +45,7 @@ LARGEST_SHAPE_OPERAND = 256
 
 
 def usual_facts(graph: gs.Graph, given: Sizes | None = None) -> Facts:
-    """Facts at the sizes used for counting: batch 1, and the longest usual sequence that fits.
+    """Facts at the sizes used for counting: batch 1, and the first usual sequence that fits.
 
     Raises:
         PlanError: If ``given`` does not fit the inputs.
@@ -53,7 +54,7 @@ def usual_facts(graph: gs.Graph, given: Sizes | None = None) -> Facts:
 
 
 def usual_sequence(graph: gs.Graph, given: Sizes | None = None) -> int:
-    """The longest usual sequence at which the shapes of the model fit together best."""
+    """The first usual sequence at which the shapes of the model fit together best."""
     return _usual(graph, given)[0]
 
 
@@ -62,9 +63,9 @@ def _usual(graph: gs.Graph, given: Sizes | None) -> tuple[int, Facts]:
     for sequence in DEFAULT_SEQUENCES:
         sizes = input_sizes(graph, sequence=sequence, given=given)
         known[sequence] = evaluate(graph, sizes)
-        if len(known[sequence].shapes) >= tensor_count(graph):
+        if known[sequence].filled >= tensor_count(graph):
             break
-    best = max(known, key=lambda sequence: (len(known[sequence].shapes), sequence))
+    best = max(known, key=lambda sequence: known[sequence].filled)  # of equals the first
     return best, known[best]
 
 
@@ -225,7 +226,8 @@ def _record_shapes(node: gs.Node, facts: Facts, opsets: Mapping[str, int]) -> No
         log.debug("shape inference failed at %s: %s", node.name, error)
         return
     known = {name: shape_of(kind) for name, kind in inferred.items() if name}
-    if not _runs(node, facts, known.get(node.outputs[0].name)):
+    if not all(runs(node, facts, shape) for shape in known.values()):
+        log.debug("%s does not run at these sizes: %s", node.name, known)
         return
     facts.types.update(inferred)
     facts.shapes.update({name: shape for name, shape in known.items() if shape is not None})
@@ -269,17 +271,6 @@ def _record_declared(node: gs.Node, facts: Facts) -> None:
         if not doubtful and all(isinstance(size, int) and size > 0 for size in dims):
             facts.shapes[tensor.name] = tuple(dims)
             facts.types[tensor.name] = type_of(tensor.dtype, tuple(dims))
-
-
-def _runs(node: gs.Node, facts: Facts, after: tuple[int, ...] | None) -> bool:
-    """What inference does not look at: elements of a Reshape, indices of a Gather."""
-    before = facts.shape(node.inputs[0]) if node.inputs else None
-    if node.op == "Reshape" and before is not None and after is not None:
-        return bool(np.prod(before) == np.prod(after))
-    if node.op == "Gather" and before is not None:
-        indices = facts.value(node.inputs[1])
-        return indices is None or bool((indices < before[node.attrs.get("axis", 0)]).all())
-    return True
 
 
 def _is_small(tensor: gs.Tensor) -> bool:

@@ -10,8 +10,11 @@ import onnx_graphsurgeon as gs
 from corp_onnx.errors import PlanError
 
 DEFAULT_BATCH = 1
-DEFAULT_SEQUENCES = (128, 64, 32, 16, 8)
-"""Sequence lengths for counting: the first that all tensors of the model admit."""
+DEFAULT_SEQUENCES = (128, 64, 32, 16, 8, 4000)
+"""Sequence lengths for counting: the first that all tensors of the model admit.
+
+The last is a quarter of a second of sound, of which convolutions leave a dozen tokens.
+"""
 
 DEFAULT_PIXELS = 224
 
@@ -48,6 +51,8 @@ def input_sizes(
         graph.inputs, key=lambda t: (t.name not in given, len(t.shape or ()) == 4)
     ):
         declared = list(tensor.shape or ())
+        if tensor.name in given and tensor.shape is None:
+            declared = [None] * len(given[tensor.name])
         if tensor.name in given:
             sizes[tensor.name] = _checked(tensor.name, declared, given[tensor.name])
         else:

@@ -69,7 +69,7 @@ def _probes(graph: gs.Graph) -> list[Facts]:
     probes = [*probed(graph), usual]
     for sequence in LONG:
         long = evaluate(graph, input_sizes(graph, batch=LONG_BATCH, sequence=sequence))
-        if len(long.shapes) >= len(usual.shapes):
+        if long.filled >= usual.filled:
             return [*probes, long]
     return probes
 

@@ -399,6 +399,18 @@ def convolved(net):
     return conv(net, image, HEADS * HEAD, WIDTH)
 
 
+def sink(net, logits):
+    """A learned logit of every head beside those of the keys, as in gpt-oss."""
+    shape = net("Shape", logits)
+    one = net("Concat", net("Slice", shape, [0], [3]), [1], axis=0)
+    return net("Concat", logits, net("Expand", net.random(1, HEADS, 1, 1), one), axis=-1)
+
+
+def without_sink(net, probabilities):
+    """What is left of a row after the sink took its share."""
+    return net("Slice", probabilities, [0], [-1], [3])
+
+
 def convolved_apart(net):
     """Keys and values of a smaller image, by strided convolutions."""
     net.input("x", "batch", WIDTH, 4, 6)
@@ -525,6 +537,7 @@ MORE: Mapping[str, Callable[[int], Tiny]] = {
     "talking_by_conv": built(lambda net: plain(net, between=talking_by_conv), axes=VO),
     "gated": built(lambda net: plain(net, after=gated)),
     "gates_behind": built(gates_behind),
+    "sink": built(lambda net: plain(net, between=sink, after=without_sink)),
     "keys_first": built(keys_first),
     "over_queries": built(over_queries),
     "convolved": built(convolved, value=HEAD),

@@ -15,6 +15,7 @@ from corp_onnx.calibrate import gather
 from corp_onnx.errors import SurgeryError
 from corp_onnx.extracts import exposed
 from corp_onnx.moments import Moments
+from corp_onnx.operators import MICROSOFT
 from corp_onnx.plan import uniform
 from corp_onnx.promise import measured_errors
 from corp_onnx.solve import METHODS, Recipe, solve
@@ -27,7 +28,6 @@ from tests.attention_builders import (
     HEAD,
     HEADS,
     KV_HEADS,
-    MICROSOFT,
     MORE,
     built,
     in_windows,
@@ -517,3 +517,35 @@ def test_a_size_that_is_copied_from_other_rows_splits_no_tokens():
     model = graph.from_proto(net.build(in_windows(0)(net)))
     (refusal,) = (item for item in find_blocks(model).refusals if item.op == "Softmax")
     assert "one Reshape and one Transpose" in refusal.reason
+
+
+def two_softmaxes(net):
+    """Probabilities of two kinds mix one set of values."""
+    query, key, value = separate(net)
+    logits = [net("MatMul", query, net("Transpose", key, perm=[0, 1, 3, 2]))]
+    other = [split(net, net.linear("x", WIDTH, HEADS * HEAD), HEADS) for _ in range(2)]
+    logits.append(net("MatMul", other[0], net("Transpose", other[1], perm=[0, 1, 3, 2])))
+    first, second = (softmax(net, net("Mul", each, HEAD**-0.5)) for each in logits)
+    joined = net("Sub", first, net("Mul", second, net.random(1, HEADS, 1, 1)))
+    return merged(net, net("MatMul", joined, value))
+
+
+def test_values_that_several_probabilities_mix_are_cut_once():
+    """As in a differential transformer: ``(softmax(q₁ k₁ᵀ) - λ softmax(q₂ k₂ᵀ)) v``."""
+    net = Net(0)
+    net.x()
+    model = graph.from_proto(net.build(two_softmaxes(net)))
+    catalog = find_blocks(model)
+    assert [axes_of(block) for block in catalog.blocks] == [("qk", "vo"), ("qk",)]
+    assert "mix the values of attention.0" in catalog.blocks[1].refused["vo"]
+    given = [feeds(model.proto(), *size) for size in SIZES]
+    full = turned(model, catalog)
+    same = operate(model, catalog, full).model
+    small = operate(model, catalog, narrowed(full, 0.5)).model
+    large = operate(model, catalog, padded(full, 0.5)).model
+    for pair in zip(run(same, *given), run(model, *given), strict=True):
+        assert squared_error(*pair) <= BOUND
+    for pair in zip(run(small, *given), run(large, *given), strict=True):
+        assert squared_error(*pair) <= BOUND
+    for pair in zip(run(small, *given), run(model, *given), strict=True):
+        assert squared_error(*pair) > VISIBLE

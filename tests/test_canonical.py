@@ -682,3 +682,26 @@ def test_a_weight_that_is_cut_by_a_fixed_width_is_a_weight():
 
 def test_a_weight_that_is_cut_by_the_number_of_tokens_is_left():
     check_left(sliced(1), "Slice")
+
+
+def test_what_is_another_name_of_a_constant_is_that_constant():
+    """Exporters store equal vectors once, and name the others by Identity."""
+    net = Net(0)
+    y = net("Gemm", net.x("batch", WIDTH), net.weight(WIDTH, HIDDEN), net.random(HIDDEN))
+    ones = net.const(np.ones(HIDDEN))
+    gamma, variance = net("Identity", ones), net("Identity", net("Identity", ones))
+    y = net("BatchNormalization", y, gamma, net.random(HIDDEN), net.random(HIDDEN), variance)
+    proto = net.build(net.linear(relu(net, y), HIDDEN, WIDTH))
+    model = graph.from_proto(proto)
+    assert ops(model) == {"Gemm", "Relu", "MatMul", "Add"}
+    assert widths_of(model) == [("mlp", HIDDEN, ("mlp",))]
+    assert farthest(model, proto) < BOUND
+
+
+def test_a_constant_that_the_caller_sees_keeps_its_name():
+    net = Net(0)
+    shown = net("Identity", net.const(np.ones(WIDTH)))
+    proto = net.build(net("Add", net.x(), shown), shown)
+    model = graph.from_proto(proto)
+    assert [tensor.name for tensor in model.graph.outputs][1] == shown
+    assert farthest(model, proto) < BOUND

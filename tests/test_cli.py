@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -645,7 +646,19 @@ def test_an_operator_that_onnx_runtime_does_not_know_is_exit_status_2(
     assert command("inspect", model).status == 0
     ended = command("prune", model, "-o", results / "out.onnx", "--data", files.data, *HALF)
     assert_refused(ended, "my.ops:Mystery")
-    assert "brought with --custom-op-library" in ended.message
+    assert "is named by --custom-op-library" in ended.message
+
+
+def test_the_version_is_told(command):
+    ended = command("--version")
+    assert (ended.status, ended.stdout) == (0, f"corp-onnx {metadata.version('corp_onnx')}\n")
+    assert document_of_module("--version") == ended.stdout
+
+
+def document_of_module(*arguments):
+    """What ``python -m corp_onnx`` prints."""
+    words = [sys.executable, "-m", "corp_onnx", *arguments]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
 
 BAD_DATA = {

@@ -595,3 +595,12 @@ def test_an_output_projection_that_leaves_tokens_out_keeps_its_values():
     axes, refused = refused_attention(net, pointwise(net, image, SIZE, WIDTH, 2))
     assert axes == ("qk",)
     assert "leaves tokens out" in refused["vo"]
+
+
+def test_a_product_of_two_constants_is_mentioned_by_nobody():
+    net = Net(0)
+    table = net("MatMul", net.random(WIDTH, WIDTH), net.weight(WIDTH, WIDTH))
+    y = net("Add", mlp(net, net.x(), relu), net("Tanh", net("Slice", table, [0], [1], [0])))
+    catalog = catalog_of(net, y)
+    assert len(catalog.blocks) == 1
+    assert catalog.refusals == ()

@@ -50,8 +50,7 @@ def run_one_by_one(model, segments, given):
     for segment in segments:
         fed = {name: kept[name] for name in segment.inputs}
         names = [name for name in segment.ends if name not in fed]
-        types = {name: array.dtype for name, array in fed.items()}
-        found = open_session(extract(model, segment.inputs, names, types)).run(fed)
+        found = open_session(extract(model, segment.inputs, names, fed)).run(fed)
         made |= found
         kept = {name: ({**kept, **found})[name] for name in segment.later}
     return made

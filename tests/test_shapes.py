@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto
 
 from corp_onnx import graph, shapes
+from corp_onnx.blocks import find_blocks
 from corp_onnx.blocks.catalog import view_of
 from corp_onnx.errors import PlanError
 from corp_onnx.shapes import (
@@ -296,3 +297,14 @@ def test_outputs_that_are_left_out_are_not_counted():
     made = graph_of(net, net("Relu", net.nodes[-1].output[0]))
     assert tensor_count(made) == 3
     assert len(evaluate(made, {"x": (1, 5, WIDTH)}).shapes) == 3
+
+
+def test_an_input_of_unknown_rank_takes_the_sizes_that_are_given():
+    net = Net(0)
+    proto = net.build(mlp(net, net.x(), relu))
+    proto.graph.input[0].type.tensor_type.ClearField("shape")
+    model = graph.from_proto(proto)
+    assert not find_blocks(model).blocks
+    catalog = find_blocks(model, {"x": (1, 9, WIDTH)})
+    assert [block.id for block in catalog.blocks] == ["mlp.0"]
+    assert catalog.sizes == {"x": (1, 9, WIDTH)}

@@ -67,12 +67,33 @@ def attention_of(view: View, parts: Parts, block_id: str) -> Attention | Refusal
 
 
 def unshared(blocks: Sequence[Attention]) -> list[Attention]:
-    """The same blocks, less the axes whose projection another block has a part of as well."""
+    """The same blocks, less the axes whose projection another block has a part of as well.
+
+    Where one product mixes values by the probabilities of several, values are those of the first.
+    """
+    first: dict[str, str] = {}
+    for block in blocks:
+        first.setdefault(block.products[-1], block.id)
+    blocks = [_without_values(block, first[block.products[-1]]) for block in blocks]
     owners: dict[str, set[str]] = {}
     for block in blocks:
         for route in block.fragments:
             owners.setdefault(route.linear.node, set()).add(block.id)
     return [_less_shared(block, owners) for block in blocks]
+
+
+def _without_values(block: Attention, owner: str) -> Attention:
+    """A block whose values belong to another one; as it is, if that is itself."""
+    if owner == block.id:
+        return block
+    own = {route.linear.node for route in (block.query, block.key) if route is not None}
+    return replace(
+        block,
+        value=None,
+        output=None,
+        fragments=tuple(route for route in block.fragments if route.linear.node in own),
+        refused={**block.refused, "vo": f"its probabilities mix the values of {owner} with others"},
+    )
 
 
 def _less_shared(block: Attention, owners: Mapping[str, set[str]]) -> Attention:

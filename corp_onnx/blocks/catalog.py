@@ -121,9 +121,9 @@ def probed(graph: gs.Graph, sizes: Sizes | None = None) -> tuple[Facts, ...]:
     best: tuple[Facts, ...] = ()
     for pair in PROBED_SIZES:
         probes = tuple(evaluate(graph, _probe_sizes(graph, *size, sizes)) for size in pair)
-        if not best or len(probes[0].shapes) > len(best[0].shapes):
+        if not best or probes[0].filled > best[0].filled:
             best = probes
-        if all(len(facts.shapes) >= tensor_count(graph) for facts in probes):
+        if all(facts.filled >= tensor_count(graph) for facts in probes):
             break
     return best
 
@@ -133,7 +133,8 @@ def _probe_sizes(
 ) -> dict[str, tuple[int, ...]]:
     by_place = input_sizes(graph, batch=batch, sequence=sequence)
     varied = {
-        name: (*by_place.get(name, shape)[:1], *shape[1:]) for name, shape in (given or {}).items()
+        name: (*(by_place.get(name) or (batch,))[:1], *shape[1:])
+        for name, shape in (given or {}).items()
     }
     return input_sizes(graph, batch=batch, sequence=sequence, given=varied)
 

@@ -35,10 +35,11 @@ def match_linear(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal
 
 def _match_product(node: gs.Node, opset: int, shown: Set[str]) -> Linear | Refusal | None:
     """A MatMul or Gemm with a constant matrix on the right."""
-    if constant_value(node.inputs[0], opset) is not None:
+    weights = [constant_value(tensor, opset) for tensor in node.inputs[:2]]
+    if weights[0] is not None and weights[1] is None:
         return Refusal(node.name, node.op, "the constant matrix multiplies from the left")
-    weight = constant_value(node.inputs[1], opset)
-    if weight is None:
+    weight = weights[1]
+    if weight is None or weights[0] is not None:
         return None
     if weight.ndim != 2:
         return Refusal(

@@ -8,15 +8,23 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx import reference
+from corp_onnx.emit import replace_readers
 from corp_onnx.facts import element_type
+from corp_onnx.operators import is_standard
 from corp_onnx.shapes import Facts, evaluate
 from corp_onnx.sizes import input_sizes
 
 
 def constants_from_nodes(graph: gs.Graph) -> None:
-    """Turn every Constant node into a constant tensor of the same name."""
+    """Turn every Constant node into a constant tensor of the same name.
+
+    What is only another name of a constant, as exporters give to weights that are equal, goes.
+    """
     outputs = {id(tensor) for tensor in graph.outputs}
     for node in graph.nodes:
+        named = node.op == "Identity" and isinstance(node.inputs[0], gs.Constant)
+        if named and is_standard(node) and id(node.outputs[0]) not in outputs:
+            replace_readers(node.outputs[0], node.inputs[0])
         value = _value(node) if node.op == "Constant" else None
         if value is None or id(node.outputs[0]) in outputs:
             continue

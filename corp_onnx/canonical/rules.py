@@ -70,4 +70,4 @@ def _facts(graph: gs.Graph) -> Facts:
     """What is known at a batch of two, or of one where the model runs at no other."""
     sequence = usual_sequence(graph)
     two, one = (evaluate(graph, input_sizes(graph, batch=b, sequence=sequence)) for b in (2, 1))
-    return two if len(two.shapes) >= len(one.shapes) else one
+    return two if two.filled >= one.filled else one
