@@ -87,9 +87,11 @@ def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:
         for name, size in zip(tensor.shape or (), sizes[tensor.name], strict=False)
         if not isinstance(name, int)
     }
-    facts = Facts(sizes, dict(sizes), named=named)
+    facts = Facts(sizes, named=named)
     for tensor in graph.inputs:
-        facts.types[tensor.name] = type_of(tensor.dtype, sizes[tensor.name])
+        if tensor.shape is not None or sizes[tensor.name]:  # else nothing is known of it
+            facts.shapes[tensor.name] = sizes[tensor.name]
+            facts.types[tensor.name] = type_of(tensor.dtype, sizes[tensor.name])
     _record_all(graph.nodes, facts, _opsets(graph))
     return facts
 
