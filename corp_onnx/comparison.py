@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float64
@@ -34,8 +35,39 @@ class Comparison:
     top1: Mapping[str, float] | None = None
 
 
+class Reference(Protocol):
+    """What others are compared with."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what it gives."""
+
+    def run(self, feeds: Batch, /) -> dict[str, np.ndarray]:
+        """All of it, for one batch."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Remembered:
+    """A model that is run once on every batch, however often that comes again."""
+
+    session: Session
+    _found: dict[int, tuple[Batch, dict[str, np.ndarray]]] = field(default_factory=dict)
+    """With the batches themselves, so that no other can take the identity of one."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Those of the model."""
+        return self.session.outputs
+
+    def run(self, feeds: Batch, /) -> dict[str, np.ndarray]:
+        """What the model gave for this very batch."""
+        if id(feeds) not in self._found:
+            self._found[id(feeds)] = feeds, self.session.run(feeds)
+        return self._found[id(feeds)][1]
+
+
 def compare(
-    dense: Session,
+    dense: Reference,
     pruned: Session,
     batches: Iterable[Batch],
     *,
@@ -61,7 +93,7 @@ def compare(
 
 
 def compare_each(
-    dense: Session,
+    dense: Reference,
     candidates: Sequence[Session],
     batches: Iterable[Batch],
     *,
@@ -167,7 +199,7 @@ class _OutputSum:
         return {"dense": float((dense == truth).mean()), "pruned": float((pruned == truth).mean())}
 
 
-def _compared(dense: Session, pruned: Session, output: str | None) -> list[str]:
+def _compared(dense: Reference, pruned: Session, output: str | None) -> list[str]:
     common = [name for name in dense.outputs if name in pruned.outputs]
     if output is not None:
         common = [name for name in common if name == output]

@@ -148,6 +148,18 @@ def is_large(proto: onnx.ModelProto) -> bool:
     return _size_bytes(proto) > LARGEST_PROTOBUF_BYTES
 
 
+def serialized(proto: onnx.ModelProto) -> bytes | None:
+    """A model as one protobuf message; None if it is too large for that.
+
+    `is_large` is not asked before: it takes as long.
+    """
+    try:
+        message = bytes(proto.SerializeToString())
+    except (EncodeError, ValueError):
+        return None
+    return message if len(message) <= LARGEST_PROTOBUF_BYTES else None
+
+
 def opset_of(proto: onnx.ModelProto) -> int:
     """The version of the standard operator set that a model imports; 0 if it imports none."""
     versions = [entry.version for entry in proto.opset_import if entry.domain in STANDARD]

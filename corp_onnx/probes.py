@@ -12,12 +12,12 @@ from threadpoolctl import threadpool_limits
 
 from corp_onnx.blocks import Axis, Catalog, axes_of
 from corp_onnx.blocks.records import leader_of
-from corp_onnx.comparison import compare_each
+from corp_onnx.comparison import Remembered, compare_each
 from corp_onnx.graph import Model
 from corp_onnx.macs import Counts, count
 from corp_onnx.moments import read_only
 from corp_onnx.plan import Cut, Plan, uniform
-from corp_onnx.session import Runtime, Session, open_session
+from corp_onnx.session import Runtime, open_session
 from corp_onnx.shapes import evaluate
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import Solution
@@ -90,7 +90,8 @@ def probe(
             pool.map(lambda cuts: solver.curve(blocks[cuts[0].block], cuts[0].axis), groups)
         )
     counts = count(model.graph, evaluate(model.graph, catalog.sizes))
-    bench = _Bench(model, catalog, counts, open_session(model, runtime), tuple(samples), runtime)
+    dense = Remembered(open_session(model, runtime))
+    bench = _Bench(model, catalog, counts, dense, tuple(samples), runtime)
     return tuple(
         bench.probe(cuts, curve, solution) for cuts, curve in zip(groups, curves, strict=True)
     )
@@ -117,7 +118,7 @@ class _Bench:
     model: Model
     catalog: Catalog
     counts: Counts
-    dense: Session
+    dense: Remembered
     samples: tuple[Batch, ...]
     runtime: Runtime | None
 

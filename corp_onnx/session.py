@@ -16,7 +16,7 @@ import onnx
 
 from corp_onnx.data import InputSpec
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError
-from corp_onnx.graph import Model, is_large, write
+from corp_onnx.graph import Model, serialized, write
 from corp_onnx.providers import (
     CONFLICT,
     CPU,
@@ -220,8 +220,9 @@ def _open(ort: ModuleType, source: Model | Path, options: Any, providers: Provid
     proto: onnx.ModelProto = source.proto()
     if is_bfloat16(proto):
         proto = in_float32(proto)
-    if not is_large(proto):
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=providers)
+    message = serialized(proto)
+    if message is not None:
+        return ort.InferenceSession(message, options, providers=providers)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         write(proto, path)

@@ -11,7 +11,7 @@ import pytest
 
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibrate import gather
-from corp_onnx.comparison import Comparison, comparable, compare
+from corp_onnx.comparison import Comparison, Remembered, comparable, compare
 from corp_onnx.data import InputSpec
 from corp_onnx.errors import DataError, PlanError, VerificationError
 from corp_onnx.graph import from_proto
@@ -136,6 +136,21 @@ def test_nan_of_the_dense_model_is_an_error_and_nan_of_the_other_a_failed_gate()
 def test_another_shape_is_an_error():
     with pytest.raises(VerificationError, match=r"'y' has shape \(3, 2\).*\(3, 1\) in the other"):
         compared({"y": same}, {"y": lambda x: x[:, :1]})
+
+
+def test_a_reference_that_remembers_runs_once_on_every_batch():
+    seen = []
+
+    def counted(x):
+        seen.append(len(x))
+        return x
+
+    dense, other = fixed({"y": counted}), fixed({"y": lambda x: 2 * x})
+    batches = [{"x": np.ones((size, 2), np.float32)} for size in (1, 2)]
+    again = Remembered(dense)
+    found = [compare(again, other, batches).relative_error for _ in range(3)]
+    assert seen == [1, 2]
+    assert found == [compare(dense, other, batches).relative_error] * 3 == [1.0] * 3
 
 
 def test_no_samples_are_an_error():
