@@ -1,4 +1,4 @@
-"""``python -m corp_onnx``: the command line."""
+"""The command line as ``python -m corp_onnx``."""
 
 from __future__ import annotations
 
@@ -6,4 +6,5 @@ import sys
 
 from corp_onnx.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -86,14 +86,12 @@ def whole_folder(folder: Path, *, log: str, last: str) -> Iterator[Path]:
     above = next(place for place in (folder, *folder.resolve().parents) if place.is_dir())
     try:
         with tempfile.TemporaryDirectory(dir=above, prefix=".draft.") as name:
-            draft = Path(name)
+            draft, files = Path(name), [Path(name) / log]
             try:
                 yield draft
-            except BaseException:
-                _move([draft / log], folder)
-                raise
-            files = sorted(draft.iterdir(), key=lambda file: file.name == last)
-            _move(files, folder)
+                files = sorted(draft.iterdir(), key=lambda file: file.name == last)
+            finally:
+                _move(files, folder)
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
 

@@ -273,12 +273,6 @@ def test_sizes_of_another_model_do_not_matter_to_a_precision():
     assert typist.typed(example.MODEL, open_target("ort-cpu"), "int8")
 
 
-def test_weights_that_an_earlier_engine_left_are_not_counted(tmp_path):
-    (tmp_path / "model.onnx.data").write_bytes(bytes(10**6))
-    build = open_target("ort-cpu").build(example.MODEL, tmp_path, "fp32")
-    assert build.size_bytes == build.path.stat().st_size
-
-
 def test_weights_that_are_missing_are_an_error(tmp_path):
     onnx.save(
         onnx.load(example.MODEL),

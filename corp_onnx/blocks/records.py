@@ -17,10 +17,7 @@ Axis = Literal["mlp", "qk", "vo"]
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A product with a constant matrix, ``y = x W + b``, by node and tensor name.
-
-    MatMul, Gemm, MatMulNBits, or a convolution whose kernel is a single point.
-    """
+    """A product with a constant matrix, ``y = x W + b``, however it is written, by name."""
 
     node: str
     bias_node: str | None
@@ -33,7 +30,7 @@ class Linear:
     axis: int = -1
     """The axis of input and output that holds the channels: 1 for a convolution."""
     strided: bool = False
-    """Whether it leaves tokens out, as a convolution with strides does."""
+    """Whether it leaves tokens out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
