@@ -241,7 +241,10 @@ def keep_beside(recipe: Preprocessing | None, model: Path) -> Path | None:
         return recipe.save_beside(model)
     left = Preprocessing.path_beside(model)
     if left.is_file():
-        _log.warning("%s is of another model, yet it will be read with %s; remove it", left, model)
+        _log.warning(
+            "%s was there before, and will be read with %s; remove it if it is of another model",
+            *(left, model),
+        )
     return None
 
 

@@ -475,7 +475,7 @@ def test_a_preprocessing_of_another_model_is_warned_of_and_stays(command, files,
     recipe.save_beside(tmp_path / "out.onnx")
     ended = command("prune", files.model, "-o", tmp_path / "out.onnx", "--data", files.data, *HALF)
     assert ended.status == 0
-    assert "is of another model" in ended.message
+    assert "remove it if it is of another model" in ended.message
     assert Preprocessing.beside(tmp_path / "out.onnx") == recipe
 
 

@@ -454,10 +454,14 @@ def test_random_weights_are_the_same_every_time(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stale_recipe_does_not_outlive_its_model(script, output):
-    Preprocessing("x", (4, 4), 1, (0.5,), (0.5,), "bicubic", 1.0).save_beside(output)
+def test_a_recipe_that_was_there_is_warned_of_and_stays(script, output, caplog):
+    """Somebody may have written it by hand, for this very model."""
+    recipe = Preprocessing("x", (4, 4), 1, (0.5,), (0.5,), "bicubic", 1.0)
+    recipe.save_beside(output)
     export(f"{script}:one_row", output)
-    assert left_behind(output) == ["model.onnx"]
+    assert left_behind(output) == ["model.onnx", "model.preprocessing.json"]
+    assert Preprocessing.beside(output) == recipe
+    assert "remove it if it is of another model" in caplog.text
 
 
 @pytest.mark.slow
