@@ -400,7 +400,10 @@ def convolved(net):
 
 
 def sink(net, logits):
-    """A learned logit of every head beside those of the keys, as in gpt-oss."""
+    """A learned logit of every head beside those of the keys, as in gpt-oss.
+
+    To it what is constant along a row of logits is not: keys must not be centred, so they stay.
+    """
     shape = net("Shape", logits)
     one = net("Concat", net("Slice", shape, [0], [3]), [1], axis=0)
     return net("Concat", logits, net("Expand", net.random(1, HEADS, 1, 1), one), axis=-1)
@@ -537,7 +540,7 @@ MORE: Mapping[str, Callable[[int], Tiny]] = {
     "talking_by_conv": built(lambda net: plain(net, between=talking_by_conv), axes=VO),
     "gated": built(lambda net: plain(net, after=gated)),
     "gates_behind": built(gates_behind),
-    "sink": built(lambda net: plain(net, between=sink, after=without_sink)),
+    "sink": built(lambda net: plain(net, between=sink, after=without_sink), axes=VO),
     "keys_first": built(keys_first),
     "over_queries": built(over_queries),
     "convolved": built(convolved, value=HEAD),

@@ -235,8 +235,6 @@ def _axis_before(view: View, node: gs.Node, axis: int | None) -> int | None:
     if node.op == "Transpose":
         perm = node.attrs.get("perm", range(len(before))[::-1])
         return int(perm[axis]) - len(before)
-    if node.op in {"Concat", "Slice"}:  # more or fewer keys, as where a sink takes its share
-        return axis
     return axis if before[axis:] == after[axis:] else None
 
 
