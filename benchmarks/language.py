@@ -3,7 +3,8 @@
 SmolLM2-135M (30 blocks, gated MLPs of 1536, grouped heads with rotary positions) reads English
 definitions in windows of equal length. Perplexity is ``exp`` of the mean cross-entropy per token in
 nats, each token but the first of a window predicted from those before it; the error is
-``‖y - ŷ‖² / ‖y‖²`` of all logits. No window is in both sets.
+``‖y - ŷ‖² / ‖y‖²`` of all logits. Windows to calibrate on are drawn anew with each seed, those that
+are read stay, and no window is in two sets.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from benchmarks import exports
 from benchmarks.outcome import Outcome, Place, Row
+from benchmarks.spread import summary
 from benchmarks.tasks import SEED, definitions
 from corp_onnx import graph
 from corp_onnx.blocks import Axis, Catalog, axes_of, find_blocks
@@ -36,6 +38,8 @@ WINDOW, BATCH = 128, 4
 CALIBRATION, TEST = 160, 48
 """Windows of each set."""
 
+SEEDS = 2
+
 CUTS: Mapping[str, dict[Axis, float]] = {
     "50 % of the MLP width": {"mlp": 0.5},
     "50 % of the value width": {"vo": 0.5},
@@ -54,28 +58,43 @@ its ranking would do.
 
 
 def measure(place: Place) -> Outcome:
-    """Calibrate once, cut by every method, read the test windows with all models side by side."""
-    path = exports.drawn(place, "smollm2", "dynamo18")
-    model = graph.load(path)
+    """Calibrate on every draw, cut by every method, read the same windows with all models."""
+    model = graph.load(exports.drawn(place, "smollm2", "dynamo18"))
     catalog = find_blocks(model)
-    windows = windows_of(place)
-    count = 16 if place.quick else CALIBRATION
-    log.info("calibrating on %d windows", count)
-    used, tests = windows[:count], windows[count : count + (4 if place.quick else TEST)]
-    statistics = gather(model, catalog, batches(used), source="definitions")
+    count, tested = (16, 4) if place.quick else (CALIBRATION, TEST)
+    seeds = 1 if place.quick else place.seeds or SEEDS
+    tests, *draws = _sets(windows_of(place, tested + seeds * count), tested, count)
+    runs: dict[str, list[Row]] = {}
+    for seed, used in enumerate(draws):
+        for name, rows in _runs(model, catalog, used, tests, quick=place.quick).items():
+            runs.setdefault(name, []).extend({"seed": seed, **row} for row in rows)
     tables: dict[str, list[Row]] = {}
     checks: list[Check] = []
-    for name, shares in list(CUTS.items())[: 1 if place.quick else None]:
+    for name, rows in runs.items():
+        title = f"SmolLM2-135M, {name} removed"
+        tables |= {title: summary(rows, ["method"]), f"{title}, every draw": rows}
+        checks += _checks(name, tables[title])
+    settings = {"window": WINDOW, "calibration windows": count, "test windows": tested}
+    return Outcome(tables | {"blocks": _blocks(catalog)}, tuple(checks), settings)
+
+
+def _runs(
+    model: Model, catalog: Catalog, used: np.ndarray, tests: np.ndarray, *, quick: bool
+) -> dict[str, list[Row]]:
+    """By cut, what every method makes of one draw."""
+    log.info("calibrating on %d windows", len(used))
+    statistics = gather(model, catalog, batches(used), source="definitions")
+    runs = {}
+    for name, shares in list(CUTS.items())[: 1 if quick else None]:
         plan = uniform(catalog, shares)
         models = {"dense": model}
         for method, recipe in RECIPES.items():
             log.info("%s, %s", name, method)
             found = _solution(model, catalog, plan, statistics, recipe, used)
             models[method] = operate(model, catalog, found).model
-        tables[f"SmolLM2-135M, {name} removed"] = rows = read(models, tests)
-        checks += _checks(name, rows)
-    settings = {"window": WINDOW, "calibration windows": count, "test windows": len(tests)}
-    return Outcome(tables | {"blocks": _blocks(catalog)}, tuple(checks), settings)
+        runs[name] = read(models, tests)
+        log.info("%s", runs[name])
+    return runs
 
 
 def _solution(
@@ -134,14 +153,19 @@ def read(models: dict[str, Model], windows: np.ndarray) -> list[Row]:
     return [reader.row(name) for name, reader in readers.items()]
 
 
-def windows_of(place: Place) -> np.ndarray:
+def _sets(windows: np.ndarray, tested: int, count: int) -> list[np.ndarray]:
+    """The windows that are read, then every draw of those to calibrate on."""
+    return np.split(windows, range(tested, len(windows), count))
+
+
+def windows_of(place: Place, count: int) -> np.ndarray:
     """Token numbers ``[n, WINDOW]`` of definitions, one after the other, in random order."""
     from transformers import AutoTokenizer
 
     texts = definitions(place.asset("data.noun"))
     order = np.random.default_rng(SEED).permutation(len(texts))
     tokenizer = AutoTokenizer.from_pretrained(place.assets, gguf_file="smollm2.gguf")
-    wanted = (CALIBRATION + TEST) * WINDOW
+    wanted = count * WINDOW
     text = "\n".join(texts[index] for index in order[: wanted // 10])
     ids = np.array(tokenizer(text)["input_ids"], np.int64)[:wanted]
     return ids.reshape(-1, WINDOW)

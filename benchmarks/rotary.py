@@ -27,7 +27,7 @@ import onnx_graphsurgeon as gs
 from jaxtyping import Float64
 
 from benchmarks import exports
-from benchmarks.language import CALIBRATION, WINDOW, batches, read, windows_of
+from benchmarks.language import CALIBRATION, TEST, WINDOW, batches, read, windows_of
 from benchmarks.outcome import Outcome, Place
 from corp_onnx import graph
 from corp_onnx.blocks import Mlp, find_blocks
@@ -61,7 +61,7 @@ def measure(place: Place) -> Outcome:
     """Grams of all pairs in every layer, and from these the error at every share; perplexity."""
     model = graph.load(exports.drawn(place, "smollm2", "dynamo18"))
     fit, judge = (4, 4) if place.quick else (FIT, JUDGE)
-    windows = windows_of(place)
+    windows = windows_of(place, CALIBRATION + TEST)
     fitting, unseen_windows = windows[:fit], windows[-judge:]
     layers = _operands(model)
     log.info("%d layers, %d windows", len(layers), fit + judge)
