@@ -319,6 +319,35 @@ def test_blocks_come_in_the_order_of_the_graph_and_masks_hold_for_what_follows()
     ]
 
 
+@pytest.mark.parametrize("joined", [True, False], ids=["a decoder", "a tower of its own"])
+def test_masks_go_with_the_tokens_and_not_with_the_order_of_the_graph(joined):
+    """Two streams written in turns: every block has the mask of its own, or none."""
+    net = Net(0)
+    mask = net.input("added", "batch", 1, 1, "tokens")
+    x, y = net.x(), net.input("y", "batch", "tokens", WIDTH)
+
+    def attend(x, context, logits):
+        operands = [net.linear(z, WIDTH, HEADS * HEAD) for z in (x, context, context)]
+        heads = [split_heads(net, z) for z in operands]
+        return net("Add", x, merge_heads(net, mix(net, *heads, logits)))
+
+    behind = attend(x, x, lambda net, y: net("Add", scaled(net, y), mask))
+    y = attend(y, y, scaled)
+    of_x = {x, behind}
+    x = net("Add", behind, mlp(net, behind, relu))
+    y = net("Add", y, mlp(net, y, relu))
+    if joined:
+        y = attend(net("Relu", y), x, scaled)
+        y = net("Add", y, mlp(net, y, relu))
+    else:
+        y = net("Concat", x, y, axis=1)
+    blocks = catalog_of_net(net, y).blocks
+    assert len(blocks) == (6 if joined else 4)
+    for block in blocks:
+        entry = block.sources[0].linear if isinstance(block, Mlp) else block.query.linear
+        assert (block.padding is not None) == (entry.input in of_x), block.id
+
+
 @pytest.mark.parametrize("masked", [True, False], ids=["masked keys", "all keys seen"])
 @pytest.mark.parametrize("alone", [True, False], ids=["first in the graph", "behind itself"])
 def test_a_mask_of_what_is_attended_to_hides_nobody_who_asks(alone, masked):

@@ -14,13 +14,13 @@ from corp_onnx.blocks.foreign import weights_inside, why_fused
 from corp_onnx.blocks.linear import match_linear
 from corp_onnx.blocks.logits import Anchor, match_softmax
 from corp_onnx.blocks.mlp import match_mlp, why_not_hidden
+from corp_onnx.blocks.padding import with_padding
 from corp_onnx.blocks.parts import Parts, match_attention, match_multi_head, match_operator
 from corp_onnx.blocks.records import (
     Attention,
     Block,
     Catalog,
     Linear,
-    Mask,
     Mlp,
     Refusal,
     linears_of,
@@ -184,19 +184,13 @@ def _mlps(view: View, taken: set[str]) -> tuple[list[Mlp], list[Refusal]]:
 
 
 def _in_order(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """Blocks in the order of the graph, each with the mask of the self-attention before it."""
+    """Blocks in the order of the graph, each with the mask of the self-attention above it."""
     place = {node.name: index for index, node in enumerate(view.graph.nodes)}
     ordered = sorted(
         blocks,
         key=lambda block: place[block.down.node if isinstance(block, Mlp) else block.anchor],
     )
-    mask: Mask | None = None
-    result: list[Block] = []
-    for block in ordered:
-        if isinstance(block, Attention) and not block.crosses:
-            mask = block.key_padding
-        result.append(replace(block, padding=mask))
-    return tuple(result)
+    return with_padding(view.graph.nodes, ordered)
 
 
 def _left_whole(view: View, attentions: Sequence[Attention]) -> dict[str, str]:

@@ -1,0 +1,56 @@
+"""Which mask says what tokens of a block are padding: that of the self-attention above it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import onnx_graphsurgeon as gs
+
+from corp_onnx.blocks.records import Attention, Block, Mlp
+
+
+def with_padding(nodes: Iterable[gs.Node], blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Blocks, each with the mask of the self-attention that its tokens come from.
+
+    A self-attention has its own. What a cross-attention attends to are other tokens, whose masks
+    end there: an encoder's says nothing of the decoder behind it.
+
+    Args:
+        nodes: Of the graph, in its order.
+        blocks: All of them.
+    """
+    attentions = [block for block in blocks if isinstance(block, Attention)]
+    above = _nearest_above(nodes, attentions)
+    ends = [block.down.node if isinstance(block, Mlp) else block.products[0] for block in blocks]
+    nearest = [above[end] for end in ends]
+    return tuple(
+        replace(block, padding=attention.key_padding if attention else None)
+        for block, attention in zip(blocks, nearest, strict=True)
+    )
+
+
+def _nearest_above(
+    nodes: Iterable[gs.Node], attentions: Sequence[Attention]
+) -> dict[str, Attention | None]:
+    """By node, the last self-attention that it follows or is a part of."""
+    owners = {product: block for block in attentions for product in block.products}
+    place = {block.id: number for number, block in enumerate(attentions)}
+    of_tensor: dict[str, Attention] = {}
+    of_node: dict[str, Attention | None] = {}
+    for node in nodes:
+        found = owners.get(node.name)
+        if found is None or found.crosses:
+            known = [of_tensor[name] for name in _followed(node, found) if name in of_tensor]
+            found = max(known, key=lambda block: place[block.id], default=None)
+        of_node[node.name] = found
+        if found is not None:
+            of_tensor |= dict.fromkeys((tensor.name for tensor in node.outputs), found)
+    return of_node
+
+
+def _followed(node: gs.Node, cross: Attention | None) -> list[str]:
+    """The tensors whose tokens a node goes on with: in a cross-attention, those that ask."""
+    if cross is None:
+        return [tensor.name for tensor in node.inputs]
+    return [cross.query.linear.output if cross.query else node.inputs[0].name]
