@@ -17,7 +17,7 @@ from corp_onnx.masks import seen_rows
 from corp_onnx.moments import Collector, Moments
 from corp_onnx.plan import Cut
 from corp_onnx.scarcity import require_enough
-from corp_onnx.sites import Site, Thinning
+from corp_onnx.sites import Site, Thinning, precision_of
 from corp_onnx.solve import Recipe
 from corp_onnx.solve.folds import Fold
 from corp_onnx.solve.joint import Joint, merged
@@ -118,7 +118,9 @@ class Fitter:
         stream, line, linear = self.stream, self.line, self.stream.linear
         assert linear is not None, "a block whose last layer is known"
         totals = [
-            Collector((linear.width_in + linear.width_out,), line.recipe.device)
+            Collector(
+                (linear.width_in + linear.width_out,), line.recipe.device, precision_of(self.block)
+            )
             for _ in range(max(line.of_part) + 1)
         ]
         mask = [self.block.padding.tensor] if self.block.padding else []

@@ -208,10 +208,19 @@ class Accumulator:
 class Collector:
     """An `Accumulator` in which vectors wait until one product serves several small batches."""
 
-    __slots__ = ("_enough", "_total", "_waiting")
+    __slots__ = ("_dtype", "_enough", "_total", "_waiting")
 
-    def __init__(self, shape: tuple[int, ...], device: Device = HOST) -> None:
-        """Start with no vector, for batches of shape ``(n, *shape)``."""
+    def __init__(
+        self, shape: tuple[int, ...], device: Device = HOST, dtype: type[np.floating] | None = None
+    ) -> None:
+        """Start with no vector, for batches of shape ``(n, *shape)``.
+
+        Args:
+            shape: Of one vector, ``(*h, d)``.
+            device: Where products are taken.
+            dtype: In what precision; None for that of the vectors.
+        """
+        self._dtype = dtype
         self._total = Accumulator(shape, device)
         self._enough = max(ROWS_PER_CHANNEL * shape[-1], LEAST_ROWS)
         self._waiting: list[Float[np.ndarray, "n *h d"]] = []
@@ -238,7 +247,7 @@ class Collector:
     def _flush(self) -> None:
         if self._waiting:
             waiting, self._waiting = self._waiting, []
-            self._total.add(np.concatenate(waiting))
+            self._total.add(np.concatenate(waiting, dtype=self._dtype))
 
 
 def read_only(values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:

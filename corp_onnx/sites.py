@@ -40,6 +40,15 @@ class Thinning:
 ALL = Thinning()
 
 
+def precision_of(block: Block) -> type[np.floating] | None:
+    """What products of a block's activations are taken in; None for their own precision.
+
+    Roots of the moments of heads are inverted, down to directions of which float32 says nothing. A
+    ridge keeps those of an MLP, which are many times as large, away from such directions.
+    """
+    return np.float64 if isinstance(block, Attention) else None
+
+
 class Site:
     """Sums up the activations of one block; mutable, as the sums that it holds."""
 
@@ -119,7 +128,10 @@ class Site:
         self.tokens += len(key)
 
     def _sum(self, role: str, vectors: np.ndarray) -> None:
-        self._sums.setdefault(role, Collector(vectors.shape[1:], self._device)).add(vectors)
+        if role not in self._sums:
+            precision = precision_of(self.block)
+            self._sums[role] = Collector(vectors.shape[1:], self._device, precision)
+        self._sums[role].add(vectors)
 
     @contextmanager
     def _named(self) -> Iterator[None]:

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corp_onnx.blocks import Mlp, axes_of, find_blocks
+from corp_onnx.blocks import Attention, Mlp, axes_of, find_blocks
 from corp_onnx.blocks.records import Mask
 from corp_onnx.calibrate import MOST_SEEN, calibrate, gather
 from corp_onnx.errors import DataError
 from corp_onnx.graph import from_proto
 from corp_onnx.masks import visible
+from corp_onnx.moments import Moments
 from corp_onnx.session import open_session
+from corp_onnx.sites import Site
+from corp_onnx.solve.lowrank import NEGLIGIBLE
 from tests import numpy_block
 from tests.builders import (
     HEAD,
@@ -486,3 +489,22 @@ def test_energies_of_float16_do_not_overflow(tiny):
     query, key = (found.sites[f"{block.id}.{role}"] for role in ("query", "key"))
     bound = np.sqrt((query.mean**2 + query.variance) * (key.mean**2 + key.variance))
     assert (energy > 0.01 * bound).all()
+
+
+def test_moments_of_heads_have_no_directions_that_are_rounding_alone(tiny):
+    """Their roots are inverted: in float32 products such directions are as large as small ones."""
+    model = tiny("transformer")
+    block = next(block for block in find_blocks(model).blocks if isinstance(block, Attention))
+    width = block.output.linear.width_in
+    rng = np.random.default_rng(0)
+    of_rank_two = rng.standard_normal((4000, 2)) @ rng.standard_normal((2, width))
+    context = (100.0 + of_rank_two).astype(np.float32)
+    site = Site(block, ("vo",))
+    site.add({block.output.linear.input: context[None]})
+
+    def third(moments):
+        values = np.linalg.eigvalsh(moments.covariance)
+        return np.abs(values[:-2]).max() / values[-1]
+
+    assert third(site.moments()[f"{block.id}.context"]) <= NEGLIGIBLE / 100
+    assert third(Moments.of(context)) > NEGLIGIBLE / 10  # the wrong twin

@@ -14,7 +14,7 @@ from corp_onnx.moments import read_only
 NEGLIGIBLE = 1e-7
 """Share of the largest eigenvalue below which a direction of a second moment counts as absent.
 
-Moments are float32 products: what is smaller is rounding, and of another sign in another part.
+Activations are float32 numbers: what is smaller may be their rounding.
 """
 
 
