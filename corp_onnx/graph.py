@@ -27,6 +27,12 @@ G_LOGGER.severity = G_LOGGER.ERROR
 OLDEST_OPSET = 11
 LARGEST_PROTOBUF_BYTES = 2**31 - 1
 
+VALUES = (
+    *("raw_data", "float_data", "int32_data", "int64_data"),
+    *("double_data", "uint64_data", "string_data"),
+)
+"""Where a tensor may keep what it holds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
@@ -196,7 +202,18 @@ def _with_weights(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             f"{path} keeps weights in another file that cannot be read ({_first_line(error)}); "
             "put the external data file back beside the model, as a file and not as a link"
         ) from error
+    _require_values(proto, path)
     return proto
+
+
+def _require_values(proto: onnx.ModelProto, path: Path) -> None:
+    tensors = [tensor for tensor in proto.graph.initializer if 0 not in tensor.dims]
+    empty = [tensor for tensor in tensors if not any(getattr(tensor, name) for name in VALUES)]
+    if empty:
+        raise GraphError(
+            f"{path} was stripped of its weights: {len(empty)} initializers hold no values, "
+            f"{empty[0].name!r} of shape {list(empty[0].dims)} among them; give the whole model"
+        )
 
 
 def _require_known_opset(proto: onnx.ModelProto, path: Path) -> int:

@@ -149,6 +149,16 @@ def test_weights_that_are_missing(proto, tmp_path):
         graph.load(tmp_path / "split.onnx")
 
 
+def test_a_file_without_its_weights(proto, tmp_path):
+    stripped = onnx.ModelProto()
+    stripped.CopyFrom(proto)
+    for tensor in stripped.graph.initializer[:2]:
+        tensor.ClearField("raw_data")
+    onnx.save(stripped, tmp_path / "stripped.onnx")
+    with pytest.raises(GraphError, match="stripped of its weights: 2 initializers hold no values"):
+        graph.load(tmp_path / "stripped.onnx")
+
+
 def test_weights_that_are_truncated(proto, tmp_path):
     save_with_data(proto, tmp_path / "split.onnx")
     data = (tmp_path / "weights").read_bytes()
