@@ -429,6 +429,11 @@ def packed_gather(net: Net) -> list[str]:
     return [net("Gather", whole, np.int64(index), axis=0) for index in range(3)]
 
 
+def packed_gather_nd(net: Net) -> list[str]:
+    whole = packed(net)
+    return [net("GatherND", whole, [index]) for index in range(3)]
+
+
 def packed_slice(net: Net) -> list[str]:
     whole = net.linear(net.x(), WIDTH, 3 * HEADS * HEAD)
     size = HEADS * HEAD
@@ -838,6 +843,7 @@ TINY: Mapping[str, Builder] = {
     "no_bias": projected(no_bias),
     "packed_split": projected(packed_split),
     "packed_gather": projected(packed_gather),
+    "packed_gather_nd": projected(packed_gather_nd),
     "packed_slice": projected(packed_slice),
     "scale_on_query": projected(scale_on_query),
     "scale_on_key": projected(scale_on_key),

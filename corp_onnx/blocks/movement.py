@@ -29,6 +29,7 @@ MOVING_OPS = frozenset(
         "Split",
         "Slice",
         "Gather",
+        "GatherND",
         "Expand",
         "Tile",
         "Concat",
