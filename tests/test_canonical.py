@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import onnx
 import pytest
@@ -461,9 +463,47 @@ def einsum_attention(*, wrong=False):
     return net.build(net("Add", y, net.random(WIDTH)))
 
 
+def long_sums(order, *, wrong=False):
+    """The same with values and output projection in one sum, whose operands come in any order."""
+    net = Net(0)
+    net.x()
+    query, key, value = (
+        net("Einsum", "x", net.random(WIDTH, HEADS, HEAD), equation="bsd,dhe->bhse")
+        for _ in range(3)
+    )
+    logits = net("Mul", net("Einsum", query, key, equation="bhqd,bhkd->bhqk"), 0.4)
+    operands = {
+        "mixed": (net("Softmax", logits, axis=-1), "bhij"),
+        "value": (value, "bhje"),
+        "weight": (net.const(net.random(HEADS, HEAD, WIDTH) * (1.1 if wrong else 1)), "hed"),
+    }
+    names, terms = zip(*(operands[role] for role in order), strict=True)
+    return net.build(net("Einsum", *names, equation=f"{','.join(terms)} -> bid"))
+
+
+def low_rank(*, wrong=False):
+    """A layer as two narrow ones, in one sum."""
+    net = Net(0)
+    net.x("batch", "tokens", 10)
+    factors = [net.const(net.random(10, 3) * (1.1 if wrong else 1)), net.const(net.random(3, 14))]
+    return net.build(net("Einsum", "x", *factors, equation="bsd,dr,rf->bsf"))
+
+
 def test_an_attention_written_in_sums_is_found():
     model = check(einsum_attention, gone="Einsum")
     assert widths_of(model) == [("attention", HEAD, ("qk", "vo"))]
+
+
+@pytest.mark.parametrize("order", [*permutations(["mixed", "value", "weight"])])
+def test_a_sum_of_three_is_two_sums_of_two(order):
+    """Probabilities meet values first: a weight before them would make the product larger."""
+    model = check(long_sums, gone="Einsum", order=order)
+    assert widths_of(model) == [("attention", HEAD, ("qk", "vo"))]
+
+
+def test_a_sum_over_two_weights_is_two_layers():
+    model = check(low_rank, gone="Einsum")
+    assert [node.op for node in model.graph.nodes] == ["MatMul", "MatMul"]
 
 
 # Normalisation of batches

@@ -1,4 +1,4 @@
-"""Einsum of two operands as a matrix product, with the axes turned and merged around it."""
+"""Einsum as matrix products: of more operands pair by pair, with axes turned and merged around."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.canonical.rewriting import Bench, Outputs
+from corp_onnx.canonical.rewriting import Bench, Outputs, instead
+from corp_onnx.emit import Emitter
 
 _EQUATION = re.compile(r"^([A-Za-z]*),([A-Za-z]*)(?:->([A-Za-z]*))?$")
+_LONG_EQUATION = re.compile(r"^([A-Za-z,]*)->([A-Za-z]*)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +74,70 @@ class Labels:
         }
 
 
+def in_pairs(graph: gs.Graph) -> None:
+    """Write, in place, every Einsum of three operands or more as one of two behind another.
+
+    Two come first that share a label which is summed and of which no other operand knows, so what
+    lies between is no larger than it must be; activations before weights.
+    """
+    long = [node for node in graph.nodes if node.op == "Einsum" and len(node.inputs) > 2]
+    if not long:
+        return
+    emit = Emitter.of(graph)
+    for node in long:
+        made = _paired(node, emit.under(node.name))
+        if made is not None:
+            instead(graph, node, [made])
+    graph.toposort()
+
+
+def _paired(node: gs.Node, emit: Emitter) -> gs.Variable | None:
+    """The same sum, two operands at a time; None if no two can be summed by themselves."""
+    operands = list(node.inputs)
+    weights = [isinstance(tensor, gs.Constant) for tensor in operands]
+    made = None
+    for first, second, equation in _steps(str(node.attrs.get("equation", "")), weights):
+        pair = [operands[first], operands.pop(second)]
+        made = emit.node("Einsum", pair, dtype=node.outputs[0].dtype, attrs={"equation": equation})
+        operands[first] = made
+    return made
+
+
+def _steps(equation: str, weights: Sequence[bool]) -> list[tuple[int, int, str]]:
+    """Which operands are summed in turn, the result in place of the first; none if some cannot."""
+    sides = _LONG_EQUATION.match(equation.replace(" ", ""))
+    terms, result = (sides[1].split(","), sides[2]) if sides else ([], "")
+    if len(terms) != len(weights) or any(len(set(term)) != len(term) for term in terms):
+        return []
+    steps, known = [], list(weights)
+    while len(terms) > 2:
+        found = [
+            (known[one] + known[other], one, other, labels)
+            for one, other in combinations(range(len(terms)), 2)
+            if (labels := _labels_left(terms, result, one, other)) is not None
+        ]
+        if not found:
+            return []
+        _, one, other, labels = min(found)
+        steps.append((one, other, f"{terms[one]},{terms[other]}->{labels}"))
+        terms[one], known[one] = labels, False
+        del terms[other], known[other]
+    return [*steps, (0, 1, f"{terms[0]},{terms[1]}->{result}")]
+
+
+def _labels_left(terms: Sequence[str], result: str, one: int, other: int) -> str | None:
+    """Labels that are still needed when two terms are summed; None if they sum none they share."""
+    elsewhere = {*result}.union(*(t for i, t in enumerate(terms) if i not in {one, other}))
+    if elsewhere.issuperset({*terms[one]} & {*terms[other]}):
+        return None
+    both = dict.fromkeys(terms[one] + terms[other])
+    return "".join(label for label in both if label in elsewhere)
+
+
 def einsum_as_matmul(node: gs.Node, bench: Bench) -> Outputs | None:
     """``Einsum`` as MatMul: with a constant weight a linear layer, else a product of activations.
 
-    Left alone are sums of one operand, of three, over diagonals or over an axis of one operand,
+    Left alone are sums of one operand, over diagonals or over an axis of one operand,
     and what would need sizes computed at run time.
     """
     labels = Labels.read(str(node.attrs.get("equation", "")))
