@@ -73,7 +73,7 @@ def verify(
         solved.held_out,
     )
     if checks[0].passed:
-        checks.append(_promises(model, catalog, surgery.model, found, solved, runtime))
+        checks.append(_promises(model, catalog, surgery.model, found, solved, sizes, runtime))
     checks += [check_repair(comparison, bare) for bare in unrepaired]
     checks += check_gates(comparison, max_error=gates.max_error, min_agreement=gates.min_agreement)
     return Verification(tuple(checks), comparison)
@@ -85,6 +85,7 @@ def _promises(
     pruned: Model,
     found: Catalog,
     solved: Solved,
+    sizes: Sizes | None,
     runtime: Runtime | None,
 ) -> Check:
     """Whether the promises hold, as far as the few samples that were kept can tell.
@@ -95,7 +96,7 @@ def _promises(
     """
 
     def measured(samples: Sequence[Batch]) -> Measured:
-        return _measured(model, catalog, pruned, found, solved.solution, samples, runtime)
+        return _measured(model, catalog, pruned, found, solved.solution, samples, sizes, runtime)
 
     check = check_promises(solved.solution, measured(solved.seen))
     groups = [solved.seen[at::GROUPS] for at in range(GROUPS)]
@@ -122,6 +123,7 @@ def _measured(
     found: Catalog,
     solution: Solution,
     samples: Sequence[Batch],
+    sizes: Sizes | None,
     runtime: Runtime | None,
 ) -> Measured:
     """What every fold of a solution really does, on samples that it was solved from."""
@@ -149,4 +151,4 @@ def _measured(
     if not values:
         return measured
     alone = operate(model, catalog, replace(solution, folds=values)).model
-    return measured | measure(alone, named_as(find_blocks(alone), catalog), ("vo",))
+    return measured | measure(alone, named_as(find_blocks(alone, sizes), catalog), ("vo",))

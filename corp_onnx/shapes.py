@@ -21,7 +21,7 @@ from corp_onnx.feasible import runs
 from corp_onnx.fused import has_rule, outputs_of, twin_of
 from corp_onnx.operators import SIZE_OPS, is_standard
 from corp_onnx.reference import run as run  # a name of this module too: `shapes.run`
-from corp_onnx.sizes import DEFAULT_SEQUENCES, Sizes, input_sizes
+from corp_onnx.sizes import Sizes, input_sizes, sequences_to_try
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def usual_sequence(graph: gs.Graph, given: Sizes | None = None) -> int:
 
 def _usual(graph: gs.Graph, given: Sizes | None) -> tuple[int, Facts]:
     known: dict[int, Facts] = {}
-    for sequence in DEFAULT_SEQUENCES:
+    for sequence in sequences_to_try(graph):
         sizes = input_sizes(graph, sequence=sequence, given=given)
         known[sequence] = evaluate(graph, sizes)
         if known[sequence].filled >= tensor_count(graph):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -17,6 +18,12 @@ The last is a quarter of a second of sound, of which convolutions leave a dozen 
 """
 
 DEFAULT_PIXELS = 224
+
+TRACED_SEQUENCES, MOST_TRACED, LONGEST_SHAPE = range(5, 5000), 4, 8
+"""Which numbers in constants of so few entries may be the one length that a model was traced at,
+and how many of them are tried."""
+
+_WHOLE = (np.int64, np.int32)
 
 Sizes = Mapping[str, tuple[int, ...]]
 """Concrete dimensions of every graph input, by input name."""
@@ -60,6 +67,26 @@ def input_sizes(
         for name, size in zip(declared, sizes[tensor.name], strict=True):
             named.setdefault(str(name), size)
     return {tensor.name: sizes[tensor.name] for tensor in graph.inputs}
+
+
+def sequences_to_try(graph: gs.Graph) -> Iterator[int]:
+    """The usual lengths, then the commonest that the graph itself holds among its sizes.
+
+    A model that was traced at one length, and holds it, runs at no other.
+    """
+    yield from DEFAULT_SEQUENCES
+    yield from traced_sequences(graph)
+
+
+def traced_sequences(graph: gs.Graph) -> list[int]:
+    """The commonest numbers in the shapes that the graph holds, but for those of its weights."""
+    constants = [t for node in graph.nodes for t in node.inputs if isinstance(t, gs.Constant)]
+    widths = {size for t in constants if t.dtype not in _WHOLE for size in t.shape}
+    small = [t for t in constants if t.dtype in _WHOLE and np.prod(t.shape) <= LONGEST_SHAPE]
+    found = Counter(int(size) for t in small for size in np.ravel(t.values))
+    usual = widths.union(DEFAULT_SEQUENCES)
+    wanted = [n for n, _ in found.most_common() if n in TRACED_SEQUENCES and n not in usual]
+    return wanted[:MOST_TRACED]
 
 
 def batch_of(sizes: Sizes) -> int:

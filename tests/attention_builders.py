@@ -438,6 +438,26 @@ def convolved_normed(net):
     return merged(net, products(net, normed(net, query), normed(net, key), value), value=HEAD)
 
 
+def heads_in_batch(net):
+    """Tokens first and heads beside samples, then apart, as ``nn.MultiheadAttention`` has them.
+
+    Of the sizes that keys have in between only their length is taken.
+    """
+    width = HEADS * HEAD
+    y = net("Transpose", net.x(), perm=[1, 0, 2])
+    whole = net("Reshape", net.linear(y, WIDTH, 3 * width), [0, 0, 3, width])
+    apart = net("Transpose", whole, perm=[2, 0, 1, 3])
+    parts = [net("Gather", apart, np.int64(index), axis=0) for index in range(3)]
+    beside = [net("Transpose", net("Reshape", y, [0, -1, HEAD]), perm=[1, 0, 2]) for y in parts]
+    length = net("Gather", net("Shape", beside[1]), [1], axis=0)
+    sizes = net("Concat", net("Shape", "x", end=1), [HEADS], [-1], [HEAD], axis=0)
+    heads = [net("Reshape", y, sizes) for y in beside]
+    mask = net("ConstantOfShape", length)
+    mixed = products(net, *heads, lambda net, y: net("Add", y, mask))
+    rows = net("Reshape", net("Transpose", mixed, perm=[2, 0, 1, 3]), [0, 0, width])
+    return net("Transpose", net.linear(rows, width, WIDTH), perm=[1, 0, 2])
+
+
 GROUPED: Mapping[str, Callable[[int], Tiny]] = {
     "expanded": built(grouped(by_expand), kv_heads=KV_HEADS),
     "gathered": built(grouped(by_gather), kv_heads=KV_HEADS),
@@ -534,6 +554,7 @@ MORE: Mapping[str, Callable[[int], Tiny]] = {
     "talking_on_rows": built(
         lambda net: plain(net, between=talking_on_rows, after=talking_on_rows), axes=VO
     ),
+    "heads_in_batch": built(heads_in_batch, value=HEAD),
     "on_rows": built(on_rows),
     "windows_on_rows": built(in_windows(-1)),
     "talking_after": built(lambda net: plain(net, after=talking)),

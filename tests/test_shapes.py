@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto
 
 from corp_onnx import graph, shapes
-from corp_onnx.blocks import find_blocks
+from corp_onnx.blocks import axes_of, find_blocks
 from corp_onnx.blocks.catalog import view_of
 from corp_onnx.errors import PlanError
 from corp_onnx.shapes import (
@@ -216,6 +216,16 @@ def test_a_table_too_large_to_be_computed_decides_it_as_well():
     table = net("Gather", np.zeros((70, 1000)), places, axis=0)
     made = graph_of(net, net("Relu", table))
     assert usual_sequence(made) == 64
+
+
+def test_a_length_that_the_model_holds_is_found():
+    """Traced at 11 tokens and declared open: it runs at no other length, and says so nowhere."""
+    net = Net(0)
+    x = net("Reshape", net.x(), [0, 11, WIDTH])
+    model = graph.from_proto(net.build(mlp(net, x, relu)))
+    assert usual_sequence(model.graph) == 11
+    (block,) = find_blocks(model).blocks
+    assert axes_of(block) == ("mlp",)
 
 
 def test_the_longest_usual_sequence_is_taken_where_all_fit():

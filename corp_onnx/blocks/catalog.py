@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import onnx_graphsurgeon as gs
 
@@ -31,7 +32,7 @@ from corp_onnx.graph import Model, nodes_of_subgraphs
 from corp_onnx.macs import Counts, count
 from corp_onnx.operators import is_standard
 from corp_onnx.shapes import Facts, evaluate, tensor_count, usual_facts
-from corp_onnx.sizes import Sizes, input_sizes
+from corp_onnx.sizes import Sizes, input_sizes, traced_sequences
 
 PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)), ((1, 5), (1, 7)))
 """Pairs of (batch, sequence) at which data movement is run; the next where one does not fit.
@@ -116,10 +117,12 @@ def view_of(model: Model, sizes: Sizes | None = None) -> tuple[View, tuple[Refus
 def probed(graph: gs.Graph, sizes: Sizes | None = None) -> tuple[Facts, ...]:
     """Facts at two batch and two sequence sizes: the pair at which most shapes can be inferred.
 
-    Dimensions that the caller gives are those of his data; only their first axis varies.
+    A model that runs at one length only is looked at there. Dimensions that the caller gives are
+    those of his data; only their first axis varies.
     """
     best: tuple[Facts, ...] = ()
-    for pair in PROBED_SIZES:
+    at_one_length = (((2, s), (3, s)) for s in traced_sequences(graph))
+    for pair in chain(PROBED_SIZES, at_one_length):
         probes = tuple(evaluate(graph, _probe_sizes(graph, *size, sizes)) for size in pair)
         if not best or probes[0].filled > best[0].filled:
             best = probes

@@ -103,22 +103,39 @@ def _size_reader(
 ) -> SizeReader | None:
     """Every axis of a path's target as a number, or as that of a tensor that stays or is made anew.
 
-    That is the input of the layer, which has the token axes of its output, or one of the ends.
+    That is the input of the layer, which has the token axes of its output, or one of the ends. What
+    is said of axes whose size nobody takes does not matter.
     """
     tokens = _tokens(view, path)
     if node.op != "Shape":
         return None
+    taken = _axes_taken(view, node, tokens.ndim)
     likes = {view.linears[path.source.name].input: Path(path.source, path.source, ())}
     likes |= {end.route.operand: end.path for end in ends}
     for name, like in likes.items():
         sizes = [
             _size_like(view, (path.target, tokens), axis, (like.target, _tokens(view, like)))
+            if axis in taken
+            else tokens.shape[axis]
             for axis in range(tokens.ndim)
         ]
         found = [size for size in sizes if size is not None]
         if len(found) == len(sizes):
             return _reader(node, found, name)
     return None
+
+
+def _axes_taken(view: View, node: gs.Node, rank: int) -> set[int]:
+    """The axes whose size is taken from what a Shape node says; all, unless some are picked."""
+    (sizes,) = node.outputs
+    said = range(rank)[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
+    picks = [
+        view.known(reader.inputs[1]) if reader.op == "Gather" else None
+        for reader in view.readers(sizes)
+    ]
+    if view.is_output(sizes) or any(pick is None for pick in picks):
+        return set(said)
+    return {said[place] for pick in picks if pick is not None for place in pick.reshape(-1)}
 
 
 def _tokens(view: View, path: Path) -> np.ndarray:
