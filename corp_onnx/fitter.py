@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from corp_onnx.blocks import Attention, Axis, Block, Mlp
+from corp_onnx.blocks.records import linears_of
 from corp_onnx.calibrate import summed
 from corp_onnx.errors import DataError
 from corp_onnx.line import Line, Part
@@ -108,10 +109,16 @@ class Fitter:
     def _query_key(self, block: Attention) -> Statistics:
         """What queries and keys are, behind the blocks that are cut."""
         site = Site(block, ("qk",), device=self.line.recipe.device)
-        part = self.line.cut(self.part, self.before)
+        part = self.line.cut(self.part, self._before_alone(block))
         for _, tensors in self.line.run(self.line.pruned, part, site.tensors()):
             site.add(tensors)
         return self._enough(summed([site], self.line.samples, "", self._sha256))
+
+    def _before_alone(self, block: Attention) -> list[Fold]:
+        """Folds that leave the layers of queries and keys whole: others are beside them."""
+        own = set(linears_of(block))
+        blocks = {other.id: other for other in self.line.catalog.blocks}
+        return [fold for fold in self.before if own.isdisjoint(linears_of(blocks[fold.block]))]
 
     def _joints(self, folds: Sequence[Fold], features: str) -> list[Joint]:
         """What the last layer reads, with what it should add to the stream, by part of samples."""

@@ -9,6 +9,7 @@ import numpy as np
 from tests.builders import (
     HEAD,
     HEADS,
+    HIDDEN,
     WIDTH,
     Net,
     conv,
@@ -56,6 +57,17 @@ def parallel(net: Net, x: str) -> str:
     return net("Add", net("Add", attend(net, normal), feed(net, normal)), x)
 
 
+def parallel_packed(net: Net, x: str) -> str:
+    """The same with hidden channels, queries, keys and values from one layer, as in ViT-22B."""
+    inner = HEADS * HEAD
+    sizes = [HIDDEN, inner, inner, inner]
+    whole = net.linear(layer_norm(net, x), WIDTH, sum(sizes))
+    hidden, *heads = net("Split", whole, sizes, outputs=4, axis=2)
+    mixed = merge_heads(net, mix(net, *(split_heads(net, y) for y in heads)))
+    fed = net.linear(relu(net, hidden), HIDDEN, WIDTH)
+    return net("Add", net("Add", x, fed), mixed)
+
+
 def chained(net: Net, x: str) -> str:
     """One MLP ends in the layer that the next begins with, and joins the stream behind it."""
     y = relu(net, net.linear(x, WIDTH, 14))
@@ -68,6 +80,7 @@ LAYERS: Mapping[str, Callable[[Net, str], str]] = {
     "layer_scale": layer_scale,
     "post_norm": post_norm,
     "parallel": parallel,
+    "parallel_packed": parallel_packed,
     "chained": chained,
 }
 

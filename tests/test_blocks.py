@@ -337,7 +337,8 @@ def test_masks_go_with_the_tokens_and_not_with_the_order_of_the_graph(joined):
     x = net("Add", behind, mlp(net, behind, relu))
     y = net("Add", y, mlp(net, y, relu))
     if joined:
-        y = attend(net("Relu", y), x, scaled)
+        like_x = net("Reshape", y, net("Concat", net("Shape", x), axis=0))  # a size, no token
+        y = attend(net("Relu", like_x), x, scaled)
         y = net("Add", y, mlp(net, y, relu))
     else:
         y = net("Concat", x, y, axis=1)

@@ -41,7 +41,8 @@ UNCHANGED, UNCHANGED_HALF = 1e-9, 1e-5
 ROUNDING = rounding(width=1000, dtype=np.float32)
 
 NAMES = [
-    *("pre_norm", "layer_scale", "post_norm", "parallel", "chained", "gemm", "no_last_layer"),
+    *("pre_norm", "layer_scale", "post_norm", "parallel", "parallel_packed"),
+    *("chained", "gemm", "no_last_layer"),
     *("convolutions", "text_encoder", "transformer", "mlp_chain", "mlp_tied", "tied_attention"),
     *("sizes_read", "mixed_sizes_read", "without_output", "cross_attention", "half"),
 ]

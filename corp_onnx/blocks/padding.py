@@ -8,6 +8,7 @@ from dataclasses import replace
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.records import Attention, Block, Mlp
+from corp_onnx.operators import SIZE_OPS
 
 
 def with_padding(nodes: Iterable[gs.Node], blocks: Sequence[Block]) -> tuple[Block, ...]:
@@ -51,6 +52,8 @@ def _nearest_above(
 
 def _followed(node: gs.Node, cross: Attention | None) -> list[str]:
     """The tensors whose tokens a node goes on with: in a cross-attention, those that ask."""
+    if node.op in SIZE_OPS:
+        return []
     if cross is None:
         return [tensor.name for tensor in node.inputs]
     return [cross.query.linear.output if cross.query else node.inputs[0].name]
