@@ -27,6 +27,7 @@ from corp_onnx.verify import (
     check_promises,
     check_repair,
     check_structure,
+    rounding_error,
 )
 
 GROUPS = 4
@@ -74,7 +75,8 @@ def verify(
     )
     if checks[0].passed:
         checks.append(_promises(model, catalog, surgery.model, found, solved, sizes, runtime))
-    checks += [check_repair(comparison, bare) for bare in unrepaired]
+    rounding = rounding_error(model)
+    checks += [check_repair(comparison, bare, rounding) for bare in unrepaired]
     checks += check_gates(comparison, max_error=gates.max_error, min_agreement=gates.min_agreement)
     return Verification(tuple(checks), comparison)
 

@@ -39,6 +39,12 @@ def require_writable(path: Path) -> None:
     _require_takes_files(path.parent, path)
 
 
+def require_other(path: Path, source: Path) -> None:
+    """Fail where a result would take the place of what it is made of."""
+    if path.exists() and source.exists() and path.samefile(source):
+        raise OutputError(f"{path} is the model that is read; name another file to write")
+
+
 def _require_takes_files(folder: Path, path: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=folder):

@@ -9,7 +9,7 @@ from corp_onnx.blocks import Axis
 from corp_onnx.budget import Budget
 from corp_onnx.data import Dataset
 from corp_onnx.deadline import Deadline
-from corp_onnx.files import require_writable
+from corp_onnx.files import require_other, require_writable
 from corp_onnx.graph import Model, save
 from corp_onnx.plan import DEFAULT_SHARES, uniform, warn_of_uncut
 from corp_onnx.work import Knowledge, Pruned, Settings, Work
@@ -41,6 +41,7 @@ def prune(
         CorpError: Whatever is wrong with the model, the data or the request.
     """
     require_writable(output)
+    require_other(output, path)
     work = Work.begun(path, settings or Settings())
     if budget is None:
         align = work.settings.align
@@ -79,6 +80,7 @@ def sweep(
     """
     for output in outputs:
         require_writable(output)
+    require_other(output, path)
     work = Work.begun(path, settings or Settings()).informed(knowledge).calibrated()
     results = {}
     for output, plan in work.plans(outputs).items():

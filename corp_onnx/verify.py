@@ -10,6 +10,7 @@ import onnx
 
 from corp_onnx.blocks import Catalog, width_of
 from corp_onnx.comparison import Comparison
+from corp_onnx.facts import element_type
 from corp_onnx.graph import Model, is_large
 from corp_onnx.plan import Plan
 from corp_onnx.solve.folds import Solution
@@ -17,8 +18,10 @@ from corp_onnx.solve.folds import Solution
 PROMISE_FACTOR = 1.5
 """How much larger a block's measured error may be than the predicted one."""
 
-ROUNDING_ERROR = 1e-9
-"""Relative error of an output that two ways of computing the same function may differ by."""
+ROUNDING_ERROR = {"float16": 2.0**-20, "bfloat16": 2.0**-14}
+LEAST_ROUNDING_ERROR = 1e-9
+"""Relative error of an output that two ways of computing the same function may differ by: the
+square of the unit of a narrow type, where a model has weights of one."""
 
 NEGLIGIBLE_ERROR = 1e-4
 """Relative error of a block below which a promise is kept whatever was predicted."""
@@ -109,10 +112,18 @@ def check_promises(solution: Solution, measured: Mapping[tuple[str, str | None],
     )
 
 
-def check_repair(repaired: Comparison, unrepaired: Comparison) -> Check:
-    """Whether repairing helped, or at least did no harm, on held-out samples."""
+def rounding_error(model: Model) -> float:
+    """What a change that changes nothing may make of a model's output, by the types it stores."""
+    types = {str(element_type(tensor)) for tensor in model.graph.tensors().values()}
+    return max(ROUNDING_ERROR.get(name, LEAST_ROUNDING_ERROR) for name in types)
+
+
+def check_repair(
+    repaired: Comparison, unrepaired: Comparison, rounding: float = LEAST_ROUNDING_ERROR
+) -> Check:
+    """Whether repairing helped, or at least did no harm beyond rounding, on held-out samples."""
     found = f"{repaired.relative_error:.3e} against {unrepaired.relative_error:.3e} without repair"
-    limit = max(unrepaired.relative_error, ROUNDING_ERROR)
+    limit = max(unrepaired.relative_error, rounding)
     return Check("repair", repaired.relative_error <= limit, found)
 
 

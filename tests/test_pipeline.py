@@ -274,6 +274,16 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(files, tmp_pat
         pruned(missing, tmp_path / "nowhere" / "out.onnx")
 
 
+def test_the_dense_model_is_not_written_over(files, tmp_path):
+    dense = tmp_path / "dense.onnx"
+    dense.write_bytes(files.model.read_bytes())
+    (tmp_path / "link.onnx").symlink_to(dense)
+    for output in (dense, tmp_path / "link.onnx"):
+        with pytest.raises(OutputError, match="is the model that is read; name another file"):
+            pruned(replace(files, model=dense), output)
+    assert dense.read_bytes() == files.model.read_bytes()
+
+
 def test_statistics_that_keep_nothing_to_verify_with_are_refused(files, tmp_path):
     model = load(files.model)
     data = data_of(files.model, files.data)(model)

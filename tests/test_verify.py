@@ -19,8 +19,16 @@ from corp_onnx.plan import Cut, Plan, uniform
 from corp_onnx.session import Session, open_session
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.surgery import operate
-from corp_onnx.verify import Check, Verification, check_gates, check_repair, check_structure
+from corp_onnx.verify import (
+    Check,
+    Verification,
+    check_gates,
+    check_repair,
+    check_structure,
+    rounding_error,
+)
 from tests.inputs import activations
+from tests.stream_builders import stacked
 from tests.tolerances import rounding
 
 
@@ -233,6 +241,17 @@ def test_a_gate_says_what_was_found_and_wanted():
 )
 def test_a_repair_must_not_do_harm(repaired, unrepaired, passed):
     assert check_repair(comparison(repaired), comparison(unrepaired)).passed == passed
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "passed"),
+    [("half", 5e-7, True), ("half", 5e-6, False), ("transformer", 5e-7, False)],
+)
+def test_rounding_is_no_harm(name, error, passed):
+    """Nothing is cut: without repair the output is the dense one, bit by bit."""
+    dtype = np.float16 if name == "half" else np.float32
+    rounding = rounding_error(from_proto(stacked("pre_norm", dtype=dtype)))
+    assert check_repair(comparison(error), comparison(0.0), rounding).passed == passed
 
 
 def test_everything_must_pass():
