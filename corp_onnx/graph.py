@@ -15,7 +15,8 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from corp_onnx.canonical import canonicalise
 from corp_onnx.canonical.constants import constants_from_nodes, cut_weights, name_every_node
-from corp_onnx.canonical.quantised import notes_of, pack_narrow_constants, quantised_ops
+from corp_onnx.canonical.notes import notes_of
+from corp_onnx.canonical.quantised import pack_narrow_constants, quantised_ops
 from corp_onnx.errors import GraphError, QuantisedModel
 from corp_onnx.files import whole
 from corp_onnx.inlining import inlined

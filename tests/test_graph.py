@@ -149,6 +149,14 @@ def test_weights_that_are_missing(proto, tmp_path):
         graph.load(tmp_path / "split.onnx")
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_draws_random_numbers_is_noted(training):
+    net = Net(0)
+    y = mlp(net, net.x(), lambda net, y: net("Dropout", relu(net, y), 0.1, np.array(training)))
+    notes = graph.from_proto(net.build(y)).notes
+    assert [note[:35] for note in notes] == ["the model draws random numbers (Dro"] * training
+
+
 def test_a_file_without_its_weights(proto, tmp_path):
     stripped = onnx.ModelProto()
     stripped.CopyFrom(proto)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -12,8 +10,6 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from corp_onnx.facts import element_type
 from corp_onnx.inlining import inlined
 from corp_onnx.nbits import BITS
-
-log = logging.getLogger(__name__)
 
 QUANTISED_OPS = frozenset(
     {
@@ -61,15 +57,8 @@ def _rounding(graph: onnx.GraphProto, constants: set[str]) -> set[str]:
     return found
 
 
-def notes_of(graph: gs.Graph) -> tuple[str, ...]:
-    """Weights whose form is not the one that they are computed in: said, and logged."""
-    notes = [note for note in (_stored_rounded(graph), _stored_narrow(graph)) if note]
-    for note in notes:
-        log.warning("%s", note)
-    return tuple(notes)
-
-
-def _stored_rounded(graph: gs.Graph) -> str | None:
+def stored_rounded(graph: gs.Graph) -> str | None:
+    """What is said of weights that are rounded, if there are any."""
     found = {
         (_type_name(node.inputs[0]), node.op)
         for node in graph.nodes
@@ -88,7 +77,8 @@ def _stored_rounded(graph: gs.Graph) -> str | None:
     )
 
 
-def _stored_narrow(graph: gs.Graph) -> str | None:
+def stored_narrow(graph: gs.Graph) -> str | None:
+    """What is said of weights of a type that is not computed in, if there are any."""
     tensors = [tensor for node in graph.nodes for tensor in node.inputs]
     if any(isinstance(one, gs.Constant) and _type_name(one) == "bfloat16" for one in tensors):
         return "weights are stored as bfloat16, which is run in float32 here; they stay bfloat16"
