@@ -16,6 +16,7 @@ from corp_onnx.data import Dataset
 from corp_onnx.deadline import Deadline, DeadlineOutcome, against_dense, scheduled
 from corp_onnx.errors import PlanError
 from corp_onnx.graph import Model, load
+from corp_onnx.independence import warn_of_mixing
 from corp_onnx.plan import DEFAULT_ALIGN, Plan, require_offered
 from corp_onnx.precision import Request, Typed, in_precision, require_convertible
 from corp_onnx.probes import Probe, probe
@@ -134,7 +135,9 @@ class Work:
             statistics = Statistics.load(knowledge)
             return replace(self, statistics=statistics, catalog=spared(self.catalog, statistics))
         data = knowledge(self.model)
-        some = drawn(data, BATCH_SIZE, self.settings.seed).batches(BATCH_SIZE)
+        some = [*drawn(data, BATCH_SIZE, self.settings.seed).batches(BATCH_SIZE)]
+        if data.fixed_batch is None:
+            warn_of_mixing(self.model, some[0], self.settings.runtime)
         few = gather(self.model, self.catalog, some, runtime=self.settings.runtime)
         used = data.samples - held_out(data)
         return replace(self, data=data, catalog=spared(self.catalog, few, used))
