@@ -464,7 +464,24 @@ def logits_in_one_axis(net):
     return plain(net, between=between)
 
 
+def averaged_queries(net):
+    """One query for all: the mean over the tokens."""
+    query, key, value = separate(net)
+    return merged(net, products(net, net("ReduceMean", query, [2]), key, value))
+
+
+def mixed_in_a_sum(net):
+    """Values of all heads are added up where they are mixed."""
+    query, key, value = separate(net)
+    logits = net("MatMul", query, net("Transpose", key, perm=[0, 1, 3, 2]))
+    mixed = net("Einsum", softmax(net, logits), value, equation="bhij,bgje->bhgie")
+    rows = net("Reshape", net("Transpose", mixed, perm=[0, 3, 1, 2, 4]), [0, 0, -1])
+    return net.linear(rows, HEADS * HEADS * VALUE, WIDTH)
+
+
 REFUSED = {
+    averaged_queries: "the query is mixed with neighbouring tokens by ReduceMean",
+    mixed_in_a_sum: "its probabilities enter a sum that is no product of matrices",
     tokens_lost_on_the_way: "laid out in a way that one Reshape and one Transpose cannot write",
     grouped_convolutions: "the query comes from a convolution in 2 groups",
     logits_in_one_axis: "its logits are reshaped before Softmax",

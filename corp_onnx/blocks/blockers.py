@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Blocked
-from corp_onnx.blocks.view import View, follows_data, producer
+from corp_onnx.blocks.view import View, follows_data, producer, reduced_axes
 from corp_onnx.operators import SIZE_OPS
 
 NORMS = frozenset(
@@ -21,6 +21,9 @@ NORMS = frozenset(
 NEIGHBOURS = frozenset(
     {"Conv", "AveragePool", "MaxPool", "GlobalAveragePool", "ReduceMax", "Resize"}
 )
+REDUCTIONS = frozenset({"ReduceMean", "ReduceSum"})
+"""Part of norms, and over tokens of pooling."""
+
 CACHES = frozenset({"ScatterElements", "ScatterND", "TensorScatter"})
 TABLE_OPS = frozenset({"Add", "Sub", "Mul", "Neg", "Where"})
 """What may be done to a table of angles after its sines and cosines are taken."""
@@ -48,7 +51,7 @@ def why_blocked(view: View, path: Blocked, target: gs.Tensor) -> str:
     norm = next((node for node in region if _is_norm(view, node, target)), None)
     if norm is not None:
         return f"{NORMALISED} ({norm.op} {norm.name})"
-    if path.node.op in NEIGHBOURS:
+    if path.node.op in NEIGHBOURS or _over_tokens(view, path.node):
         return f"is mixed with neighbouring tokens by {path.node.op} ({path.node.name})"
     return (
         f"does not come from one linear layer by movement and scaling alone: {path.node.op} "
@@ -80,7 +83,16 @@ def _region(view: View, target: gs.Tensor) -> Iterator[gs.Node]:
 
 def _is_norm(view: View, node: gs.Node, target: gs.Tensor) -> bool:
     """Whether a node is part of a norm of the layer that ``target`` mostly comes from."""
-    return node.op in NORMS and sources_of(view, target)[:1] == sources_of(view, node.inputs[0])[:1]
+    if node.op not in NORMS or _over_tokens(view, node):
+        return False
+    return sources_of(view, target)[:1] == sources_of(view, node.inputs[0])[:1]
+
+
+def _over_tokens(view: View, node: gs.Node) -> bool:
+    """Whether a node sums up along axes whose sizes depend on the inputs, as channels never do."""
+    shapes = [facts.shape(node.inputs[0]) for facts in view.probes]
+    axes = reduced_axes(view, node) if node.op in REDUCTIONS else []
+    return bool(axes) and all(len({shape[axis] for shape in shapes if shape}) > 1 for axis in axes)
 
 
 def _is_rotation(view: View, node: gs.Node) -> bool:

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS
 from corp_onnx.blocks.records import Mask, Refusal, Scalar
-from corp_onnx.blocks.view import OPEN_SIZE, View, follows_data, producer
+from corp_onnx.blocks.view import OPEN_SIZE, View, follows_data, producer, reduced_axes
 
 BENDING_OPS = frozenset({"Tanh", "Relu", "Sigmoid", "Clip", "Max", "Min", "Exp", "Softsign", "Erf"})
 """Functions of the logits that end their being bilinear in queries and keys."""
@@ -78,7 +78,7 @@ def match_softmax(view: View, node: gs.Node) -> Anchor | Refusal | None:
     rank = len(view.shape(node.inputs[0]) or ())
     if not rank:
         return Refusal(node.name, node.op, f"its {OPEN_SIZE}")
-    axes = tuple(axis % rank - rank for axis in _reduced(view, below) or range(rank))
+    axes = tuple(axis % rank - rank for axis in reduced_axes(view, below) or range(rank))
     return Anchor(node, _before_shift(view, above.inputs[0]), node.outputs[0], axes)
 
 
@@ -98,6 +98,9 @@ def match_mixing(view: View, tensor: gs.Tensor) -> Mixing | str:
         return next(iter(found.values()))
     if found:
         return "its probabilities enter more than one product"
+    sums = [node for node in view.readers(tensor) if node.op == "Einsum"]
+    if sums:
+        return f"its probabilities enter a sum that is no product of matrices ({sums[0].name})"
     return "its probabilities enter no product with values (a classifier's Softmax, for instance)"
 
 
@@ -266,12 +269,4 @@ def _before_shift(view: View, tensor: gs.Tensor) -> gs.Tensor:
     if peak is None or peak.op != "ReduceMax" or peak.inputs[0] is not node.inputs[0]:
         return tensor
     rank = len(view.shape(tensor) or ())
-    return node.inputs[0] if _reduced(view, peak)[-1:] in ([-1], [rank - 1]) else tensor
-
-
-def _reduced(view: View, node: gs.Node) -> list[int]:
-    """The axes that a reduction runs over; empty for all of them."""
-    axes = node.attrs.get("axes")
-    if axes is None and len(node.inputs) > 1:
-        axes = view.known(node.inputs[1])
-    return [] if axes is None else [int(axis) for axis in np.ravel(axes)]
+    return node.inputs[0] if reduced_axes(view, peak)[-1:] in ([-1], [rank - 1]) else tensor

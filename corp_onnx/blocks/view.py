@@ -150,3 +150,11 @@ def serves_only(start: gs.Node, served: Set[int], asking: Set[int] = frozenset()
 def _readers(node: gs.Node) -> Iterator[gs.Node]:
     for tensor in node.outputs:
         yield from tensor.outputs
+
+
+def reduced_axes(view: View, node: gs.Node) -> list[int]:
+    """The axes that a reduction runs over; empty for all of them."""
+    axes = node.attrs.get("axes")
+    if axes is None and len(node.inputs) > 1:
+        axes = view.known(node.inputs[1])
+    return [] if axes is None else [int(axis) for axis in np.ravel(axes)]
