@@ -581,6 +581,27 @@ def test_a_shared_weight_is_scaled_for_one_reader_only():
     assert farthest(model, proto) < BOUND
 
 
+def skip_norm(outputs=1, *, biased=True, wrong=False, opset=18):
+    """The norm of a sum; statistics, and the sum itself, if they are asked for."""
+    net = Net(0, opset=opset)
+    y = net("MatMul", net.x(), net.weight(WIDTH, WIDTH))
+    vectors = [net.random(WIDTH) for _ in range(3 if biased else 2)]
+    made = net("SkipLayerNormalization", y, "x", *vectors, outputs=outputs, domain=MICROSOFT,
+               epsilon=0.1 if wrong else 0.01)  # fmt: skip
+    return net.build(*([made] if outputs == 1 else [made[0], made[-1]]))
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_the_sum_that_a_norm_is_taken_of_is_a_tensor(biased):
+    model = check(skip_norm, gone="SkipLayerNormalization", biased=biased)
+    assert ops(model) == {"MatMul", "Add", "LayerNormalization"}
+
+
+@pytest.mark.parametrize("form", [{"opset": 16}, {"outputs": 2}, {"outputs": 4}])
+def test_a_norm_of_a_sum_stays_where_it_must_or_had_better(form):
+    check_left(skip_norm(**form), "SkipLayerNormalization")
+
+
 # Surroundings
 
 
@@ -591,10 +612,10 @@ def test_what_stays_fused_stays_and_is_found():
     hidden = net("BiasGelu", hidden, net.random(HIDDEN), domain=MICROSOFT)
     y = net("MatMul", hidden, net.weight(HIDDEN, WIDTH))
     vectors = [net.random(WIDTH) for _ in range(3)]
-    y = net("SkipLayerNormalization", y, "x", *vectors, domain=MICROSOFT)
+    y, *_, stream = net("SkipLayerNormalization", y, "x", *vectors, outputs=4, domain=MICROSOFT)
     y = net("FastGelu", net("MatMul", y, net.weight(WIDTH, HIDDEN)), net.random(HIDDEN),
             domain=MICROSOFT)  # fmt: skip
-    model = graph.from_proto(net.build(net("MatMul", y, net.weight(HIDDEN, WIDTH))))
+    model = graph.from_proto(net.build(net("MatMul", y, net.weight(HIDDEN, WIDTH)), stream))
     assert ops(model) == {"MatMul", "BiasGelu", "SkipLayerNormalization", "FastGelu"}
     assert widths_of(model) == [("mlp", HIDDEN, ("mlp",))] * 2
 

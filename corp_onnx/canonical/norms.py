@@ -1,4 +1,4 @@
-"""BatchNormalization directly behind a linear layer or a convolution: part of its weights."""
+"""Norms that hide something: weights in front of a BatchNormalization, or a residual stream."""
 
 from __future__ import annotations
 
@@ -11,6 +11,33 @@ from corp_onnx.canonical.rewriting import Bench, Outputs, is_read, sole_reader
 from corp_onnx.operators import is_standard, operand
 
 DEFAULT_EPSILON = 1e-5
+SKIP_EPSILON = 1e-12
+
+FIRST_LAYER_NORM = 17
+"""The opset that has LayerNormalization."""
+
+
+def split_skip_norm(node: gs.Node, bench: Bench) -> Outputs | None:
+    """``SkipLayerNormalization`` as the sum, which is a residual stream, and the norm of it.
+
+    ONNX Runtime makes one operator of both again where it loads the model. It would not if the sum
+    had other readers, so where it has, as before a norm that comes first, nothing changes.
+    """
+    others = [tensor for tensor in node.outputs[1:] if is_read(bench.emit.graph, tensor)]
+    if bench.opset < FIRST_LAYER_NORM or others:
+        return None
+    x, skip, gamma, beta, bias = (operand(node, slot) for slot in range(5))
+    if bench.shape(x) != bench.shape(skip):
+        return None
+    dtype = bench.dtype(x)
+    if bias is not None:
+        x = bench.emit.node("Add", [x, bias], dtype=dtype)
+    stream = bench.emit.node("Add", [x, skip], dtype=dtype)
+    vectors = [tensor for tensor in (gamma, beta) if tensor is not None]
+    epsilon = node.attrs.get("epsilon", SKIP_EPSILON)
+    attrs = {"axis": -1, "epsilon": epsilon}
+    normal = bench.emit.node("LayerNormalization", [stream, *vectors], dtype=dtype, attrs=attrs)
+    return [normal]
 
 
 def fold_batch_norm(node: gs.Node, bench: Bench) -> Outputs | None:

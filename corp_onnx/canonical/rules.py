@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from corp_onnx.canonical.attention import plain_operands, unpack_attention
 from corp_onnx.canonical.einsum import einsum_as_matmul, in_pairs
 from corp_onnx.canonical.grouped import ungroup_attention
-from corp_onnx.canonical.norms import fold_batch_norm
+from corp_onnx.canonical.norms import fold_batch_norm, split_skip_norm
 from corp_onnx.canonical.products import (
     split_conv,
     split_fast_gelu,
@@ -38,6 +38,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     (MICROSOFT, "FusedMatMulActivation"): split_matmul_activation,
     (MICROSOFT, "GemmFastGelu"): split_fast_gelu,
     (MICROSOFT, "GroupQueryAttention"): ungroup_attention,
+    (MICROSOFT, "SkipLayerNormalization"): split_skip_norm,
     (MICROSOFT, "TransposeMatMul"): split_matmul,
     (MICROSOFT, "MultiHeadAttention"): plain_operands,
 }
