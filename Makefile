@@ -20,7 +20,7 @@ demo: .venv/demo ## Prune the bundled model and print the evidence
 	$(BIN)/corp-onnx demo
 
 test: .venv/test check ## Run every test (all that CI runs)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/test ## Lint, format, types and import layers
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ The last is a quarter of a second of sound, of which convolutions leave a dozen 
 
 DEFAULT_PIXELS = 224
 
-TRACED_SEQUENCES, MOST_TRACED, LONGEST_SHAPE = range(5, 5000), 4, 8
+TRACED_SEQUENCES, MOST_TRACED, LONGEST_SHAPE = range(5, 5000), 3, 8
 """Which numbers in constants of so few entries may be the one length that a model was traced at,
 and how many of them are tried."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 
 import onnx_graphsurgeon as gs
 
@@ -121,13 +120,17 @@ def probed(graph: gs.Graph, sizes: Sizes | None = None) -> tuple[Facts, ...]:
     those of his data; only their first axis varies.
     """
     best: tuple[Facts, ...] = ()
-    at_one_length = (((2, s), (3, s)) for s in traced_sequences(graph))
-    for pair in chain(PROBED_SIZES, at_one_length):
+    for pair in PROBED_SIZES:
         probes = tuple(evaluate(graph, _probe_sizes(graph, *size, sizes)) for size in pair)
         if not best or probes[0].filled > best[0].filled:
             best = probes
         if all(facts.filled >= tensor_count(graph) for facts in probes):
-            break
+            return best
+    for length in traced_sequences(graph):
+        two, three = (_probe_sizes(graph, batch, length, sizes) for batch in (2, 3))
+        first = evaluate(graph, two)
+        if first.filled > best[0].filled:
+            best = first, evaluate(graph, three)
     return best
 
 
