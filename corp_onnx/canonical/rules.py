@@ -48,7 +48,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
 def canonicalise(graph: gs.Graph) -> None:
     """Rewrite, in place, what the recognisers would not understand and has a plain equal.
 
-    Operators that act on every channel by itself, and norms, stay fused: they hinder nothing.
+    Operators that act on every channel by itself stay fused: they hinder nothing.
     """
     in_pairs(graph)
     wanted = [node for node in graph.nodes if _key(node) in RULES]
