@@ -1,10 +1,10 @@
 """Whether half of the dense time is met, by model, target, precision and batch.
 
 Widths are chosen for the target (`scheduled`); a model of these widths is then raced against the
-dense one once more, both in the precision in question: half of an int8 model's time is asked for as
-the share of the float32 model's that this is. As in ``latency`` what is computed does not matter:
-pictures are noise, weights are cut without repair. What a deadline costs in error is for
-``deadlines`` to say.
+dense one once more. Half of an int8 model's time is asked for as the share of the float32 model's
+that this is; how much of that limit is taken, and of the time of the dense model in int8, is told
+by a race of all three. As in ``latency`` what is computed does not matter: pictures are noise,
+weights are cut without repair. What a deadline costs in error is for ``deadlines`` to say.
 """
 
 from __future__ import annotations
@@ -109,9 +109,18 @@ class _Bench:
             )
         bare = solve(self.model, self.catalog, schedule.plan, self.statistics, Recipe("none"))
         done = operate(self.model, self.catalog, bare)
-        lanes = [Lane(each, deadline.target, precision) for each in (dense, stored(done.model))]
+        target, small = deadline.target, stored(done.model)
+        whole, *alike, last = deadline.stopwatch.race(
+            [
+                Lane(self.model, target),
+                *([Lane(dense, target, precision)] if precision != "fp32" else []),
+                Lane(small, target, precision),
+            ]
+        ).speedups
+        share = whole.ratio / last.ratio
         return {
-            "time": 1.0 / deadline.stopwatch.race(lanes).speedups[1].ratio,
+            "time": (alike[0].ratio if alike else whole.ratio) / last.ratio,
+            "of the limit": share / deadline.limit,
             "MACs": done.pruned.total / done.dense.total,
             "tries": len(schedule.tries),
         }
@@ -130,7 +139,6 @@ def _known(place: Place, name: str) -> tuple[Model, list[Batch]]:
 def _checks(rows: list[Row]) -> Iterator[Check]:
     for row in rows:
         name = "{model} on {target}, {precision}, batch {batch}".format(**row)
-        met = row["time"] <= LIMIT * (1 + ALLOWED)
-        yield Check(
-            f"{name}: {LIMIT:g} of the time is met within {ALLOWED:.0%}", met, f"{row['time']:.3f}"
-        )
+        met = row["of the limit"] <= 1 + ALLOWED
+        found = f"{row['of the limit']:.3f} of the limit, {row['time']:.3f} of the time"
+        yield Check(f"{name}: {LIMIT:g} of the time is met within {ALLOWED:.0%}", met, found)
