@@ -438,18 +438,18 @@ def convolved_normed(net):
     return merged(net, products(net, normed(net, query), normed(net, key), value), value=HEAD)
 
 
-def heads_in_batch(net):
+def heads_in_batch(net, taken=lambda net, sizes: net("Gather", sizes, [1], axis=0), shape=SHAPE):
     """Tokens first and heads beside samples, then apart, as ``nn.MultiheadAttention`` has them.
 
     Of the sizes that keys have in between only their length is taken.
     """
     width = HEADS * HEAD
-    y = net("Transpose", net.x(), perm=[1, 0, 2])
+    y = net("Transpose", net.x(*shape), perm=[1, 0, 2])
     whole = net("Reshape", net.linear(y, WIDTH, 3 * width), [0, 0, 3, width])
     apart = net("Transpose", whole, perm=[2, 0, 1, 3])
     parts = [net("Gather", apart, np.int64(index), axis=0) for index in range(3)]
     beside = [net("Transpose", net("Reshape", y, [0, -1, HEAD]), perm=[1, 0, 2]) for y in parts]
-    length = net("Gather", net("Shape", beside[1]), [1], axis=0)
+    length = taken(net, net("Shape", beside[1]))
     sizes = net("Concat", net("Shape", "x", end=1), [HEADS], [-1], [HEAD], axis=0)
     heads = [net("Reshape", y, sizes) for y in beside]
     mask = net("ConstantOfShape", length)

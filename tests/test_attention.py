@@ -30,6 +30,7 @@ from tests.attention_builders import (
     KV_HEADS,
     MORE,
     built,
+    heads_in_batch,
     in_windows,
     linears,
     merged,
@@ -500,6 +501,17 @@ def test_what_cannot_be_cut_exactly_is_refused_with_the_reason(make):
     said = [reason for block in catalog.blocks for reason in block.refused.values()]
     said += [refusal.reason for refusal in catalog.refusals]
     assert any(REFUSED[make] in reason for reason in said), said
+
+
+def test_sizes_that_are_places_in_a_table_are_all_taken():
+    """They pick from the table, nobody picks from them."""
+
+    def looked_up(net, sizes):
+        return net("Slice", net("Gather", np.arange(40), sizes), [1], [2])
+
+    make = built(lambda net: heads_in_batch(net, looked_up, (2, 5, WIDTH)))
+    (block,) = find_blocks(graph.from_proto(make(0).proto)).blocks
+    assert axes_of(block) == ("qk", "vo")
 
 
 def test_a_projection_of_two_attentions_is_refused_in_both():

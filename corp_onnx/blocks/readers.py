@@ -130,7 +130,9 @@ def _axes_taken(view: View, node: gs.Node, rank: int) -> set[int]:
     (sizes,) = node.outputs
     said = range(rank)[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
     picks = [
-        view.known(reader.inputs[1]) if reader.op == "Gather" else None
+        view.known(reader.inputs[1])
+        if reader.op == "Gather" and reader.inputs[0] is sizes
+        else None
         for reader in view.readers(sizes)
     ]
     if view.is_output(sizes) or any(pick is None for pick in picks):
