@@ -13,6 +13,9 @@ MICROSOFT = "com.microsoft"
 SIZE_OPS = frozenset({"Shape", "Size"})
 """Operators that read a tensor for its size alone."""
 
+FIRST_LAYER_NORM = 17
+"""The first opset that has LayerNormalization."""
+
 
 def is_standard(node: gs.Node) -> bool:
     """Whether an operator is one of ONNX's own."""

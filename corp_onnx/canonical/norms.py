@@ -8,13 +8,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.canonical.rewriting import Bench, Outputs, is_read, sole_reader
-from corp_onnx.operators import is_standard, operand
+from corp_onnx.operators import FIRST_LAYER_NORM, is_standard, operand
 
 DEFAULT_EPSILON = 1e-5
 SKIP_EPSILON = 1e-12
-
-FIRST_LAYER_NORM = 17
-"""The opset that has LayerNormalization."""
 
 
 def split_skip_norm(node: gs.Node, bench: Bench) -> Outputs | None:

@@ -15,11 +15,9 @@ import onnx_graphsurgeon as gs
 from corp_onnx.emit import Emitter
 from corp_onnx.facts import Facts
 from corp_onnx.graph import Model
+from corp_onnx.operators import FIRST_LAYER_NORM
 from corp_onnx.precision.slots import facts_at
 from corp_onnx.statistics import Batch
-
-FIRST_OPSET = 17
-"""That has LayerNormalization."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +36,7 @@ def fused_norms(model: Model, batches: Sequence[Batch] = ()) -> tuple[Model, int
 
     Before opset 17 there is no such operator, and the model stays as it is.
     """
-    if model.fingerprint.opset < FIRST_OPSET:
+    if model.fingerprint.opset < FIRST_LAYER_NORM:
         return model, 0
     graph = model.graph.copy()
     facts = facts_at(graph, batches)
