@@ -18,6 +18,7 @@ from functools import partial
 
 from benchmarks import exports
 from benchmarks.latency import CLEANED, TOKENS, Bench
+from benchmarks.machine import alone
 from benchmarks.outcome import Outcome, Place, Row
 from corp_onnx import conditions
 from corp_onnx.deploy.records import Engine, Precision
@@ -49,31 +50,37 @@ same is looked for."""
 
 def measure(place: Place) -> Outcome:
     """Race one model at every batch."""
-    name = place.model
-    network = DRAWN.get(name)
-    path = exports.drawn(place, network, "ts17") if network else exports.deit(place, name)
-    bench = Bench.of(load(path), {TARGET: PRECISIONS})
-    rows = list(_rows(name, bench, BATCHES[: 1 if place.quick else None]))
-    settings = {"runs": RUNS, "machine": str(conditions.read())}
+    name, bench = place.model, prepared(place)
+    with alone():
+        rows = list(_rows(name, bench, BATCHES[: 1 if place.quick else None]))
+        settings = {"runs": RUNS, "machine": str(conditions.read())}
     return Outcome({"latency": rows}, tuple(_checks(rows)), settings)
+
+
+def prepared(place: Place) -> Bench:
+    """The model, dense and cut, in every precision."""
+    network = DRAWN.get(place.model)
+    path = exports.drawn(place, network, "ts17") if network else exports.deit(place, place.model)
+    return Bench.of(load(path), {TARGET: PRECISIONS})
 
 
 def _rows(name: str, bench: Bench, batches: Sequence[int]) -> Iterator[Row]:
     """Engines are opened once: they take all sizes."""
     labels, lanes = zip(*bench.lanes(TARGET), strict=True)
     with ExitStack() as opened:
-        first = _watch(bench, batches[0], TOKENS[0])
+        first = watch_of(bench, batches[0], TOKENS[0])
         engines = [opened.enter_context(lane.opened(first))[0] for lane in lanes]
         for batch in batches:
             for tokens in TOKENS if bench.text else (None,):
                 log.info("%s, batch %d, tokens %s", name, batch, tokens)
-                sizes = _watch(bench, batch, tokens).sizes_of(lanes[0].model.graph)
+                sizes = watch_of(bench, batch, tokens).sizes_of(lanes[0].model.graph)
                 found = _raced(engines, timing_inputs(engines[0].inputs, sizes))
                 common = {"model": name, "batch": batch, "tokens": tokens}
                 yield from ({**common, **row} for row in _told(labels, found))
 
 
-def _watch(bench: Bench, batch: int, tokens: int | None) -> Stopwatch:
+def watch_of(bench: Bench, batch: int, tokens: int | None) -> Stopwatch:
+    """For inputs of these sizes."""
     return Stopwatch(batch, bench.sizes(batch, tokens if bench.text else None))
 
 

@@ -31,7 +31,7 @@ from corp_onnx.verify import Check
 log = logging.getLogger(__name__)
 
 METHODS: tuple[Method, ...] = ("corp", "best")
-PICTURES, SIZE = 192, (3, 224, 224)
+PICTURES, SIZE = 96, (3, 224, 224)
 STAGES = ("calibrate", "solve", "fit")
 APART = 0.02
 """How far the errors of the two may differ, as a share: rounding decides between near equals."""

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import platform
 import re
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from corp_onnx import conditions, session
 
+log = logging.getLogger(__name__)
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("corp_onnx", "numpy", "scipy", "onnx", "onnx_graphsurgeon")
 SOURCES = ("corp_onnx", "tests", "benchmarks", ":!benchmarks/results")
+TURN = Path(tempfile.gettempdir()) / "corp_onnx.benchmarks.lock"
+"""Held by who times something; `flock` lets other work of this machine hold it too."""
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait for others on this machine who time something, and let them wait afterwards."""
+    with TURN.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("prepared; waiting for %s", TURN)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def slug(name: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from threading import Thread
+
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import cuda, devices, family
+from benchmarks import cuda, devices, family, kernels, machine
 from benchmarks.outcome import Benchmark, Outcome, Place
 from corp_onnx.errors import DataError
 from corp_onnx.latency import Latency, Race, Speedup
@@ -86,3 +88,35 @@ def test_models_measured_apart_have_a_file_each(monkeypatch, tmp_path):
 def test_a_family_that_was_not_trained_is_asked_for(tmp_path):
     with pytest.raises(DataError, match="holds none of 1M, 5M, 20M; train each on a GPU"):
         family.measure(Place(tmp_path, tmp_path))
+
+
+def test_kernels_are_told_apart_by_their_names():
+    found = [
+        kernels._Kernel("sm90_xmma_gemm_f16f16_f16f32", 4.0, 2.0),
+        kernels._Kernel("fmha_cutlassF_f16_aligned_64x64_rf_sm80", 1.0, 0.5),
+        kernels._Kernel("void cuApplyLayerNorm<__half, float>", 2.0, 0.25),
+        kernels._Kernel("void _BinaryElementWise<__half, OP_Add>", 8.0, 1.0),
+        kernels._Kernel("Memcpy HtoD (Pageable -> Device)", 1.0, 9.0),
+    ]
+    assert kernels._by_kind(found) == {
+        **{"launches": 15.0, "together_ms": 3.75},
+        **{"attention_ms": 0.5, "norms_ms": 0.25, "products_ms": 2.0, "elementwise_ms": 1.0},
+    }
+    assert [row["kind"] for row in kernels._longest(found)][:2] == ["copies", "products"]
+
+
+def test_only_one_benchmark_of_a_machine_times_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "TURN", tmp_path / "turn.lock")
+    done = []
+
+    def other():
+        with machine.alone():
+            done.append("other")
+
+    with machine.alone():
+        thread = Thread(target=other)
+        thread.start()
+        thread.join(timeout=0.2)
+        done.append("first")
+    thread.join()
+    assert done == ["first", "other"]
