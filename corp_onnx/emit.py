@@ -20,8 +20,10 @@ class Emitter:
 
     @classmethod
     def of(cls, graph: gs.Graph, prefix: str = "") -> Self:
-        """All names of the graph are taken."""
-        return cls(graph, prefix, set(graph.tensors()) | {node.name for node in graph.nodes})
+        """All names of the graph are taken, and those of tensors of graphs inside it."""
+        graphs = (graph, *graph.subgraphs(recursive=True))
+        tensors = {name for each in graphs for name in each.tensors()}
+        return cls(graph, prefix, tensors | {node.name for node in graph.nodes})
 
     def under(self, prefix: str) -> Self:
         """The same, with another beginning of names."""
@@ -59,35 +61,41 @@ class Emitter:
         domain: str | None = None,
     ) -> list[gs.Variable]:
         """All outputs of a new node that has ``count`` of them."""
-        name = self._fresh(op)
-        ends = ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
-        outputs = [gs.Variable(f"{name}_{end}", dtype=dtype) for end in ends]
+        ends = ["_output"] if count == 1 else [f"_output_{index}" for index in range(count)]
+        name = self._fresh(op, *ends)
+        outputs = [gs.Variable(f"{name}{end}", dtype=dtype) for end in ends]
         self.graph.nodes.append(
             gs.Node(op, name, dict(attrs or {}), list(inputs), list(outputs), domain=domain)
         )
         return outputs
 
+    def variable(self, role: str, dtype: object) -> gs.Variable:
+        """A tensor that no node makes yet."""
+        return gs.Variable(self._fresh(role), dtype=dtype)
+
+    def into(self, op: str, inputs: Sequence[gs.Tensor], output: gs.Tensor) -> gs.Node:
+        """A new node that makes a tensor which is there already, and which no other makes."""
+        node = gs.Node(op, self._fresh(op), inputs=list(inputs), outputs=[output])
+        self.graph.nodes.append(node)
+        return node
+
     def split(
         self, tensor: gs.Tensor, sizes: Sequence[int], axis: int, opset: int
     ) -> list[gs.Variable]:
         """The parts of a tensor along an axis."""
-        name = self._fresh("Split")
-        outputs = [gs.Variable(f"{name}_{part}", dtype=tensor.dtype) for part in range(len(sizes))]
-        node = gs.Node("Split", name, {"axis": axis}, [tensor], outputs)
+        inputs: list[gs.Tensor] = [tensor]
+        attrs: dict[str, object] = {"axis": axis}
         if opset >= 13:
-            node.inputs.append(self.integers("sizes", sizes))
+            inputs.append(self.integers("sizes", sizes))
         else:
-            node.attrs["split"] = list(sizes)
-        self.graph.nodes.append(node)
-        return outputs
+            attrs["split"] = list(sizes)
+        return self.nodes("Split", inputs, count=len(sizes), dtype=tensor.dtype, attrs=attrs)
 
     def redefine(self, node: gs.Node, value: gs.Tensor) -> None:
         """Let the output of a node, which may be one of the graph, be ``value`` instead."""
         (output,) = node.outputs
         node.outputs.clear()
-        self.graph.nodes.append(
-            gs.Node("Identity", self._fresh("Identity"), inputs=[value], outputs=[output])
-        )
+        self.into("Identity", [value], output)
 
     def part(self, vector: gs.Tensor, start: int, end: int) -> gs.Variable:
         """Entries ``start`` to ``end`` of a vector of sizes."""
@@ -113,14 +121,16 @@ class Emitter:
             return tensors[0]
         return self.node("Concat", tensors, dtype=np.int64, attrs={"axis": 0})
 
-    def _fresh(self, role: str) -> str:
-        """A name nobody has, from the block's name and what the thing is."""
+    def _fresh(self, role: str, *ends: str) -> str:
+        """A name that nobody has, with ``ends`` neither: the block's, and what the thing is."""
         number = 0
-        while f"{self.prefix}/{role}_{number}" in self.taken:
+        while not self.taken.isdisjoint(names := self._names(f"{role}_{number}", ends)):
             number += 1
-        name = f"{self.prefix}/{role}_{number}"
-        self.taken.add(name)
-        return name
+        self.taken.update(names)
+        return names[0]
+
+    def _names(self, name: str, ends: Sequence[str]) -> list[str]:
+        return [f"{self.prefix}/{name}{end}" for end in ("", *ends)]
 
 
 def replace_readers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,19 +30,23 @@ def whole(path: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def require_writable(path: Path) -> None:
-    """Fail before the work, not after it, when a result could not be written to ``path``."""
+def require_writable(path: Path, read: Iterable[Path] = ()) -> None:
+    """Fail before the work, not after it, when a result could not be written to ``path``.
+
+    Args:
+        path: Where it would go.
+        read: Files whose place it must not take, if they are there.
+
+    Raises:
+        OutputError: Saying why not.
+    """
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; name a file")
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.exists() and any(path.samefile(file) for file in read if file.exists()):
+        raise OutputError(f"{path} is a file that is read; name another one to write")
     _require_takes_files(path.parent, path)
-
-
-def require_other(path: Path, source: Path) -> None:
-    """Fail where a result would take the place of what it is made of."""
-    if path.exists() and source.exists() and path.samefile(source):
-        raise OutputError(f"{path} is the model that is read; name another file to write")
 
 
 def _require_takes_files(folder: Path, path: Path) -> None:

@@ -87,6 +87,16 @@ def load(path: Path) -> Model:
     return from_proto(_with_weights(proto, path), fingerprint)
 
 
+def files_of(path: Path) -> Iterator[Path]:
+    """The file of a model, and those that it keeps weights in.
+
+    Raises:
+        GraphError: If it is no ONNX model.
+    """
+    yield path
+    yield from _beside(path, _read(path))
+
+
 def described(path: Path) -> gs.Graph:
     """The graph of a file; of a quantised one, which can be run but not be cut, as it is there.
 
@@ -259,17 +269,19 @@ def _match_domains(model: onnx.ModelProto) -> None:
 
 def _sha256(path: Path, proto: onnx.ModelProto) -> str:
     """Digest of the file and of the external data files that it names."""
-    names = {
-        ExternalDataInfo(tensor).location
-        for tensor in proto.graph.initializer
-        if uses_external_data(tensor)
-    }
     digest = hashlib.sha256()
-    for file in [path, *(path.parent / name for name in sorted(names))]:
+    for file in [path, *_beside(path, proto)]:
         if file.is_file():
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _beside(path: Path, proto: onnx.ModelProto) -> list[Path]:
+    """The external data files that a model names."""
+    tensors = [tensor for tensor in proto.graph.initializer if uses_external_data(tensor)]
+    names = {ExternalDataInfo(tensor).location for tensor in tensors}
+    return [path.parent / name for name in sorted(names)]
 
 
 def _size_bytes(proto: onnx.ModelProto) -> int:

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,14 @@ from types import ModuleType
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from corp_onnx.errors import DataError
+from corp_onnx.errors import CorpError, DataError
 from corp_onnx.sources import Layout, layout_of
 
 _log = logging.getLogger(__name__)
+
+END = object()
+LIBRARIES = "site-packages"
+"""What is in the paths of code that is not the user's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,8 +78,7 @@ def open_loader(
     """Run the user's loader to its end, and keep ``samples`` of what it yields (None: all).
 
     What is kept is a uniform random subset, drawn while the loader runs (reservoir sampling, Vitter
-    1985, algorithm R), so memory holds no more than that. Errors that the user's code raises pass
-    through with their traceback.
+    1985, algorithm R), so memory holds no more than that.
 
     Args:
         source: ``script.py:name`` or ``package.module:name``; modules are also looked for in the
@@ -85,12 +89,14 @@ def open_loader(
         seed: Of the draw.
 
     Raises:
-        DataError: If there is no such loader, or it yields something else, or nothing.
+        DataError: If there is no such loader, or it yields something else, or nothing, or raises
+            an error itself.
     """
     place, _, name = source.rpartition(":")
     script = Path(place) if place.endswith(".py") else None
     with importable(Path.cwd() if script is None else script.resolve().parent):
-        module = _import_module(place) if script is None else _run_script(script)
+        with _Blamed(place):
+            module = _import_module(place) if script is None else _run_script(script)
         batches = _batches(source, _find(source, module, name))
         return _drain(source, batches, check=check, samples=samples, seed=seed)
 
@@ -133,6 +139,28 @@ def _run_script(path: Path) -> ModuleType:
     return module
 
 
+@dataclass(frozen=True, slots=True)
+class _Blamed:
+    """What the user's code raises within becomes an error that says where it was raised."""
+
+    source: str
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, CorpError):
+            return
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames[1:] if LIBRARIES not in frame.filename] or frames
+        where = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
+        raise DataError(
+            f"{self.source} raised {type(error).__name__}: {error} ({where})"
+        ) from error
+
+
 def _find(source: str, module: ModuleType, name: str) -> object:
     try:
         return getattr(module, name)
@@ -172,11 +200,24 @@ def _called(source: str, loader: object) -> object:
             f"{source} cannot be called without arguments ({error}); wrap it in a function that "
             "takes none"
         ) from error
-    return loader()
+    with _Blamed(source):
+        return loader()
 
 
 def _until_none(get_next: Callable[[], object]) -> Iterator[object]:
     while (batch := get_next()) is not None:
+        yield batch
+
+
+def _blamed(source: str, batches: Iterable[object]) -> Iterator[object]:
+    """All of them; what is raised on the way is the loader's."""
+    with _Blamed(source):
+        iterator = iter(batches)
+    while True:
+        with _Blamed(source):
+            batch = next(iterator, END)
+        if batch is END:
+            return
         yield batch
 
 
@@ -218,7 +259,7 @@ def _rows(
 ) -> Iterator[tuple[Layout, Mapping[str, Shaped[np.ndarray, "..."]]]]:
     """Single samples, as views of a batch whose buffers the loader may fill again."""
     layouts: dict[Layout, Layout] = {}
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(_blamed(source, batches)):
         where = f"batch {number} of {source}"
         arrays = _require_arrays(where, batch)
         layout, count = layout_of(where, arrays)

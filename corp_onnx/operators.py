@@ -11,6 +11,22 @@ MICROSOFT = "com.microsoft"
 """That of ONNX Runtime's."""
 
 SIZE_OPS = frozenset({"Shape", "Size"})
+
+FOLDED_OPS = frozenset(
+    {
+        "Identity",
+        "Transpose",
+        "Cast",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Split",
+        "Slice",
+        "DequantizeLinear",
+        "QuantizeLinear",
+    }
+)
+"""Operators on a constant that leave it a constant: a weight behind them is read through."""
 """Operators that read a tensor for its size alone."""
 
 FIRST_LAYER_NORM = 17

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 
 from corp_onnx.blocks import Axis
 from corp_onnx.budget import Budget
 from corp_onnx.data import Dataset
 from corp_onnx.deadline import Deadline
-from corp_onnx.files import require_other, require_writable
-from corp_onnx.graph import Model, save
+from corp_onnx.files import require_writable
+from corp_onnx.graph import Model, files_of, save
 from corp_onnx.plan import DEFAULT_SHARES, uniform, warn_of_uncut
 from corp_onnx.work import Knowledge, Pruned, Settings, Work
 
@@ -40,8 +41,8 @@ def prune(
     Raises:
         CorpError: Whatever is wrong with the model, the data or the request.
     """
-    require_writable(output)
-    require_other(output, path)
+    statistics = [knowledge] if isinstance(knowledge, Path) else []
+    require_writable(output, chain(files_of(path), statistics))
     work = Work.begun(path, settings or Settings())
     if budget is None:
         align = work.settings.align
@@ -79,8 +80,7 @@ def sweep(
         CorpError: As `prune`; of budgets only if none can be kept.
     """
     for output in outputs:
-        require_writable(output)
-    require_other(output, path)
+        require_writable(output, files_of(path))
     work = Work.begun(path, settings or Settings()).informed(knowledge).calibrated()
     results = {}
     for output, plan in work.plans(outputs).items():

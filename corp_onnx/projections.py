@@ -122,13 +122,13 @@ def _target(theatre: Theatre, layout: Layout, channels: tuple[int, ...]) -> gs.T
     emit = theatre.emit
     if layout.split is None:
         return emit.integers("target", [*[0] * layout.tokens, *channels])
-    sizes = theatre.nodes[layout.split].inputs[1]
+    sizes, named = theatre.nodes[layout.split].inputs[1], layout.tokens - layout.rest
     tokens: gs.Tensor | list[int] = (
-        [int(size) for size in sizes.values[: layout.tokens]]
+        [int(size) for size in sizes.values[:named]]
         if isinstance(sizes, gs.Constant)
-        else emit.part(sizes, 0, layout.tokens)
+        else emit.part(sizes, 0, named)
     )
-    return emit.join([tokens, channels])
+    return emit.join([tokens, [-1] * layout.rest, channels])
 
 
 def _merged(

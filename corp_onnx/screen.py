@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -53,12 +54,20 @@ def show(command: Callable[[Report], Answer], *, as_json: bool, log_level: str) 
         with bar:
             answer = command(_reporter(bar))
     except KeyboardInterrupt:
-        return complain("interrupted; no output written", INTERRUPTED)
+        return complain("interrupted; no file is half-written", INTERRUPTED)
     if as_json:
         print(present.as_json(answer.document))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(answer.table)
+        width = None if sys.stdout.isatty() else 120
+        Console(width=width, markup=False, emoji=False).print(answer.table)
     return answer.status
+
+
+def write_what_can_be_written() -> None:
+    """Let signs that the encoding of the output lacks, as on Windows, not be errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def run(command: Callable[[Report], Answer], as_json: bool, log_level: str) -> None:

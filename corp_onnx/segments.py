@@ -53,9 +53,10 @@ def segments_of(
     drafts: list[_Draft] = []
     tensors = model.graph.tensors()
     done: set[int] = set()
+    fixed = _fixed(model.graph)
     for stream in streams:
         wanted = [*stream.ends, *masks.get(stream.block, ())]
-        nodes = list(_needed([tensors[name] for name in wanted], done))
+        nodes = list(_needed([tensors[name] for name in wanted], done, fixed))
         nodes += list(_size_readers(nodes, done))
         own = {stream.ends[-1], *layers.get(stream.block, ())}
         parts = [place for place, draft in enumerate(drafts) if not draft.made.isdisjoint(own)]
@@ -113,14 +114,28 @@ class _Draft:
         )
 
 
-def _needed(ends: Iterable[gs.Tensor], done: set[int]) -> Iterator[gs.Node]:
-    """The nodes that compute tensors, less those that are done, which they then are too."""
+def _fixed(graph: gs.Graph) -> set[int]:
+    """Nodes that depend on constants alone, in a graph in order: a weight's Transpose, say."""
+    fixed: set[int] = set()
+    for node in graph.nodes:
+        makers = [producer(tensor) for tensor in node.inputs if isinstance(tensor, gs.Variable)]
+        if node.inputs and all(maker is not None and id(maker) in fixed for maker in makers):
+            fixed.add(id(node))
+    return fixed
+
+
+def _needed(ends: Iterable[gs.Tensor], done: set[int], fixed: set[int]) -> Iterator[gs.Node]:
+    """The nodes that compute tensors, less those that are done, which they then are too.
+
+    What is ``fixed`` is done wherever it is needed: a layer is known by its weight.
+    """
     stack = [node for tensor in ends if (node := producer(tensor)) is not None]
+    seen: set[int] = set()
     while stack:
         node = stack.pop()
-        if id(node) in done:
+        if id(node) in done or id(node) in seen:
             continue
-        done.add(id(node))
+        (seen if id(node) in fixed else done).add(id(node))
         yield node
         stack += [maker for tensor in _operands(node) if (maker := producer(tensor)) is not None]
 

@@ -223,7 +223,7 @@ def _open(ort: ModuleType, source: Model | Path, options: Any, providers: Provid
     message = serialized(proto)
     if message is not None:
         return ort.InferenceSession(message, options, providers=providers)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.onnx"
         write(proto, path)
         return ort.InferenceSession(str(path), options, providers=providers)

@@ -7,7 +7,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,19 +163,35 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         return npy.read_array(stream, allow_pickle=False)
 
 
-def _mixed(one: tuple[Batch, ...], other: tuple[Batch, ...]) -> tuple[Batch, ...]:
-    """Batches of both in turn, no more than the longer has."""
-    turns = itertools.zip_longest(one, other)
-    mixed = [batch for pair in turns for batch in pair if batch is not None]
-    return tuple(mixed[: max(len(one), len(other))])
+def _mixed(*parts: tuple[Batch, ...]) -> tuple[Batch, ...]:
+    """Batches of all in turn, no more than the longest has."""
+    turns = itertools.zip_longest(*parts)
+    mixed = [batch for turn in turns for batch in turn if batch is not None]
+    return tuple(mixed[: max(map(len, parts))])
 
 
 def merged(parts: Iterable[Statistics]) -> Statistics:
-    """All parts together; there is at least one."""
-    first, *rest = parts
-    for part in rest:
-        first = first + part
-    return first
+    """All parts together; there is at least one.
+
+    Raises:
+        DataError: If one of them is there twice, or they are of different models.
+    """
+    samples: list[tuple[tuple[Batch, ...], tuple[Batch, ...]]] = []
+    means: set[bytes] = set()
+    together: Statistics | None = None
+    for part in parts:
+        mean = b"".join(moments.mean.tobytes() for moments in part.sites.values())
+        if mean in means:
+            raise DataError(
+                f"statistics of {part.source} are given twice; samples count once, so give every "
+                "file once"
+            )
+        means.add(mean)
+        samples.append((part.seen, part.held_out))
+        together = part if together is None else together + part
+    assert together is not None, "there is one"
+    seen, held_out = (_mixed(*batches) for batches in zip(*samples, strict=True))
+    return replace(together, seen=seen, held_out=held_out)
 
 
 def _pack(scatter: Float64[np.ndarray, "*h d d"]) -> Float64[np.ndarray, "*h t"]:

@@ -89,11 +89,9 @@ class Theatre:
         else:
             (output,) = node.outputs
             node.outputs.clear()
-            product = gs.Variable(f"{bias.name}_product", dtype=output.dtype)
+            product = self.emit.variable("product", output.dtype)
             node.outputs.append(product)
-            add = gs.Node("Add", f"{bias.name}_add", inputs=[product, bias], outputs=[output])
-            self.emit.graph.nodes.append(add)
-            self.biased[linear.node] = add.name
+            self.biased[linear.node] = self.emit.into("Add", [product, bias], output).name
 
     def split(self, whole: str, tensors: Sequence[str], size: int, axis: int) -> None:
         """Let tensors, which were split off from a layer's output, be equal parts of it now."""
@@ -142,9 +140,8 @@ class Theatre:
         if any(old is output for output in self.emit.graph.outputs):
             (maker,) = old.inputs
             slot = next(index for index, made in enumerate(maker.outputs) if made is old)
-            maker.outputs[slot] = gs.Variable(f"{new.name}_before", dtype=old.dtype)
-            identity = gs.Node("Identity", f"{new.name}_shown", inputs=[new], outputs=[old])
-            self.emit.graph.nodes.append(identity)
+            maker.outputs[slot] = self.emit.variable("before", old.dtype)
+            self.emit.into("Identity", [new], old)
 
     def size(self, tensor: gs.Tensor, axis: int, count: int = 1) -> gs.Variable:
         """The size of ``count`` axes together at run time, as a vector of one entry."""

@@ -51,7 +51,7 @@ class Lane:
     @contextmanager
     def built(self, watch: Stopwatch) -> Iterator[tuple[Build, Sizes | None]]:
         """The build until it is no longer needed; sizes of its inputs, where the model is known."""
-        with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
+        with tempfile.TemporaryDirectory(prefix="corp_onnx.", ignore_cleanup_errors=True) as folder:
             graph = self.graph()
             if graph is None:
                 yield self._kept(), None

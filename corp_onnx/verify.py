@@ -98,7 +98,7 @@ def check_promises(solution: Solution, measured: Mapping[tuple[str, str | None],
         known += found is not None
         if found is None or found <= NEGLIGIBLE_ERROR:
             continue
-        ratio = found / predicted if predicted > 0 else np.inf
+        ratio = _over(found, predicted)
         worst = max(worst, ratio)
         if not ratio <= PROMISE_FACTOR:  # also when it is not a number
             where = f"{fold.block} {axis}" if axis else fold.block
@@ -110,6 +110,13 @@ def check_promises(solution: Solution, measured: Mapping[tuple[str, str | None],
         True,
         f"measured at most {worst:.2f} times predicted, in {known} of {len(solution.folds)} folds",
     )
+
+
+def _over(found: float, predicted: float) -> float:
+    """How many times what was predicted; 1 where neither is finite."""
+    if found == predicted:
+        return 1.0
+    return found / predicted if predicted > 0 else np.inf
 
 
 def rounding_error(model: Model) -> float:

@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 WIDTH, HIDDEN, HEADS, HEAD, VALUE = 10, 14, 2, 6, 4
+SHAPE = HIDDEN, WIDTH
 
 Expected = tuple[str | int | tuple[str, ...], ...]
 """``("mlp", width)`` or ``("attention", heads, head width, value width, axes)``."""
@@ -333,6 +334,30 @@ def mlp_tied(seed: int) -> Tiny:
     return Tiny(net.build(y, other), (MLP, MLP))
 
 
+def mlp_tied_transposed(seed: int) -> Tiny:
+    """Two MLPs read the same weights, behind one Transpose each."""
+    net = Net(seed)
+    up, down = (net("Transpose", net.weight(*shape)) for shape in (SHAPE, SHAPE[::-1]))
+    y = net.x()
+    for _ in range(2):
+        hidden = relu(net, net("Add", net("MatMul", y, up), net.random(HIDDEN)))
+        y = net("Add", y, net("Add", net("MatMul", hidden, down), net.random(WIDTH)))
+    return Tiny(net.build(y), (MLP, MLP))
+
+
+def mlp_parametrised(seed: int) -> Tiny:
+    """A weight of fixed norm with a low rank added, and a masked one."""
+    net = Net(seed)
+    direction = net.weight(WIDTH, HIDDEN)
+    length = net("ReduceL2", direction, [0], keepdims=1)
+    fixed = net("Mul", net("Div", direction, length), net.random(HIDDEN))
+    up = net("Add", fixed, net("MatMul", net.weight(WIDTH, 2), net.weight(2, HIDDEN)))
+    hidden = relu(net, net("Add", net("MatMul", net.x(), up), net.random(HIDDEN)))
+    mask = net.const((net.random(HIDDEN, WIDTH) > -0.5).astype(np.float64))
+    down = net("Mul", net.weight(HIDDEN, WIDTH), mask)
+    return Tiny(net.build(net("Add", net("MatMul", hidden, down), net.random(WIDTH))), (MLP,))
+
+
 def mlp_half(seed: int) -> Tiny:
     net = Net(seed, dtype=np.float16)
     return Tiny(net.build(mlp(net, net.x(), relu)), (MLP,))
@@ -587,6 +612,22 @@ def tokens_first(seed: int) -> Tiny:
     return Tiny(net.build(net.linear(flat, HEADS * HEAD, WIDTH)), (ATTENTION,))
 
 
+def tokens_first_flat(seed: int) -> Tiny:
+    """The same with layers on rows, of which one Reshape makes tokens, and heads with the batch."""
+    net = Net(seed)
+    net.x("tokens", "batch", WIDTH)
+    sizes = [net("Gather", net("Shape", "x"), [axis], axis=0) for axis in range(2)]
+    rows = net("Concat", sizes[0], net("Mul", sizes[1], [HEADS]), [HEAD], axis=0)
+    flat = projections(net, net("Reshape", "x", [-1, WIDTH]))
+    made = [net("Transpose", net("Reshape", y, rows), perm=[1, 0, 2]) for y in flat]
+    logits = net("MatMul", made[0], net("Transpose", made[1], perm=[0, 2, 1]))
+    mixed = net("MatMul", softmax(net, scaled(net, logits)), made[2])
+    back = net("Reshape", net("Transpose", mixed, perm=[1, 0, 2]), [-1, HEADS * HEAD])
+    whole = net("Concat", *sizes, [WIDTH], axis=0)
+    y = net("Reshape", net.linear(back, HEADS * HEAD, WIDTH), whole)
+    return Tiny(net.build(y), (ATTENTION,))
+
+
 def transposed_keys(seed: int) -> Tiny:
     net = Net(seed)
     query, key, value = projections(net)
@@ -837,6 +878,8 @@ TINY: Mapping[str, Builder] = {
     "mlp_layerscale": mlp_layerscale,
     "mlp_chain": mlp_chain,
     "mlp_tied": mlp_tied,
+    "mlp_tied_transposed": mlp_tied_transposed,
+    "mlp_parametrised": mlp_parametrised,
     "mlp_half": mlp_half,
     "mlp_indirect_weights": mlp_indirect_weights,
     "separate": projected(separate),
@@ -862,6 +905,7 @@ TINY: Mapping[str, Builder] = {
     "attention_gemm": attention_gemm,
     "batch_heads": batch_heads,
     "tokens_first": tokens_first,
+    "tokens_first_flat": tokens_first_flat,
     "transposed_keys": transposed_keys,
     "narrow_values": narrow_values,
     "cross_attention": cross_attention(masked=False),

@@ -480,7 +480,27 @@ def mixed_in_a_sum(net):
     return net.linear(rows, HEADS * HEADS * VALUE, WIDTH)
 
 
+def learned_sink(net):
+    """A column of their own beside the logits of all keys."""
+    query, key, value = separate(net)
+    logits = net("MatMul", query, net("Transpose", key, perm=[0, 1, 3, 2]))
+    sizes = net("Concat", net("Slice", net("Shape", logits), [0], [3]), [1], axis=0)
+    column = net("Expand", net.random(HEADS, 1, 1), sizes)
+    found = softmax(net, net("Concat", logits, column, axis=-1))
+    return merged(net, net("MatMul", net("Slice", found, [0], [-1], [3]), value))
+
+
+def joint(net):
+    """Tokens of two projections attend to each other, as in MMDiT."""
+    ones, others = separate(net), separate(net)
+    joined = [net("Concat", *pair, axis=2) for pair in zip(ones, others, strict=True)]
+    scale = net("Mul", joined[0], np.float32(0.5))
+    return merged(net, products(net, scale, *joined[1:]))
+
+
 REFUSED = {
+    joint: "the query does not come from one linear layer by movement and scaling alone: Concat ",
+    learned_sink: "its logits are joined with others before Softmax (Concat ",
     averaged_queries: "the query is mixed with neighbouring tokens by ReduceMean",
     mixed_in_a_sum: "its probabilities enter a sum that is no product of matrices",
     tokens_lost_on_the_way: "laid out in a way that one Reshape and one Transpose cannot write",

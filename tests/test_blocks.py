@@ -118,7 +118,7 @@ def test_a_route_says_what_becomes_of_a_projection(name):
         y, operand = tensors_of(proto, inputs, [route.linear.output, route.operand])
         rows = route.gain * y[..., route.channels] + route.offset
         if route.layout.split is not None:
-            rows = rows.reshape(batch, tokens, *rows.shape[-2:])
+            rows = rows.reshape(*inputs["x"].shape[:2], *rows.shape[-2:])
         difference = arrange(route.layout, rows, operand.shape) - operand
         assert np.abs(difference).max() < (1e-2 if operand.dtype == np.float16 else 1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import permutations
 
 import numpy as np
@@ -64,6 +65,58 @@ def widths_of(model):
         else ("attention", block.head_width, axes_of(block))
         for block in find_blocks(model).blocks
     ]
+
+
+# Weights that are computed
+
+
+def parametrised(kind, *, wrong=False):
+    """An MLP whose first weight is made of constants in one way."""
+    net = Net(0)
+    weight = net.weight(WIDTH, HIDDEN)
+    gain = net.const(net.random(HIDDEN) * (1.1 if wrong else 1.0))
+    made = {
+        "norm": lambda: net("Mul", net("Div", weight, net("ReduceL2", weight, [0])), gain),
+        "mask": lambda: net("Where", net("Greater", weight, gain), weight, np.float32(0.0)),
+        "low rank": lambda: net(
+            "Add",
+            weight,
+            net("MatMul", net.weight(WIDTH, 2), net("Mul", net.weight(2, HIDDEN), gain)),
+        ),
+        "turned": lambda: net(
+            "Transpose", net("Mul", net("Transpose", weight), net("Unsqueeze", gain, [1]))
+        ),
+    }
+    y = relu(net, net("MatMul", net.x(), made[kind]()))
+    return net.build(net("MatMul", y, net.weight(HIDDEN, WIDTH)))
+
+
+@pytest.mark.parametrize("kind", ["norm", "mask", "low rank", "turned"])
+def test_a_weight_that_is_computed_of_constants_becomes_one(kind):
+    model = check(partial(parametrised, kind), gone="Mul" if kind != "mask" else "Where")
+    assert ops(model) == {"MatMul", "Relu"}
+    assert widths_of(model) == [("mlp", HIDDEN, ("mlp",))]
+
+
+def stored(op):
+    """An MLP whose weights are stored otherwise, and read through one operator."""
+    net = Net(0)
+    half = net.random(WIDTH, HIDDEN).astype(np.float16)
+    net.tensors.append(numpy_helper.from_array(half, "half"))
+    net.tensors.append(numpy_helper.from_array(half.astype(np.int8), "whole"))
+    weight = {
+        "Cast": lambda: net("Cast", "half", to=TensorProto.FLOAT),
+        "DequantizeLinear": lambda: net("DequantizeLinear", "whole", np.float32(0.1)),
+        "Transpose": lambda: net("Transpose", net.weight(HIDDEN, WIDTH)),
+        "RandomNormalLike": lambda: net("RandomNormalLike", net.weight(WIDTH, HIDDEN)),
+    }[op]()
+    y = relu(net, net("MatMul", net.x(), weight))
+    return net.build(net("MatMul", y, net.weight(HIDDEN, WIDTH)))
+
+
+@pytest.mark.parametrize("op", ["Cast", "DequantizeLinear", "Transpose", "RandomNormalLike"])
+def test_a_weight_that_is_only_stored_otherwise_stays_so(op):
+    check_left(stored(op), op)
 
 
 # Attention of ONNX Runtime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -18,6 +19,7 @@ import pytest
 from onnx import helper
 from PIL import Image
 
+from corp_onnx import cli
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.present import ONE_SHOT
 from corp_onnx.statistics import Statistics
@@ -561,6 +563,26 @@ def without_external_data(path):
     return path
 
 
+def test_names_are_shown_as_they_are(command, tmp_path):
+    net = Net(0)
+    logits = net("MatMul", net.x("batch", 5, 5), net("Transpose", "x", perm=[0, 2, 1]))
+    proto = net.build(net("MatMul", net("Softmax", logits), "x"))
+    for node in proto.graph.node:
+        node.name = f"at[/{node.name}]:smile:"
+    ended = command("inspect", saved(tmp_path / "model.onnx", proto))
+    assert "at[/Softmax_2]:smile:" in "".join(ended.stdout.split())
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_signs_that_the_screen_lacks_are_no_errors(files, tmp_path, monkeypatch, encoding):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", shown)
+    arguments = ["prune", files.model, "-o", tmp_path / "small.onnx", "--data", files.data, *HALF]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    shown.flush()
+    assert b"written to" in shown.buffer.getvalue()
+
+
 @pytest.mark.parametrize("verb", ["calibrate", "prune"])
 def test_a_model_without_anything_to_prune_is_exit_status_3(command, files, tmp_path, verb):
     model = saved(tmp_path / "conv.onnx", conv())
@@ -985,7 +1007,7 @@ def test_an_interrupt_while_calibrating_is_exit_status_130_and_leaves_nothing(
     while b"calibrating" not in shown:
         shown += os.read(screen, 4096)
     running.send_signal(signal.SIGINT)
-    while b"no output written" not in shown:
+    while b"no file is half-written" not in shown:
         shown += os.read(screen, 4096)
     stdout, _ = running.communicate(timeout=60)
     os.close(screen)

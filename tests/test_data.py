@@ -619,14 +619,30 @@ def load_data():
 @pytest.mark.parametrize(
     "error", ["KeyError", "ImportError", "AttributeError", "FileNotFoundError"]
 )
-def test_errors_in_the_users_code_keep_their_traceback(tmp_path, error):
-    source = script(tmp_path, f"def load_data():\n    yield from ()\n    raise {error}('mine')\n")
+@pytest.mark.parametrize(
+    "body",
+    [
+        "def load_data():\n    yield from ()\n    raise {}('mine')\n",
+        "class load_data:\n    def get_next(self):\n        raise {}('mine')\n",
+        "def load_data():\n    return raised()\ndef raised():\n    raise {}('mine')\n",
+    ],
+)
+def test_errors_in_the_users_code_say_where_they_are(tmp_path, error, body):
+    source = script(tmp_path, body.format(error))
     before = list(sys.path)
-    with pytest.raises(Exception, match="mine") as caught:
+    lines = (tmp_path / "loader.py").read_text().splitlines()
+    (line,) = [number for number, text in enumerate(lines, 1) if "raise " in text]
+    where = rf"raised {error}: '?mine'? \(loader\.py, line {line}\)"
+    with pytest.raises(DataError, match=where) as caught:
         open_data(source, [ONE])
-    assert caught.type.__name__ == error
-    assert caught.traceback[-1].name == "load_data"
+    assert type(caught.value.__cause__).__name__ == error
     assert sys.path == before
+
+
+def test_an_error_while_a_script_is_read_says_where_it_is(tmp_path):
+    source = script(tmp_path, "import math\nmath.sqrt(-1)\n")
+    assert "raised ValueError: " in refused(source, ONE)
+    assert "(loader.py, line 3)" in refused(source, ONE)
 
 
 def test_what_a_loader_gave_is_logged(tmp_path, caplog):

@@ -51,6 +51,13 @@ def test_outputs_that_cannot_be_compared_say_nothing(result, caplog):
     assert not caplog.text
 
 
+def test_a_model_that_draws_numbers_is_not_said_to_mix_samples(caplog):
+    net = Net(0)
+    noise = net("RandomNormalLike", net.x("batch", WIDTH))
+    warn_of_mixing(from_proto(net.build(net("Add", "x", noise))), VECTORS)
+    assert "not independent" not in caplog.text
+
+
 def test_a_single_sample_says_nothing(caplog):
     warn_of_mixing(without_batch(), {"x": VECTORS["x"][:1]})
     assert not caplog.text

@@ -279,9 +279,37 @@ def test_the_dense_model_is_not_written_over(files, tmp_path):
     dense.write_bytes(files.model.read_bytes())
     (tmp_path / "link.onnx").symlink_to(dense)
     for output in (dense, tmp_path / "link.onnx"):
-        with pytest.raises(OutputError, match="is the model that is read; name another file"):
+        with pytest.raises(OutputError, match="is a file that is read; name another one"):
             pruned(replace(files, model=dense), output)
     assert dense.read_bytes() == files.model.read_bytes()
+
+
+def test_files_that_are_read_are_not_written_over(files, tmp_path, command):
+    dense, weights = tmp_path / "dense.onnx", tmp_path / "dense.weights"
+    onnx.save(
+        *(onnx.load(files.model), dense),
+        **{"save_as_external_data": True, "size_threshold": 0, "location": weights.name},
+    )
+    data, statistics = tmp_path / "data.npz", tmp_path / "statistics.npz"
+    data.write_bytes(files.data.read_bytes())
+    given = ("--data", data)
+    assert command("calibrate", dense, *given, "-o", statistics).status == 0
+    read = {path: path.read_bytes() for path in (dense, weights, data, statistics)}
+    for arguments in (
+        *(("calibrate", dense, *given, "-o", path) for path in (dense, weights, data)),
+        *(("prune", dense, *given, "-o", path) for path in (dense, weights, data)),
+        ("prune", dense, "--stats", statistics, "-o", statistics),
+        ("bench", dense, "--plot", dense),
+    ):
+        ended = command(*arguments)
+        assert ended.status == 2
+        assert "is a file that is read; name another one to write" in ended.message
+    with pytest.raises(OutputError, match="is a file that is read"):
+        sweep(
+            *(dense, {dense: Budget("macs", 0.8), tmp_path / "a.onnx": Budget("macs", 0.7)}),
+            data_of(dense, data),
+        )
+    assert {path: path.read_bytes() for path in read} == read
 
 
 def test_statistics_that_keep_nothing_to_verify_with_are_refused(files, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from corp_onnx.blocks import axes_of, find_blocks
 from corp_onnx.blocks.records import linears_of, masks_of
+from corp_onnx.blocks.view import constant_value
 from corp_onnx.extracts import exposed, extract
 from corp_onnx.graph import from_proto
 from corp_onnx.segments import segments_of
@@ -28,7 +29,10 @@ MODELS = {
     "no_last_layer": stream_builders.no_last_layer(),
     **{
         name: TINY[name](0).proto
-        for name in ("text_encoder", "mask_keeps", "sizes_read", "mlp_chain", "cross_attention")
+        for name in (
+            *("text_encoder", "mask_keeps", "sizes_read", "mlp_chain", "cross_attention"),
+            "mlp_tied_transposed",
+        )
     },
 }
 ZOO = ("hf_bert_sdpa.ts17", "hf_gpt2.dynamo18", "timm_convnext.ts17", "hf_dinov2.ts17")
@@ -65,6 +69,17 @@ def assert_is_the_model(model, segments, given):
         other = made[name] != dense  # not where a mask holds -inf
         size = np.abs(dense[np.isfinite(dense)]).max(initial=0.0)
         assert (np.abs(made[name][other] - dense[other]) <= 1e-6 * size).all(), name
+
+
+def test_every_segment_has_the_weights_of_its_layers_as_constants():
+    model = from_proto(MODELS["mlp_tied_transposed"])
+    blocks, _, segments = cut(model)
+    assert len(segments) == len(blocks) == 2
+    for block, segment in zip(blocks, segments, strict=True):
+        part = extract(model, segment.inputs, segment.ends).graph
+        nodes = {node.name: node for node in part.nodes}
+        for linear in linears_of(block):
+            assert constant_value(nodes[linear.node].inputs[1], part.opset) is not None
 
 
 @pytest.mark.parametrize("name", MODELS)

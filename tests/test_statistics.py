@@ -226,6 +226,26 @@ def test_merged_shards_are_one_run(shards, tmp_path):
         assert distance(found.energies[name], energy) <= SAME
 
 
+def test_merged_shards_verify_with_samples_of_all(shards):
+    parts, _ = shards
+    held = [tuple({"x": np.array([[part, at]])} for at in range(4)) for part in range(3)]
+    given = [
+        replace(part, held_out=own, seen=own[:2]) for part, own in zip(parts, held, strict=True)
+    ]
+    found = merged(given)
+    assert [batch["x"].tolist() for batch in found.held_out] == [
+        *([[part, 0]] for part in range(3)),
+        [[0, 1]],
+    ]
+    assert [batch["x"].tolist() for batch in found.seen] == [[[0, 0]], [[1, 0]]]
+
+
+def test_a_shard_that_is_given_twice_is_refused(shards):
+    (first, second, _), _ = shards
+    with pytest.raises(DataError, match="statistics of s are given twice"):
+        merged([first, second, first])
+
+
 def test_shards_of_different_size_weigh_by_their_tokens(model):
     x, catalog = activations(24), find_blocks(model)
     small, large = (gather(model, catalog, [{"x": part}]) for part in (x[:3], x[3:]))

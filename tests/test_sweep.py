@@ -10,6 +10,11 @@ import pytest
 from PIL import Image
 
 from corp_onnx import example
+from corp_onnx.budget import Budget
+from corp_onnx.commands import Source
+from corp_onnx.commands.sweep import Sweep
+from corp_onnx.deploy.targets import open_target
+from corp_onnx.pipeline import Settings
 from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import open_session
 
@@ -93,6 +98,15 @@ def test_a_request_that_makes_no_sense_is_exit_status_2(command, tmp_path, optio
 
 
 @pytest.mark.slow
+def test_budgets_that_are_nearly_the_same_have_files_of_their_own(tmp_path):
+    model, source = example.MODEL, Source(str(example.CALIBRATION))
+    target = open_target("ort-cpu")
+    asked = Sweep(model, tmp_path, source, (), Settings(), target)
+    names = {asked._output(Budget("macs", kept)).name for kept in (0.6, 0.61234567, 0.61234568)}
+    assert len(names) == 3
+    assert f"{model.stem}_macs60.onnx" in names
+
+
 def test_a_model_of_a_fixed_batch_is_timed_at_that_and_on_the_target(command, tmp_path):
     fixed = onnx.load(example.MODEL)
     for tensor in (*fixed.graph.input, *fixed.graph.output):

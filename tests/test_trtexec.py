@@ -116,6 +116,7 @@ def test_files_that_are_not_there_are_refused(tmp_path):
         read_times(tmp_path / "times.json")
 
 
-def test_times_that_are_no_numbers_are_refused(times):
-    with pytest.raises(DataError, match="no numbers"):
-        read_times(times('[{"latencyMs": NaN, "computeMs": 1, "startComputeMs": 0}]'))
+@pytest.mark.parametrize("latency", ["NaN", "0", "-1"])
+def test_times_that_are_none_are_refused(latency, times):
+    with pytest.raises(DataError, match="no numbers above 0"):
+        read_times(times(f'[{{"latencyMs": {latency}, "computeMs": 1, "startComputeMs": 0}}]'))

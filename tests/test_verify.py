@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from corp_onnx.verify import (
     Check,
     Verification,
     check_gates,
+    check_promises,
     check_repair,
     check_structure,
     rounding_error,
@@ -387,3 +389,31 @@ def test_a_tensor_that_is_not_there_is_refused_with_those_of_like_name(cut):
         comparable(model, f"{output.name}x")
     with pytest.raises(PlanError, match=r"no tensor 'ÄÖÜ'$"):
         comparable(model, "ÄÖÜ")
+
+
+# Promises
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One axis of a block, and the error that was predicted of it."""
+
+    block: str
+    axis: str
+    evidence: SimpleNamespace
+
+
+@pytest.mark.parametrize(
+    ("found", "predicted", "kept"),
+    [
+        (0.14, 0.1, True),
+        (0.16, 0.1, False),
+        (np.inf, np.inf, True),
+        (np.inf, 0.1, False),
+        (0.1, 0.0, False),
+        (np.nan, 0.1, False),
+    ],
+)
+def test_a_promise_is_held_to_what_was_predicted(found, predicted, kept):
+    solution = SimpleNamespace(folds=[Fold("mlp.0", "mlp", SimpleNamespace(error=predicted))])
+    assert check_promises(solution, {("mlp.0", "mlp"): found}).passed is kept

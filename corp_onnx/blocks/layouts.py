@@ -29,6 +29,16 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class _Split:
+    """Token axes, and the Reshape that makes them of those of a projection, if one does."""
+
+    node: str | None
+    sizes: tuple[int, ...]
+    rest: bool = False
+    """Whether it merges the last of them with heads."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Atom:
     """A factor of an axis: a coordinate of ``size`` values, each ``stride`` steps long."""
 
@@ -58,8 +68,8 @@ def find_layout(
         facts: Of the graph at the sizes of this run.
         tokens: The token axes of the projection.
     """
-    for split, sizes in _token_axes(path, moved, facts, tokens):
-        layout = _fit(target, split, sizes)
+    for split in _splits(path, moved, facts, tokens):
+        layout = _fit(target, split)
         if layout is not None:
             return layout
     return None
@@ -72,40 +82,43 @@ def arrange(layout: Layout, projection: np.ndarray, shape: tuple[int, ...]) -> n
     return rows.reshape(*tokens, *layout.rows, *width).transpose(layout.perm).reshape(shape)
 
 
-def _token_axes(
+def _splits(
     path: Path, moved: Mapping[str, np.ndarray], facts: Facts, tokens: tuple[int, ...]
-) -> list[tuple[str | None, tuple[int, ...]]]:
+) -> list[_Split]:
     """The token axes of a projection, and what Reshapes make of them that keep their order."""
-    ways: list[tuple[str | None, tuple[int, ...]]] = [(None, tokens)]
-    count, width = prod(tokens), moved[path.source.name].size // prod(tokens)
+    count = prod(tokens)
+    whole, part = [_Split(None, tokens)], []
     for node in path.nodes:
-        if node.op != "Reshape":
+        target = facts.value(node.inputs[1]) if node.op == "Reshape" else None
+        if target is None:
             continue
-        output = moved[node.outputs[0].name]
-        (ends,) = np.nonzero(np.cumprod(output.shape) == count)
-        if not ends.size or output.shape[: ends[-1] + 1] == tokens:
-            continue
-        sizes = output.shape[: ends[-1] + 1]
-        in_order = output.reshape(count, -1) // width == np.arange(count)[:, None]
-        if in_order.all() and _stays_true(facts.value(node.inputs[1]), sizes, tokens):
-            ways.append((node.name, sizes))
-    return ways
+        output, exact = moved[node.outputs[0].name], []
+        for axes, size in enumerate(np.cumprod(output.shape).tolist(), 1):
+            sizes = output.shape[:axes]
+            numbers = output.reshape(size, -1) * size // moved[path.source.name].size
+            in_order = (numbers == np.arange(size)[:, None]).all()
+            if not in_order or not _stays_true(target, sizes, tokens):
+                continue
+            if size == count and sizes != tokens:
+                exact.append(_Split(node.name, sizes))
+            elif 1 < size < count and count % size == 0 and -1 not in target[:axes]:
+                part.append(_Split(node.name, (*sizes, count // size), rest=True))
+        whole += exact[-1:]
+    return [*whole, *part]
 
 
-def _stays_true(target: np.ndarray | None, sizes: tuple[int, ...], tokens: tuple[int, ...]) -> bool:
+def _stays_true(target: np.ndarray, sizes: tuple[int, ...], tokens: tuple[int, ...]) -> bool:
     """Whether the target of a Reshape would split the projection itself in the same way.
 
     A 0 in it copies a size of what enters, which may have been moved before.
     """
-    if target is None:
-        return False
     copied = np.flatnonzero(target[: len(sizes)] == 0)
     return all(sizes[axis : axis + 1] == tokens[axis : axis + 1] for axis in copied)
 
 
-def _fit(target: Target, split: str | None, sizes: tuple[int, ...]) -> Layout | None:
+def _fit(target: Target, split: _Split) -> Layout | None:
     """Find what every axis is made of, call the rest of it heads, and check the result."""
-    shape = target.token.shape
+    shape, sizes = target.token.shape, split.sizes
     coordinates = np.unravel_index(target.token, sizes)
     atoms = [_atom(values, size) for values, size in zip(coordinates, sizes, strict=True)]
     if target.width_axis is not None:
@@ -176,7 +189,7 @@ def _copies(rows: list[_Atom], head: np.ndarray) -> tuple[int, ...]:
 
 
 def _assembled(
-    split: str | None, tokens: list[_Atom], rows: list[_Atom], width: list[_Atom], rank: int
+    split: _Split, tokens: list[_Atom], rows: list[_Atom], width: list[_Atom], rank: int
 ) -> Layout:
     """The layout that sorts factors into the axes that they were found on."""
     atoms = [*tokens, *rows, *width]
@@ -184,4 +197,4 @@ def _assembled(
     axes = [atom.axis for atom in atoms]
     groups = tuple(axes.count(axis) for axis in range(rank))
     sizes = tuple(atom.size for atom in rows)
-    return Layout(split, len(tokens), sizes, (), bool(width), perm, groups)
+    return Layout(split.node, split.rest, len(tokens), sizes, (), bool(width), perm, groups)

@@ -166,13 +166,13 @@ class _Ascent:
             return _none(f"its logits come from {tensor.name!r}, {NO_PRODUCT}")
         if node.op == "MatMul" and all(self.view.known(value) is None for value in node.inputs):
             lost = "its Softmax does not run over queries or keys"
-            if axis is None:
-                lost = (
-                    "its logits are reshaped before Softmax: queries and keys cannot be told apart"
-                )
             return Logits(node, axis == -2, reason=None if axis in {-1, -2} else lost)
         if node.op in PASSING_OPS | TURNING_OPS:
-            return self.climb(node.inputs[0], _axis_before(self.view, node, axis))
+            before = _axis_before(self.view, node, axis)
+            below = self.climb(node.inputs[0], before)
+            if axis is None or before is not None or below.product is None:
+                return below
+            return replace(below, reason=_lost(node))
         if node.op in JOINING_OPS | BENDING_OPS:
             return self._through_elementwise(node, axis)
         if _is_mixing(self.view, node):
@@ -207,6 +207,16 @@ class _Ascent:
         if node.op in BENDING_OPS:
             return below
         return replace(below, frozen=(*below.frozen, *_frozen(self.view, node)))
+
+
+def _lost(node: gs.Node) -> str:
+    """What is said of logits one axis of which is not the same behind a node."""
+    if node.op == "Concat":
+        return f"its logits are joined with others before Softmax (Concat {node.name})"
+    return (
+        f"its logits are reshaped before Softmax ({node.op} {node.name}): queries and keys cannot "
+        "be told apart"
+    )
 
 
 def _none(reason: str) -> Logits:

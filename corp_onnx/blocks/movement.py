@@ -70,7 +70,8 @@ def climb(view: View, target: gs.Tensor) -> Path | Blocked:
         nodes.append(node)
         stack.extend(carried)
     if len(sources) != 1:
-        return Blocked(nodes[0] if nodes else None, target.name)
+        joins = [node for node in nodes if node.op == "Concat"]
+        return Blocked(next(iter([*joins, *nodes]), None), target.name)
     (source,) = sources.values()
     return Path(source, target, tuple(view.in_order(nodes)))
 

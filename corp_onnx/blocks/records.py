@@ -108,14 +108,15 @@ class Scalar:
 class Layout:
     """How a plain projection is laid out as the operand of a product.
 
-    The projection ``[t0, …, tk, g·r]`` is reshaped to ``[t0, …, tk, g, r]``, heads are copied as
-    ``copies`` says and split over axes as ``rows`` says, the axes are permuted by ``perm``, and
-    neighbours are merged as ``groups`` says. Where single channels are moved and not heads, ``g``
-    counts channels, and there is no last axis.
+    The projection ``[t0, …, tk, g·r]`` is reshaped to ``[t0, …, tk, g, r]``, heads are copied and
+    split over axes (``copies``, ``rows``), the axes permuted, and neighbours merged (``groups``).
+    Where single channels are moved and not heads, ``g`` counts channels, without a last axis.
     """
 
     split: str | None
     """Reshape node whose leading targets split the token axes first; None where none are split."""
+    rest: bool
+    """Whether it names all of these but the last, which it merges with heads."""
     tokens: int
     """How many token axes there are after that split."""
     rows: tuple[int, ...]

@@ -11,25 +11,9 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx import shapes
 from corp_onnx.blocks.records import Linear
-from corp_onnx.operators import SIZE_OPS, is_standard
+from corp_onnx.operators import FOLDED_OPS, SIZE_OPS, is_standard
 from corp_onnx.reference import ROUNDING_OPS
 from corp_onnx.shapes import COMPUTED_OPS, Facts
-
-FOLDED_OPS = frozenset(
-    {
-        "Identity",
-        "Transpose",
-        "Cast",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-        "Split",
-        "Slice",
-        "DequantizeLinear",
-        "QuantizeLinear",
-    }
-)
-"""Operators on a constant that leave it a constant: a weight behind them is read through."""
 
 """What follows from them depends on sizes, not on data."""
 

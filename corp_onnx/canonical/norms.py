@@ -142,11 +142,9 @@ def _set_bias(maker: gs.Node, add: gs.Node | None, bias: gs.Constant, bench: Ben
     elif maker.op == "MatMul":
         (output,) = maker.outputs
         maker.outputs.clear()
-        product = gs.Variable(f"{bias.name}_product", dtype=output.dtype)
+        product = bench.emit.variable("product", output.dtype)
         maker.outputs.append(product)
-        made = bench.emit.node("Add", [product, bias], dtype=output.dtype)
-        (adder,) = made.inputs
-        adder.outputs[0] = output
+        bench.emit.into("Add", [product, bias], output)
     else:
         if len(maker.inputs) > 2:
             maker.inputs[2] = bias

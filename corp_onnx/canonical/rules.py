@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import onnx_graphsurgeon as gs
 
 from corp_onnx.canonical.attention import plain_operands, unpack_attention
+from corp_onnx.canonical.computed import compute_weights
 from corp_onnx.canonical.einsum import einsum_as_matmul, in_pairs
 from corp_onnx.canonical.grouped import ungroup_attention
 from corp_onnx.canonical.norms import fold_batch_norm, split_skip_norm
@@ -50,6 +51,7 @@ def canonicalise(graph: gs.Graph) -> None:
 
     Operators that act on every channel by itself stay fused: they hinder nothing.
     """
+    compute_weights(graph)
     in_pairs(graph)
     wanted = [node for node in graph.nodes if _key(node) in RULES]
     if not wanted:

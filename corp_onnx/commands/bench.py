@@ -46,7 +46,7 @@ class Bench:
             for precision in self.precisions:
                 target.require(precision)
         if self.plot is not None:
-            require_writable(self.plot)
+            require_writable(self.plot, self.models)
         names, lanes = self._lanes(progress)
         batches = self.batches or (Stopwatch.of(lanes[0].reads(), self.stopwatch.sizes).batch,)
         labels = [[_label(*each, b) for each in zip(names, lanes, strict=True)] for b in batches]

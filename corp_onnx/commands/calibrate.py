@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ class Calibrate:
 
     def __call__(self, progress: Progress) -> Answer:
         """Run the model on the shard's samples and write what was found."""
-        require_writable(self.output)
+        require_writable(self.output, chain(self.source.files(), graph.files_of(self.model)))
         model = graph.load(self.model)
         catalog = find_blocks(model, self.sizes)
         data = self.source.open(self.model, open_session(model, self.runtime))

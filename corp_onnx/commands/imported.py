@@ -31,7 +31,7 @@ class Imported:
     def __call__(self, progress: Progress) -> Answer:
         """Each is held against the first; they were not timed in turn, so medians are compared."""
         if self.plot is not None:
-            require_writable(self.plot)
+            require_writable(self.plot, self.files)
         times = [read_times(path) for path in self.files]
         race = unpaired(
             [each.latency_ms for each in times], [each.device_ms for each in times], seed=self.seed

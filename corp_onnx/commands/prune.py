@@ -12,6 +12,7 @@ from corp_onnx.budget import Budget
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.data import Dataset
 from corp_onnx.deadline import Deadline
+from corp_onnx.files import require_writable
 from corp_onnx.graph import Model
 from corp_onnx.pipeline import Settings, prune
 from corp_onnx.preprocessing import Preprocessing, keep_beside
@@ -36,6 +37,7 @@ class Prune:
         given, recipe = self.settings, Preprocessing.beside(self.model)
         knowledge: Knowledge | None = self.statistics
         if self.source is not None:
+            require_writable(self.output, self.source.files())
             knowledge = opener(self.source, self.model, given.runtime)
         assert knowledge is not None, "there are data or statistics"
         result = prune(

@@ -38,6 +38,10 @@ class Source:
     seed: int = 0
     allow_random: bool = False
 
+    def files(self) -> tuple[Path, ...]:
+        """What is read, if it is a file."""
+        return (Path(self.data),)
+
     def open(self, model_path: Path, session: Session) -> Dataset:
         """The samples, fitted to a model's inputs, preprocessed as the file beside it says."""
         return open_data(

@@ -54,7 +54,7 @@ class Sweep:
         return Answer(document, points.sweep_table(document, self.folder), 0 if passed else 1)
 
     def _output(self, budget: Budget) -> Path:
-        percent = f"{100 * budget.kept:g}".replace(".", "_")
+        percent = f"{100 * budget.kept:.10g}".replace(".", "_")
         return self.folder / f"{self.model.stem}_{budget.unit}{percent}.onnx"
 
     def _raced(self, paths: list[Path], watch: Stopwatch) -> Race:

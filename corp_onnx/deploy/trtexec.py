@@ -45,8 +45,9 @@ def read_times(path: Path, *, after_ms: float = 0.0) -> Times:
     if not rows:
         raise DataError(f"{path} holds no inference after {after_ms:g} ms; let trtexec run longer")
     latency, compute = (np.array([row[key] for row in rows]) for key in (LATENCY, COMPUTE))
-    if not (np.isfinite(latency).all() and np.isfinite(compute).all()):
-        raise DataError(f"{path} holds times that are no numbers; measure again")
+    for found in (latency, compute):
+        if not (np.isfinite(found) & (found > 0)).all():
+            raise DataError(f"{path} holds times that are no numbers above 0; measure again")
     latency.flags.writeable = compute.flags.writeable = False
     return Times(latency, compute)
 

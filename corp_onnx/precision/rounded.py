@@ -56,15 +56,15 @@ def _round(graph: gs.Graph, tensor: gs.Tensor, form: Format, emit: Emitter) -> N
     replace_readers(tensor, wide)
     first.inputs[0] = tensor
     if any(tensor is output for output in graph.outputs):
-        _swap(tensor, wide)
+        _swap(tensor, wide, emit)
 
 
-def _swap(tensor: gs.Tensor, wide: gs.Tensor) -> None:
+def _swap(tensor: gs.Tensor, wide: gs.Tensor, emit: Emitter) -> None:
     """Give the rounded tensor the name, and the place among the outputs, of the one before it."""
     if not tensor.inputs:
         return
     (maker,), (last,) = tensor.inputs, wide.inputs
-    raw = gs.Variable(f"{wide.name}_raw", np.float32)
+    raw = emit.variable("raw", np.float32)
     slot = next(i for i, made in enumerate(maker.outputs) if made is tensor)
     for reader in list(tensor.outputs):
         reader.inputs = [raw if entry is tensor else entry for entry in reader.inputs]
