@@ -284,7 +284,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     gc.set_threshold(*COLLECTED)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    screen.write_what_can_be_written()
     try:
         app(arguments, prog_name="corp-onnx")
     except SystemExit as end:

@@ -58,16 +58,11 @@ def show(command: Callable[[Report], Answer], *, as_json: bool, log_level: str) 
     if as_json:
         print(present.as_json(answer.document))
     else:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # an encoding may lack signs, as on Windows
         width = None if sys.stdout.isatty() else 120
         Console(width=width, markup=False, emoji=False).print(answer.table)
     return answer.status
-
-
-def write_what_can_be_written() -> None:
-    """Let signs that the encoding of the output lacks, as on Windows, not be errors."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def run(command: Callable[[Report], Answer], as_json: bool, log_level: str) -> None:
