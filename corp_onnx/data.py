@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from jaxtyping import Int, Shaped
 
 from corp_onnx import fitting
 from corp_onnx.arrays import open_noise, open_npy, open_npz
+from corp_onnx.batching import batched, filled, subset
 from corp_onnx.crops import Crops
 from corp_onnx.errors import DataError
 from corp_onnx.fitting import how_to_preprocess, only_input
@@ -84,9 +84,9 @@ class Dataset:
         """All samples in order, in batches of at most ``batch_size``.
 
         A batch holds neighbours of equal shape only, so sequences of different length are never
-        merged. A model with a fixed batch size gets batches of just that size; samples that do not
-        fill one are left out, and logged. Batches that lie within the first ``after`` samples of
-        earlier batches of the same size are not read again.
+        merged. A model with a fixed batch size gets batches of just that size, of any samples of
+        one shape; those that fill none are left out, and logged. Batches that lie within the first
+        ``after`` samples of earlier batches of the same size are not read again.
 
         Raises:
             DataError: If the samples fill no batch of a fixed size, hold values that the model's
@@ -128,6 +128,19 @@ class Dataset:
         chosen.flags.writeable = False
         return replace(self, indices=chosen)
 
+    def shuffled(self, seed: int) -> Int[np.ndarray, " n"]:
+        """The places of all samples in random order; batches of a fixed size stay together.
+
+        Samples that fill no such batch are left out.
+        """
+        rng = np.random.default_rng(seed)
+        if self.fixed_batch is None:
+            return rng.permutation(self.samples)
+        place = {index: place for place, index in enumerate(self.indices.tolist())}
+        pieces = self._pieces(1)
+        order = [place[each] for number in rng.permutation(len(pieces)) for each in pieces[number]]
+        return np.array(order, np.intp)
+
     def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
         """Two random parts with no sample in common, each in this order.
 
@@ -138,14 +151,14 @@ class Dataset:
         Raises:
             DataError: If the share is not between 0 and 1, or there are too few samples for that.
         """
-        batch = self.fixed_batch or 1
-        if not 0 < share < 1 or self.samples < 2 * batch:
+        batch, order = self.fixed_batch or 1, self.shuffled(seed)
+        if not 0 < share < 1 or len(order) < 2 * batch:
             raise DataError(
                 f"{self.samples} samples of {self.source} cannot be split with a share of {share}; "
                 f"it takes at least {2 * batch} samples and a share between 0 and 1"
             )
-        first = min(max(round(share * self.samples / batch), 1), self.samples // batch - 1) * batch
-        order = np.random.default_rng(seed).permutation(self.samples)
+        batches = len(order) // batch
+        first = min(max(round(share * batches), 1), batches - 1) * batch
         return self.take(np.sort(order[:first])), self.take(np.sort(order[first:]))
 
     def augmented(self, crops: int, seed: int, *, most: int | None = None) -> Dataset:
@@ -174,14 +187,10 @@ class Dataset:
 
     def _pieces(self, batch_size: int) -> list[Int[np.ndarray, " b"]]:
         """The samples of every batch."""
-        fixed = self.fixed_batch
-        size = fixed or batch_size
-        alike = itertools.groupby(self.indices.tolist(), key=self.store.layout)
-        runs = [np.array(list(run), np.intp) for _, run in alike]
-        pieces = [run[at : at + size] for run in runs for at in range(0, len(run), size)]
+        fixed, indices = self.fixed_batch, self.indices.tolist()
         if fixed is None:
-            return pieces
-        full = [piece for piece in pieces if len(piece) == fixed]
+            return batched(indices, self.store.layout, batch_size)
+        full = filled(indices, self.store.layout, fixed)
         if not full:
             raise DataError(
                 f"the model takes batches of exactly {fixed} samples, which the {self.samples} of "
@@ -242,7 +251,7 @@ def open_data(
     else:
         store = _open_path(source, specs, preprocessing)
         check(store.layout(0))
-    indices = _subset(source, len(store), samples, seed)
+    indices = subset(source, len(store), samples, seed)
     dataset = Dataset(store, specs, indices, source, preprocessing)
     dataset._pieces(1)  # raises if a fixed batch size is never filled
     return dataset
@@ -282,14 +291,3 @@ def _open_folder(path: Path, specs: Layout, preprocessing: Preprocessing | None)
             f"{name!r}; correct `input` in its .preprocessing.json"
         )
     return open_images(path, preprocessing)
-
-
-def _subset(source: str, available: int, samples: int | None, seed: int) -> Int[np.ndarray, " n"]:
-    """Which samples to use, in their order."""
-    indices = np.arange(available)
-    if samples is not None and samples > available:
-        _log.warning("%s has %d samples, not the %d asked for", source, available, samples)
-    elif samples is not None:
-        indices = np.sort(np.random.default_rng(seed).choice(available, samples, replace=False))
-    indices.flags.writeable = False
-    return indices

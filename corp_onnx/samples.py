@@ -19,9 +19,10 @@ FILLED, MOST_CROPS = 256, 4
 def held_out(data: Dataset) -> int:
     """How many samples are kept from calibration, to verify with; none if there are too few."""
     fixed = data.fixed_batch or 1
-    wanted = min(MOST_HELD_OUT, round(HELD_OUT_SHARE * data.samples))
+    samples = data.samples if data.fixed_batch is None else data.filling().samples
+    wanted = min(MOST_HELD_OUT, round(HELD_OUT_SHARE * samples))
     count = max(fixed, wanted - wanted % fixed)
-    return 0 if data.samples < count + fixed else count
+    return 0 if samples < count + fixed else count
 
 
 def held_apart(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
@@ -30,14 +31,14 @@ def held_apart(data: Dataset, seed: int) -> tuple[Dataset, Dataset]:
     if not count:
         log.warning("there are too few samples to hold any out; verifying with those calibrated on")
         return data, data
-    order = np.random.default_rng(seed).permutation(data.samples)
+    order = data.shuffled(seed)
     return data.take(np.sort(order[:count])), data.take(np.sort(order[count:]))
 
 
 def drawn(data: Dataset, most: int, seed: int) -> Dataset:
     """A random choice of samples, in the order of the data."""
-    order = np.random.default_rng(seed).permutation(data.samples)
-    return data.take(np.sort(order[: max(most, data.fixed_batch or 1)]))
+    fixed = data.fixed_batch or 1
+    return data.take(np.sort(data.shuffled(seed)[: max(most - most % fixed, fixed)]))
 
 
 def enriched(data: Dataset, crops: int | None, seed: int, *, of: int = 1) -> Dataset:

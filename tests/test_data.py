@@ -15,6 +15,7 @@ from PIL import Image
 from corp_onnx.data import Dataset, InputSpec, open_data
 from corp_onnx.errors import DataError
 from corp_onnx.preprocessing import Preprocessing
+from corp_onnx.samples import drawn, held_apart
 
 PIXELS = InputSpec("pixels", np.dtype(np.float32), (None, 3, 8, 8))
 ONE = InputSpec("x", np.dtype(np.float32), (None, 4))
@@ -278,7 +279,7 @@ def test_a_split_shares_nothing_and_loses_nothing(rows, share, seed):
 def test_where_batches_are_of_one_size_the_first_part_fills_some(rows, samples, share, first):
     fixed = open_data(rows, [spec(np.float32, 4, 4, name="x")], samples=samples)
     parts = fixed.split(share, 0)
-    assert [part.samples for part in parts] == [first, samples - first]
+    assert [part.samples for part in parts] == [first, 8 - first]
     assert all(len(batch["x"]) == 4 for part in parts for batch in part.batches(1))
     with pytest.raises(DataError, match="takes at least 8 samples"):
         fixed.take(range(7)).split(share, 0)
@@ -336,6 +337,27 @@ def test_a_fixed_batch_size_is_kept_and_the_rest_left_out(rows, caplog):
     caplog.clear()
     assert len(list(open_data(rows, [spec(np.float32, 5, 4)]).batches(1))) == 2
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_batches_of_one_size_stay_together_where_lengths_differ(tmp_path, caplog, seed):
+    body = """
+def load_data():
+    for length in (*range(1, 9), *range(1, 9)):
+        yield {"x": np.full((5, length), length, np.float32)}
+"""
+    data = open_data(script(tmp_path, body), [spec(np.float32, 4, None)])
+    assert (data.samples, data.filling().samples) == (80, 64)
+    parts = [*held_apart(data, seed), drawn(data, 11, seed), *data.split(0.5, seed)]
+    assert [part.samples for part in parts] == [12, 52, 8, 32, 32]
+    assert "left out" not in caplog.text
+    for part in parts:
+        batches = [batch["x"] for batch in part.batches(1)]
+        assert sum(map(len, batches)) == part.samples
+        assert {len(batch) for batch in batches} == {4}
+    assert not set(parts[0].indices.tolist()) & set(parts[1].indices.tolist())
+    list(data.batches(1))
+    assert "16 of the 80" in caplog.text
 
 
 def test_a_fixed_batch_size_that_nothing_fills_is_refused(rows):

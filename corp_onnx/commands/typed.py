@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from corp_onnx.commands.records import Source
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.deploy.targets import SYMMETRIC
@@ -15,6 +13,7 @@ from corp_onnx.errors import PlanError, QuantisedModel
 from corp_onnx.graph import Model, load
 from corp_onnx.latency import timing_inputs
 from corp_onnx.precision import STORED, Request, in_precision, stored_type
+from corp_onnx.samples import drawn
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.shapes import usual_sequence
 from corp_onnx.sizes import Sizes, input_sizes
@@ -79,10 +78,9 @@ class Typist:
             given = {name: shape for name, shape in self.sizes.items() if name in known}
             sequence = usual_sequence(model.graph, given)
             sizes = input_sizes(model.graph, sequence=sequence, given=given)
-            drawn = [timing_inputs(session.inputs, sizes, seed=seed) for seed in (0, 1)]
-            return drawn[:1], drawn[1:]
+            made = [timing_inputs(session.inputs, sizes, seed=seed) for seed in (0, 1)]
+            return made[:1], made[1:]
         data = self.source.open(path, session)
-        chosen = np.random.default_rng(self.source.seed).permutation(data.samples)
-        count = 2 * max(BATCH * BATCHES, data.fixed_batch or 1)
-        seen, held_out = data.take(chosen[:count]).split(0.5, self.source.seed)
+        some = drawn(data, 2 * max(BATCH * BATCHES, data.fixed_batch or 1), self.source.seed)
+        seen, held_out = some.split(0.5, self.source.seed)
         return list(seen.batches(BATCH)), list(held_out.batches(BATCH))
