@@ -362,3 +362,19 @@ def test_nothing_of_the_input_is_changed_or_shared():
 )
 def test_share(part, whole, expected):
     assert share(part, whole) == expected
+
+
+def lost(z, scale, ridge):
+    """Share of the removed variance that is left, with the first channel scaled, which stays."""
+    places = np.arange(z.shape[1])
+    scaled = z * np.where(places == 0, scale, 1.0)
+    return fold(Moments.of(scaled), places[::2], places[1::2], ridge=ridge).unexplained
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e4])
+def test_one_channel_much_larger_than_the_others_does_not_drown_them(scale):
+    z, ridge = falling(1e-5, width=96, samples=400), 1e-5
+    dense, found = (lost(z, by, ridge) for by in (1.0, scale))
+    drowned = lost(z, 1.0, ridge * scale**2 / z.shape[1])  # a share of the plain mean
+    assert found < 1.5 * dense
+    assert drowned > 2 * found

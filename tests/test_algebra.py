@@ -15,6 +15,7 @@ from corp_onnx.solve.algebra import (
     column_products,
     inner,
     inverse_definite,
+    mean_variance,
     pseudo_inverse,
     require_definite,
     ridged,
@@ -149,3 +150,22 @@ def test_a_system_that_is_ridged_is_another_array(any_device):
     system = any_device.asarray(definite())
     solve_definite(ridged(system, 0.0), any_device.asarray(matrices()[0]))
     assert np.array_equal(to_host(system), definite())
+
+
+@pytest.mark.parametrize(
+    ("variances", "mean"),
+    [
+        ([1.0, 2.0, 3.0], 2.0),
+        ([0.0, 0.0, 3.0], 1.0),
+        ([1.0, 1.0, 1e3], 1002 / 3),
+        ([1.0, 1.0, 1e6], 10002 / 3),
+        ([1.0, 1.0, 1e12], 1e5),
+        ([0.0, 0.0, 0.0], 0.0),
+    ],
+)
+@pytest.mark.parametrize("namespace", [np, array_api_strict])
+def test_no_channel_counts_for_more_in_a_mean_than_ten_thousand_times_the_median(
+    variances, mean, namespace
+):
+    covariance = namespace.asarray(np.diag(variances))
+    assert mean_variance(covariance) == pytest.approx(mean)

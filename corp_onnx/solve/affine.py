@@ -11,7 +11,15 @@ from jaxtyping import Float, Float64, Int
 
 from corp_onnx.device import HOST, Array, Device, beside, to_host
 from corp_onnx.moments import Moments, read_only
-from corp_onnx.solve.algebra import block, inner, ridged, rows, solve_definite, spread_out
+from corp_onnx.solve.algebra import (
+    block,
+    inner,
+    mean_variance,
+    ridged,
+    rows,
+    solve_definite,
+    spread_out,
+)
 
 Repair = Literal["corp", "mean", "none"]
 """What stands in for removed channels: the paper's repair, their mean, or nothing."""
@@ -72,7 +80,7 @@ def fold(
 
     Minimises ``E‖z_P - z_S B - c‖² + λ‖B‖²``, whose solution is::
 
-        B = (Σ_SS + λI)⁻¹ Σ_SP        c = μ_P - μ_S B        λ = ridge · tr(Σ) / d
+        B = (Σ_SS + λI)⁻¹ Σ_SP        c = μ_P - μ_S B        λ = ridge · s
 
     and leaves, of the removed variance, a share that is reported without λ::
 
@@ -83,7 +91,7 @@ def fold(
 
     Source: arXiv 2602.05243, affine recovery of MLP channels. There λ is a
     number in squared activation units; here it is relative to the layer's mean
-    variance, so that one value fits every layer.
+    variance ``s`` (`mean_variance`), so that one value fits every layer.
 
     Args:
         moments: Activation moments over all ``d = k + p`` channels.
@@ -230,7 +238,7 @@ def _predicted(
     varying = to_host(xp.linalg.diagonal(covariance))[kept] > 0.0
     weight, condition = beside(np.zeros((len(kept), len(removed))), covariance), 1.0
     if varying.any() and len(removed):
-        absolute = ridge * float(xp.linalg.trace(covariance)) / len(mean)
+        absolute = ridge * mean_variance(covariance)
         system = ridged(block(covariance, kept[varying], kept[varying]), absolute)
         answer, condition = solve_definite(system, block(covariance, kept[varying], removed))
         weight = spread_out(answer, varying)

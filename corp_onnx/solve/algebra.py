@@ -13,11 +13,16 @@ from jaxtyping import Bool, Float64, Int
 from scipy import linalg
 from scipy.linalg import lapack
 
-from corp_onnx.device import Array, beside
+from corp_onnx.device import Array, beside, to_host
 from corp_onnx.errors import IllConditioned
 
 MAX_CONDITION = 1e12
 """Beyond this, float64 leaves no more than four digits of a solution."""
+
+OUTLYING = 1e4
+"""Times the median variance: no channel counts for more in the mean."""
+SOLVABLE = 1e-7
+"""Share of the largest variance that the mean is taken to be at least."""
 
 
 def inner(a: Float64[Array, "..."], b: Float64[Array, "..."]) -> float:
@@ -71,6 +76,25 @@ def spread_out(
     xp = array_namespace(some)
     numbers = np.where(present, np.cumsum(present) - 1, some.shape[0])
     return rows(xp.concat([some, xp.zeros_like(some[:1, :])]), numbers)
+
+
+def mean_variance(covariance: Float64[Array, "d d"]) -> float:
+    """``s``, what a ridge is a share of: the mean variance, outlying channels counted for less.
+
+    ``s = Σ_j min(v_j, c m) / d``, with ``m`` the median of the variances ``v`` that are not 0: a
+    single channel a thousand times as large as the others would drown them in its ridge. At least
+    a part of the largest variance, so that ``Σ + λI`` can be solved.
+
+    >>> mean_variance(np.diag([1.0, 1.0, 4.0]))
+    2.0
+    """
+    xp = array_namespace(covariance)
+    variances = to_host(xp.linalg.diagonal(covariance))
+    varying = variances[variances > 0.0]
+    if not len(varying):
+        return 0.0
+    counted = np.minimum(variances, OUTLYING * np.median(varying))
+    return max(float(counted.mean()), SOLVABLE * float(varying.max()))
 
 
 def ridged(matrix: Float64[Array, "d d"], ridge: float) -> Float64[Array, "d d"]:

@@ -11,7 +11,15 @@ from jaxtyping import Float, Float64, Int64
 
 from corp_onnx.device import Array, to_host
 from corp_onnx.moments import read_only
-from corp_onnx.solve.algebra import block, inner, inverse_definite, ridged, row_products, rows
+from corp_onnx.solve.algebra import (
+    block,
+    inner,
+    inverse_definite,
+    mean_variance,
+    ridged,
+    row_products,
+    rows,
+)
 
 LAZY = 64
 """Removals that are carried out together on the whole matrix."""
@@ -75,7 +83,7 @@ def eliminate(
     Args:
         covariance: ``Σ`` of the hidden vector.
         weight: ``W`` of the layer that reads it; scaled by what is behind it, if that matters.
-        ridge: λ as a share of the mean variance, above 0 where Σ is singular.
+        ridge: λ as a share of `mean_variance`, above 0 where Σ is singular.
         keep: How many channels stay, at least.
 
     Raises:
@@ -87,15 +95,15 @@ def eliminate(
     (2, array([0., 2.]))
     """
     xp = array_namespace(covariance, weight)
-    width, trace = covariance.shape[0], float(xp.linalg.trace(covariance))
+    width, mean = covariance.shape[0], mean_variance(covariance)
     variances = to_host(xp.linalg.diagonal(covariance))
-    constant = np.flatnonzero(variances <= NEVER_VARIES * trace / width)[: width - keep]
+    constant = np.flatnonzero(variances <= NEVER_VARIES * mean)[: width - keep]
     left = np.setdiff1d(np.arange(width), constant)
     exact = xp.astype(weight, xp.float64)
     places: list[int] = []
     costs: list[float] = []
     if len(left) > keep:
-        inverse = inverse_definite(ridged(block(covariance, left, left), ridge * trace / width))
+        inverse = inverse_definite(ridged(block(covariance, left, left), ridge * mean))
         surgeon = _Surgeon(inverse, rows(exact, left))
         places, costs = surgeon.remove(len(left) - keep)
     return Elimination(

@@ -15,6 +15,7 @@ from corp_onnx.solve.affine import share
 from corp_onnx.solve.algebra import (
     block,
     inner,
+    mean_variance,
     ridged,
     rows,
     solve_definite,
@@ -67,7 +68,7 @@ def narrow_mlp(
 
     The weight that the fit starts from is the affine recovery, seen from the output::
 
-        W₀ = W_S + (Σ_SS + λI)⁻¹ Σ_SP W_P        λ = ridge · tr(Σ) / d
+        W₀ = W_S + (Σ_SS + λI)⁻¹ Σ_SP W_P        λ = ridge · s
 
     Args:
         parts: Hidden vector and target, of disjoint sets of samples.
@@ -88,7 +89,7 @@ def narrow_mlp(
     def narrowing(joint: Joint) -> tuple[Joint, Float64[Array, "k o"]]:
         narrow = joint.picked(kept)
         lost = block(joint.within, kept, removed) @ rows(weight, removed)
-        absolute = ridge * float(device.xp.linalg.trace(joint.within)) / dense
+        absolute = ridge * mean_variance(joint.within)
         change, condition = taken_over(narrow.within, lost, absolute)
         conditions.append(condition)
         return narrow, rows(weight, kept) + change

@@ -11,7 +11,7 @@ from jaxtyping import Float64, Int, Int64
 
 from corp_onnx.blocks.records import Output
 from corp_onnx.device import HOST, Array, Device, beside, to_host
-from corp_onnx.solve.algebra import block, pseudo_inverse, rows
+from corp_onnx.solve.algebra import block, mean_variance, pseudo_inverse, rows
 from corp_onnx.solve.folds import Evidence, ValueOutputFold
 from corp_onnx.solve.joint import Joint, merged
 from corp_onnx.solve.lowrank import (
@@ -70,7 +70,7 @@ def narrow_values(
     With ``P = diag(P_1 … P_h)`` of `truncate_value_output`, and what every head could do by itself,
     ``W_own`` of `_by_itself`, the fit starts from::
 
-        W₀ = W_own + (Pᵀ Σ P + λI)⁻¹ Pᵀ Σ (W - P W_own)        λ = ridge · tr(Pᵀ Σ P) / (h r)
+        W₀ = W_own + (Pᵀ Σ P + λI)⁻¹ Pᵀ Σ (W - P W_own)        λ = ridge · s(Pᵀ Σ P)
 
     in which other heads help to say what one head lost. Where nothing is lost nothing changes.
     """
@@ -83,7 +83,7 @@ def narrow_values(
 
     def narrowing(joint: Joint) -> tuple[Joint, Float64[Array, "k o"]]:
         mapped = joint.mapped(narrow)
-        absolute = ridge * float(device.xp.linalg.trace(mapped.within)) / mapped.mean.shape[0]
+        absolute = ridge * mean_variance(mapped.within)
         own = _by_itself(joint, weight, places, maps[heads.value_heads])
         lost = narrow.T @ joint.within @ (weight - narrow @ own)
         change, condition = taken_over(mapped.within, lost, absolute)
