@@ -15,8 +15,6 @@ from corp_onnx.operators import FOLDED_OPS, SIZE_OPS, is_standard
 from corp_onnx.reference import ROUNDING_OPS
 from corp_onnx.shapes import COMPUTED_OPS, Facts
 
-"""What follows from them depends on sizes, not on data."""
-
 OPEN_SIZE = "size is not known: it depends on the data, or the model runs at one size only"
 """What is said of a tensor whose shape could not be inferred."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -32,36 +30,36 @@ def compute_weights(graph: gs.Graph) -> None:
     """Carry out what leads from constants to a weight: weight norms, masks, added low ranks.
 
     Runtimes do so whenever they load the model.
+
+    Args:
+        graph: Its nodes are in order; it is changed.
     """
+    fixed: dict[int, bool] = {}  # nodes that depend on constants alone, and whether they compute
     known: dict[int, tuple[np.ndarray, ...]] = {}
     for node in graph.nodes:
-        if node.op not in PRODUCTS or not is_standard(node):
-            continue
-        for tensor in node.inputs:
-            if tensor.inputs and _is_computed(tensor):
-                value = _value(tensor, graph.opset, known)
-                tensor.inputs.clear()
-                tensor.to_constant(value)
+        makers = [tensor.inputs[0] if tensor.inputs else None for tensor in _variables(node)]
+        if node.op in PRODUCTS and is_standard(node):
+            for tensor in _variables(node):
+                if tensor.inputs and fixed.get(id(tensor.inputs[0])):
+                    value = _value(tensor, graph.opset, known)
+                    tensor.inputs.clear()
+                    tensor.to_constant(value)
+        if _is_fixed(node) and all(id(maker) in fixed for maker in makers):
+            fixed[id(node)] = node.op in ARITHMETIC or any(fixed[id(maker)] for maker in makers)
 
 
-def _is_computed(tensor: gs.Tensor) -> bool:
-    """Whether arithmetic on constants alone makes a tensor, at full precision."""
-    ops = {node.op if node is not None and is_standard(node) else None for node in _cone(tensor)}
-    return ops <= FOLDED_OPS - ROUNDING_OPS | ARITHMETIC and not ops <= FOLDED_OPS
+def _variables(node: gs.Node) -> list[gs.Tensor]:
+    return [
+        tensor
+        for tensor in node.inputs
+        if isinstance(tensor, gs.Variable) and not tensor.is_empty()
+    ]
 
 
-def _cone(end: gs.Tensor) -> Iterator[gs.Node | None]:
-    """All nodes that a tensor comes from; None for an input, and for what has no inputs."""
-    stack, seen = [end], set()
-    while stack:
-        tensor = stack.pop()
-        if isinstance(tensor, gs.Constant) or tensor.is_empty() or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        maker = tensor.inputs[0] if tensor.inputs else None
-        yield maker if maker is not None and maker.inputs else None
-        if maker is not None:
-            stack.extend(maker.inputs)
+def _is_fixed(node: gs.Node) -> bool:
+    """Whether a node makes constants of constants, always the same and at full precision."""
+    exact = FOLDED_OPS - ROUNDING_OPS | ARITHMETIC
+    return bool(node.inputs) and node.op in exact and is_standard(node)
 
 
 def _value(tensor: gs.Tensor, opset: int, known: dict[int, tuple[np.ndarray, ...]]) -> np.ndarray:
