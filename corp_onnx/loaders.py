@@ -8,6 +8,7 @@ import inspect
 import itertools
 import logging
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,8 +25,8 @@ from corp_onnx.sources import Layout, layout_of
 _log = logging.getLogger(__name__)
 
 END = object()
-LIBRARIES = "site-packages"
-"""What is in the paths of code that is not the user's."""
+LIBRARIES = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), "<")
+"""How paths begin of code that is not the user's, frozen modules included."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +155,7 @@ class _Blamed:
         if not isinstance(error, Exception) or isinstance(error, CorpError):
             return
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames[1:] if LIBRARIES not in frame.filename] or frames
+        own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)] or frames
         where = f"{Path(own[-1].filename).name}, line {own[-1].lineno}"
         raise DataError(
             f"{self.source} raised {type(error).__name__}: {error} ({where})"

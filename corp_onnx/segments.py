@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.view import producer
 from corp_onnx.graph import Model
-from corp_onnx.operators import SIZE_OPS
+from corp_onnx.operators import SIZE_OPS, fixed_nodes
 from corp_onnx.streams import Stream
 
 
@@ -53,7 +53,7 @@ def segments_of(
     drafts: list[_Draft] = []
     tensors = model.graph.tensors()
     done: set[int] = set()
-    fixed = _fixed(model.graph)
+    fixed = fixed_nodes(model.graph)
     for stream in streams:
         wanted = [*stream.ends, *masks.get(stream.block, ())]
         nodes = list(_needed([tensors[name] for name in wanted], done, fixed))
@@ -112,16 +112,6 @@ class _Draft:
             tuple(dict.fromkeys((*outputs, *self._ends))),
             tuple(sorted(later)),
         )
-
-
-def _fixed(graph: gs.Graph) -> set[int]:
-    """Nodes that depend on constants alone, in a graph in order: a weight's Transpose, say."""
-    fixed: set[int] = set()
-    for node in graph.nodes:
-        makers = [producer(tensor) for tensor in node.inputs if isinstance(tensor, gs.Variable)]
-        if node.inputs and all(maker is not None and id(maker) in fixed for maker in makers):
-            fixed.add(id(node))
-    return fixed
 
 
 def _needed(ends: Iterable[gs.Tensor], done: set[int], fixed: set[int]) -> Iterator[gs.Node]:

@@ -113,7 +113,7 @@ def check_promises(solution: Solution, measured: Mapping[tuple[str, str | None],
 
 
 def _over(found: float, predicted: float) -> float:
-    """How many times what was predicted; 1 where neither is finite."""
+    """How many times what was predicted; once where both are infinite."""
     if found == predicted:
         return 1.0
     return found / predicted if predicted > 0 else np.inf

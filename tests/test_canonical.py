@@ -83,6 +83,17 @@ def parametrised(kind, *, wrong=False):
             weight,
             net("MatMul", net.weight(WIDTH, 2), net("Mul", net.weight(2, HIDDEN), gain)),
         ),
+        "part": lambda: net(
+            "Mul",
+            net(
+                "Split",
+                net("Concat", net.weight(WIDTH, HIDDEN), weight, axis=0),
+                axis=0,
+                num_outputs=2,
+                outputs=2,
+            )[1],
+            gain,
+        ),
         "turned": lambda: net(
             "Transpose", net("Mul", net("Transpose", weight), net("Unsqueeze", gain, [1]))
         ),
@@ -91,7 +102,7 @@ def parametrised(kind, *, wrong=False):
     return net.build(net("MatMul", y, net.weight(HIDDEN, WIDTH)))
 
 
-@pytest.mark.parametrize("kind", ["norm", "mask", "low rank", "turned"])
+@pytest.mark.parametrize("kind", ["norm", "mask", "low rank", "part", "turned"])
 def test_a_weight_that_is_computed_of_constants_becomes_one(kind):
     model = check(partial(parametrised, kind), gone="Mul" if kind != "mask" else "Where")
     assert ops(model) == {"MatMul", "Relu"}

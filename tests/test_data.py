@@ -661,6 +661,12 @@ def test_errors_in_the_users_code_say_where_they_are(tmp_path, error, body):
     assert sys.path == before
 
 
+def test_an_error_inside_a_library_is_told_where_the_user_called_it(tmp_path):
+    source = script(tmp_path, "import json\ndef load_data():\n    yield json.loads('x')\n")
+    assert "raised JSONDecodeError: " in refused(source, ONE)
+    assert "(loader.py, line 4)" in refused(source, ONE)
+
+
 def test_an_error_while_a_script_is_read_says_where_it_is(tmp_path):
     source = script(tmp_path, "import math\nmath.sqrt(-1)\n")
     assert "raised ValueError: " in refused(source, ONE)

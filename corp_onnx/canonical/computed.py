@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx import reference
-from corp_onnx.operators import FOLDED_OPS, is_standard
+from corp_onnx.operators import FOLDED_OPS, fixed_nodes, is_standard, made_by
 from corp_onnx.reference import ROUNDING_OPS
 
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -34,32 +34,23 @@ def compute_weights(graph: gs.Graph) -> None:
     Args:
         graph: Its nodes are in order; it is changed.
     """
-    fixed: dict[int, bool] = {}  # nodes that depend on constants alone, and whether they compute
+    fixed = fixed_nodes(graph, _is_exact)
+    computing: set[int] = set()
     known: dict[int, tuple[np.ndarray, ...]] = {}
     for node in graph.nodes:
-        makers = [tensor.inputs[0] if tensor.inputs else None for tensor in _variables(node)]
         if node.op in PRODUCTS and is_standard(node):
-            for tensor in _variables(node):
-                if tensor.inputs and fixed.get(id(tensor.inputs[0])):
-                    value = _value(tensor, graph.opset, known)
-                    tensor.inputs.clear()
-                    tensor.to_constant(value)
-        if _is_fixed(node) and all(id(maker) in fixed for maker in makers):
-            fixed[id(node)] = node.op in ARITHMETIC or any(fixed[id(maker)] for maker in makers)
+            for tensor in [tensor for tensor in node.inputs if made_by(tensor, computing)]:
+                value = _value(tensor, graph.opset, known)
+                tensor.inputs.clear()
+                tensor.to_constant(value)
+        follows = node.op in ARITHMETIC or any(made_by(each, computing) for each in node.inputs)
+        if id(node) in fixed and follows:
+            computing.add(id(node))
 
 
-def _variables(node: gs.Node) -> list[gs.Tensor]:
-    return [
-        tensor
-        for tensor in node.inputs
-        if isinstance(tensor, gs.Variable) and not tensor.is_empty()
-    ]
-
-
-def _is_fixed(node: gs.Node) -> bool:
-    """Whether a node makes constants of constants, always the same and at full precision."""
-    exact = FOLDED_OPS - ROUNDING_OPS | ARITHMETIC
-    return bool(node.inputs) and node.op in exact and is_standard(node)
+def _is_exact(node: gs.Node) -> bool:
+    """Whether a node computes the same every time, and at full precision."""
+    return is_standard(node) and node.op in FOLDED_OPS - ROUNDING_OPS | ARITHMETIC
 
 
 def _value(tensor: gs.Tensor, opset: int, known: dict[int, tuple[np.ndarray, ...]]) -> np.ndarray:
