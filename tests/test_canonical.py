@@ -73,7 +73,7 @@ def widths_of(model):
 def parametrised(kind, *, wrong=False):
     """An MLP whose first weight is made of constants in one way."""
     net = Net(0)
-    weight = net.weight(WIDTH, HIDDEN)
+    weight, whole = net.weight(WIDTH, HIDDEN), np.int8(net.random(WIDTH, HIDDEN, gain=9.0))
     gain = net.const(net.random(HIDDEN) * (1.1 if wrong else 1.0))
     made = {
         "norm": lambda: net("Mul", net("Div", weight, net("ReduceL2", weight, [0])), gain),
@@ -82,6 +82,9 @@ def parametrised(kind, *, wrong=False):
             "Add",
             weight,
             net("MatMul", net.weight(WIDTH, 2), net("Mul", net.weight(2, HIDDEN), gain)),
+        ),
+        "over a stored one": lambda: net(
+            "Add", net("DequantizeLinear", whole, np.float32(0.1)), net("Mul", weight, gain)
         ),
         "part": lambda: net(
             "Mul",
@@ -102,7 +105,9 @@ def parametrised(kind, *, wrong=False):
     return net.build(net("MatMul", y, net.weight(HIDDEN, WIDTH)))
 
 
-@pytest.mark.parametrize("kind", ["norm", "mask", "low rank", "part", "turned"])
+@pytest.mark.parametrize(
+    "kind", ["norm", "mask", "low rank", "over a stored one", "part", "turned"]
+)
 def test_a_weight_that_is_computed_of_constants_becomes_one(kind):
     model = check(partial(parametrised, kind), gone="Mul" if kind != "mask" else "Where")
     assert ops(model) == {"MatMul", "Relu"}
@@ -119,7 +124,9 @@ def stored(op):
         "Cast": lambda: net("Cast", "half", to=TensorProto.FLOAT),
         "DequantizeLinear": lambda: net("DequantizeLinear", "whole", np.float32(0.1)),
         "Transpose": lambda: net("Transpose", net.weight(HIDDEN, WIDTH)),
-        "RandomNormalLike": lambda: net("RandomNormalLike", net.weight(WIDTH, HIDDEN)),
+        "RandomNormalLike": lambda: net(
+            "Mul", net("RandomNormalLike", net.weight(WIDTH, HIDDEN)), net.random(HIDDEN)
+        ),
     }[op]()
     y = relu(net, net("MatMul", net.x(), weight))
     return net.build(net("MatMul", y, net.weight(HIDDEN, WIDTH)))

@@ -143,3 +143,18 @@ def test_a_singular_covariance_without_ridge_is_refused():
     covariance[1, 1] = covariance[0, 0] / 2
     with pytest.raises(IllConditioned, match="raise --ridge"):
         eliminate(covariance, weight, ridge=0.0)
+
+
+def test_one_channel_much_larger_than_the_others_does_not_decide_for_them():
+    """Scaled by as much as its row of the weight is divided by, nothing has changed."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 60)) @ rng.standard_normal((60, 96))
+    covariance = np.cov((x + 0.3 * rng.standard_normal(x.shape)).T, bias=True)
+    weight = rng.standard_normal((96, 5))
+    scale = np.where(np.arange(96) == 3, 1e4, 1.0)
+    plain = eliminate(covariance, weight, ridge=1e-4, keep=48)
+    scaled = eliminate(
+        scale[:, None] * covariance * scale, weight / scale[:, None], ridge=1e-4, keep=48
+    )
+    left = [error_of(covariance, weight, f.kept(96, 48)) for f in (plain, scaled)]
+    assert left[1] < 1.1 * left[0]

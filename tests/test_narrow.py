@@ -89,6 +89,31 @@ def test_channels_that_are_given_are_kept():
     assert fold.kept.tolist() == [1, 2, 6]
 
 
+def test_a_ridge_keeps_heads_from_standing_in_for_each_other():
+    joints, _ = parts_of(features(), parts=1)
+    errors = [
+        narrow_values(joints, branch(), HEADS, 2, ridge=ridge).evidence.error
+        for ridge in (0.0, RIDGE, 1e3)
+    ]
+    assert errors[0] < errors[1] < errors[2] / 1.1
+
+
+def test_one_channel_much_larger_than_the_others_does_not_drown_them():
+    """Scaled by as much as its row of the weight is divided by, nothing has changed."""
+    rng = np.random.default_rng(0)
+    width, kept = 96, np.arange(48)
+    f = rng.standard_normal((400, 60)) @ rng.standard_normal((60, width))
+    weight = rng.standard_normal((width, OUT))
+    errors = []
+    for scale in (1.0, 1e4):
+        factors = np.where(np.arange(width) == 3, scale, 1.0)
+        joint = Joint.of(Moments.of(np.hstack([f * factors, f @ weight])), width)
+        one = Branch("block", weight / factors[:, None], np.ones(OUT))
+        fold = narrow_mlp([joint], one, len(kept), ridge=1e-5, kept=kept)
+        errors.append(fold.evidence.error)
+    assert errors[1] < 1.1 * errors[0]
+
+
 @pytest.mark.parametrize("ridge", [RIDGE, 1.0])
 @pytest.mark.parametrize("gain", [1.0, GAIN], ids=["plain", "LayerScale"])
 @pytest.mark.parametrize("heads", [HEADS, SHARED], ids=["heads", "shared"])

@@ -7,7 +7,6 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx import reference
 from corp_onnx.operators import FOLDED_OPS, fixed_nodes, is_standard, made_by
-from corp_onnx.reference import ROUNDING_OPS
 
 PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 
@@ -34,7 +33,7 @@ def compute_weights(graph: gs.Graph) -> None:
     Args:
         graph: Its nodes are in order; it is changed.
     """
-    fixed = fixed_nodes(graph, _is_exact)
+    fixed = fixed_nodes(graph, _is_known)
     computing: set[int] = set()
     known: dict[int, tuple[np.ndarray, ...]] = {}
     for node in graph.nodes:
@@ -48,9 +47,8 @@ def compute_weights(graph: gs.Graph) -> None:
             computing.add(id(node))
 
 
-def _is_exact(node: gs.Node) -> bool:
-    """Whether a node computes the same every time, and at full precision."""
-    return is_standard(node) and node.op in FOLDED_OPS - ROUNDING_OPS | ARITHMETIC
+def _is_known(node: gs.Node) -> bool:
+    return is_standard(node) and node.op in FOLDED_OPS | ARITHMETIC
 
 
 def _value(tensor: gs.Tensor, opset: int, known: dict[int, tuple[np.ndarray, ...]]) -> np.ndarray:
