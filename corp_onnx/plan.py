@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from corp_onnx.blocks import Axis, Block, Catalog, axes_of, width_of
 from corp_onnx.errors import NothingPrunable, PlanError
@@ -46,6 +46,16 @@ class Plan:
     """Every cut, in the order of the graph."""
 
     cuts: tuple[Cut, ...]
+
+    def concerned(self, catalog: Catalog) -> Catalog:
+        """The blocks with no axis but those of a kind that is cut."""
+        axes = {cut.axis for cut in self.cuts}
+        blocks = [
+            replace(block, refused=dict.fromkeys(others, "it is not cut") | dict(block.refused))
+            for block in catalog.blocks
+            for others in [set(axes_of(block)) - axes]
+        ]
+        return replace(catalog, blocks=tuple(blocks))
 
 
 def uniform(

@@ -142,8 +142,8 @@ class Work:
         used = data.samples - held_out(data)
         return replace(self, data=data, catalog=spared(self.catalog, few, used))
 
-    def calibrated(self) -> Work:
-        """With statistics of the dense model."""
+    def calibrated(self, plan: Plan | None = None) -> Work:
+        """With statistics of the dense model, of all that can be cut or of what a plan cuts."""
         if self.statistics is not None:
             return self
         assert self.data is not None, "there are data or statistics"
@@ -151,7 +151,7 @@ class Work:
         with self.clock.stage("calibrate"):
             statistics = calibrate(
                 self.model,
-                self.catalog,
+                plan.concerned(self.catalog) if plan else self.catalog,
                 self.data,
                 runtime=given.runtime,
                 seed=given.seed,
@@ -277,7 +277,7 @@ class Work:
                     on_batch=given.on_batch,
                     on_block=given.on_block,
                 )
-        statistics = self.calibrated().statistics
+        statistics = self.calibrated(plan).statistics
         assert statistics is not None, "calibrated"
         with self.clock.stage("solve"):
             return from_statistics(self.model, self.catalog, plan, statistics, given.recipe)

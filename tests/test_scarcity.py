@@ -147,6 +147,25 @@ def test_an_attention_is_not_refitted_where_its_last_layer_has_too_few(cut, capl
     assert result.passed
 
 
+@pytest.mark.parametrize("method", ["best", "corp", "none"])
+def test_what_is_not_cut_needs_no_samples(tiny, tmp_path, method):
+    """Five samples of two tokens: more than a head has channels, fewer than the MLP."""
+    save(tiny("transformer"), tmp_path / "dense.onnx")
+
+    def pruned(shares):
+        return prune(
+            tmp_path / "dense.onnx",
+            tmp_path / "small.onnx",
+            lambda model: dataset(model, x=activations(6, 2)),
+            shares_removed=shares,
+            settings=Settings(align=1, recipe=Recipe(method)),
+        )
+
+    assert {axis for _, axis in widths(pruned({"qk": 0.5}))} == {"qk"}
+    with pytest.raises(TooFewSamples, match=r"14 channels of mlp\.0\.hidden"):
+        pruned({"qk": 0.5, "mlp": 0.5})
+
+
 def test_nothing_is_written_where_all_that_was_asked_for_is_left_alone(cut, tmp_path):
     with pytest.raises(NothingPrunable, match=r"attention\.0 vo: it sees a single token"):
         cut(FEW, {"vo": 0.5})
