@@ -16,13 +16,13 @@ from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.samples import halves
 from benchmarks.spread import summary
 from benchmarks.subjects import CUTS, Subject, subjects
-from corp_onnx import sites
+from corp_onnx.calibration import sites
 from corp_onnx.plan import Plan, uniform
-from corp_onnx.sequential import fit_in_sequence
+from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.solve import DEFAULT_RIDGE, Recipe, refit, values
 from corp_onnx.solve.folds import Solution
 from corp_onnx.solve.joint import Joint
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
 
 log = logging.getLogger(__name__)
 

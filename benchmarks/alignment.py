@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping
 from benchmarks.latency import exported, inputs_drawn
 from benchmarks.outcome import Outcome, Place, Row
 from corp_onnx.blocks import Axis, find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
 from corp_onnx.deploy.targets import open_target
-from corp_onnx.graph import Model, load
+from corp_onnx.graph.model import Model, load
+from corp_onnx.latency.timing import Lane, Stopwatch
 from corp_onnx.plan import DEFAULT_ALIGN, uniform
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.surgery import operate
-from corp_onnx.timing import Lane, Stopwatch
-from corp_onnx.verify import Check
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)
 

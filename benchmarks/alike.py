@@ -15,15 +15,15 @@ import numpy as np
 from benchmarks import exports
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.tasks import glosses
-from corp_onnx import graph
 from corp_onnx.blocks import axes_of, find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.calibration.statistics import Batch
+from corp_onnx.graph.model import Model, load
 from corp_onnx.plan import uniform
 from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.statistics import Batch
-from corp_onnx.surgery import operate
-from corp_onnx.verify import Check
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _cut(
     place: Place, network: str, exporter: str, calibration: list[Batch], tests: list[Batch]
 ) -> tuple[Row, dict[str, np.ndarray]]:
     """What was found in one export, and what it computes dense and cut."""
-    model = graph.load(exports.drawn(place, network, exporter))
+    model = load(exports.drawn(place, network, exporter))
     catalog = find_blocks(model)
     statistics = gather(model, catalog, calibration)
     solution = solve(model, catalog, uniform(catalog, SHARES), statistics, Recipe("corp"))
@@ -72,7 +72,7 @@ def _cut(
     return row, {"dense": _outputs(model, tests), "cut": _outputs(small, tests)}
 
 
-def _outputs(model: graph.Model, tests: list[Batch]) -> np.ndarray:
+def _outputs(model: Model, tests: list[Batch]) -> np.ndarray:
     """The first output at every token that counts."""
     session = open_session(model)
     made = []

@@ -16,13 +16,13 @@ from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.samples import drawn
 from benchmarks.spread import ratios, summary
 from benchmarks.subjects import Subject, subjects
+from corp_onnx.allocation.budget import Budget, within
+from corp_onnx.allocation.probes import Probe, offered, probe
 from corp_onnx.blocks import Axis
-from corp_onnx.budget import Budget, within
 from corp_onnx.errors import PlanError
 from corp_onnx.plan import DEFAULT_ALIGN, Plan, uniform
-from corp_onnx.probes import Probe, offered, probe
 from corp_onnx.solve import Recipe
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
 from corp_onnx.work import PROBED
 
 log = logging.getLogger(__name__)

@@ -19,16 +19,15 @@ from benchmarks import tasks
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.peak import peak_bytes
 from benchmarks.tasks import IMAGENET
-from corp_onnx import graph
 from corp_onnx.blocks import Axis, find_blocks
-from corp_onnx.calibrate import calibrate, gather
-from corp_onnx.comparison import comparable
-from corp_onnx.data import open_data
-from corp_onnx.graph import Model
+from corp_onnx.calibration.calibrate import calibrate, gather
+from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.dataset import open_data
+from corp_onnx.graph.model import Model, load
 from corp_onnx.pipeline import prune
 from corp_onnx.session import open_session
-from corp_onnx.statistics import Batch
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
+from corp_onnx.verify.comparison import comparable
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ def measure(place: Place) -> Outcome:
 
 
 def _times(place: Place, path: Path, crops: Path) -> list[Row]:
-    model, text = graph.load(path), tasks.glosses(place)
+    model, text = load(path), tasks.glosses(place)
     encoder = comparable(model, tasks.FEATURES)
     data = open_data(str(crops), open_session(path).inputs)
     part = data.take(np.arange(min(data.samples, TIMED_SAMPLES)))
@@ -86,7 +85,7 @@ def _times(place: Place, path: Path, crops: Path) -> list[Row]:
         | _compared(model, images),
         {"model": "DINOv2 ViT-S alone", "samples": part.samples} | _compared(encoder, images),
         {"model": "MiniLM-L3", "samples": text.samples["calibration"]}
-        | _compared(graph.load(text.model), texts),
+        | _compared(load(text.model), texts),
     ]
 
 
@@ -131,7 +130,7 @@ def _peaks(model: Path, crops: Path, samples: tuple[int, ...]) -> list[Row]:
 
 def _new_ratios(path: Path, crops: Path, samples: int) -> list[Row]:
     """From a file of statistics to a verified file, by stage."""
-    model = graph.load(path)
+    model = load(path)
     data = open_data(str(crops), open_session(path).inputs).take(np.arange(samples))
     statistics = crops.with_name("statistics.npz")
     calibrate(model, find_blocks(model), data).save(statistics)

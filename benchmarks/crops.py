@@ -16,18 +16,17 @@ import numpy as np
 from benchmarks import tasks
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.tasks import Task
-from corp_onnx import graph
 from corp_onnx.blocks import Axis, Catalog, find_blocks
-from corp_onnx.calibrate import gather
-from corp_onnx.comparison import comparable
-from corp_onnx.data import Dataset
-from corp_onnx.graph import Model
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.data.dataset import Dataset
+from corp_onnx.graph.model import Model, load
 from corp_onnx.plan import uniform
 from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.statistics import Statistics
-from corp_onnx.surgery import operate
-from corp_onnx.verify import Check
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import Check
+from corp_onnx.verify.comparison import comparable
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class _Subject:
     @staticmethod
     def of(place: Place) -> _Subject:
         """With the dense features of the photographs to judge by."""
-        task, model = tasks.photographs(place), graph.load(place.asset("vit_s_focus.onnx"))
+        task, model = tasks.photographs(place), load(place.asset("vit_s_focus.onnx"))
         data = tasks.photo_data(place)
         first, _ = tasks.photo_parts(place, data)
         return _Subject(task, data.take(first), model, find_blocks(model), _features(task, model))

@@ -15,16 +15,16 @@ from benchmarks.methods import BEST, cut, solution
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.samples import drawn
 from benchmarks.subjects import Subject, subjects
-from corp_onnx.deadline import Deadline, against_dense, scheduled
+from corp_onnx.allocation.deadline import Deadline, against_dense, scheduled
+from corp_onnx.allocation.probes import offered, probe
+from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.deploy.targets import open_target
-from corp_onnx.graph import Model
+from corp_onnx.graph.model import Model
+from corp_onnx.latency.timing import Stopwatch
 from corp_onnx.plan import DEFAULT_ALIGN, Plan, uniform
-from corp_onnx.probes import offered, probe
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.statistics import Statistics
-from corp_onnx.surgery import operate
-from corp_onnx.timing import Stopwatch
-from corp_onnx.verify import Check
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import Check
 from corp_onnx.work import PROBED
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.outcome import Outcome, Place, Row
-from corp_onnx.demo import Demo
-from corp_onnx.verify import Check
+from corp_onnx.commands.demo import Demo
+from corp_onnx.verify.checks import Check
 
 
 def measure(place: Place) -> Outcome:

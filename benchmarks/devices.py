@@ -17,16 +17,17 @@ import numpy as np
 
 from benchmarks import exports
 from benchmarks.outcome import Outcome, Place, Row
-from corp_onnx import conditions, example
+from corp_onnx import example
 from corp_onnx.commands import Source
-from corp_onnx.data import Dataset
+from corp_onnx.data.dataset import Dataset
 from corp_onnx.device import DEVICES, DeviceName, device_of
-from corp_onnx.graph import Model
+from corp_onnx.graph.model import Model
+from corp_onnx.latency import conditions
 from corp_onnx.pipeline import Pruned, Settings, prune
 from corp_onnx.providers import CPU, CUDA, EXACT
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.solve import Method, Recipe
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)
 

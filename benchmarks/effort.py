@@ -20,7 +20,7 @@ from benchmarks import tasks
 from benchmarks.outcome import Outcome, Place, Row
 from corp_onnx import example
 from corp_onnx.errors import DataError
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)
 

@@ -21,16 +21,15 @@ import numpy as np
 
 from benchmarks import exports, twins
 from benchmarks.outcome import Outcome, Place, Row
-from corp_onnx import graph
 from corp_onnx.blocks import Catalog, find_blocks
-from corp_onnx.calibrate import gather
-from corp_onnx.graph import Model
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.graph.model import Model, load
 from corp_onnx.plan import uniform
 from corp_onnx.session import Session, open_session
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import Solution
-from corp_onnx.surgery import operate
-from corp_onnx.verify import Check
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import Check
 from tests.full_width import narrowed, padded, squared_error, turned
 
 log = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ class _Subject:
     @staticmethod
     def of(path: Path) -> _Subject:
         """A model, asked once."""
-        model = graph.load(path)
+        model = load(path)
         catalog, dense = find_blocks(model), open_session(model)
         given = {batch: feeds(dense, batch) for batch in BATCHES}
         answers = [dense.run(given[batch]) for batch in BATCHES]

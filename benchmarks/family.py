@@ -20,7 +20,7 @@ from corp_onnx.errors import BackendUnavailable, DataError
 from corp_onnx.plan import uniform
 from corp_onnx.providers import CUDA, EXACT
 from corp_onnx.session import Runtime, require_providers
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from corp_onnx import graph
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.graph.model import load
 from corp_onnx.plan import DEFAULT_SHARES, uniform
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.surgery import Surgery, operate
+from corp_onnx.surgery.operate import Surgery, operate
 
 IMAGE = "pixel_values"
 BATCH, BATCHES, SEED = 8, 2, 0
@@ -19,7 +19,7 @@ BATCH, BATCHES, SEED = 8, 2, 0
 
 def halved(path: Path, recipe: Recipe) -> Surgery:
     """The cut model, from statistics of noise: what it computes does not matter here."""
-    model = graph.load(path)
+    model = load(path)
     catalog = find_blocks(model)
     rng = np.random.default_rng(SEED)
     noise = rng.standard_normal((BATCHES, BATCH, 3, 224, 224), dtype=np.float32)

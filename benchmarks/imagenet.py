@@ -27,16 +27,16 @@ from benchmarks.pictures import Picture, Pictures, apart, drawn, linked, open_pi
 from benchmarks.published import PUBLISHED, SOURCE, CutModel, Measured, accuracy, checks, cost
 from benchmarks.report import RESULTS, Heading, report, status_of
 from corp_onnx.blocks import Axis
+from corp_onnx.calibration.statistics import Batch
 from corp_onnx.commands import Source
-from corp_onnx.comparison import compare_each
-from corp_onnx.data import Dataset
+from corp_onnx.data.dataset import Dataset
+from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.errors import BackendUnavailable, DataError
 from corp_onnx.export import export
 from corp_onnx.pipeline import Settings, prune
-from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import CPU, Runtime, open_session
 from corp_onnx.solve import METHODS, Method, Recipe
-from corp_onnx.statistics import Batch
+from corp_onnx.verify.comparison import compare_each
 
 log = logging.getLogger("benchmarks.imagenet")
 

@@ -20,7 +20,7 @@ import onnx
 
 from benchmarks import exports
 from benchmarks.outcome import Outcome, Place, Row
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)
 

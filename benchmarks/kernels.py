@@ -18,11 +18,11 @@ from benchmarks.latency import TOKENS
 from benchmarks.machine import alone
 from benchmarks.outcome import Outcome, Place, Row
 from corp_onnx.errors import BackendUnavailable
-from corp_onnx.latency import timing_inputs
+from corp_onnx.latency.race import timing_inputs
 
 if TYPE_CHECKING:
+    from corp_onnx.calibration.statistics import Batch
     from corp_onnx.deploy.records import Engine
-    from corp_onnx.statistics import Batch
 
 MODELS = (*DEIT, *DRAWN)
 BATCH, WARMUP, RUNS = 128, 3, 10

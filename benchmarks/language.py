@@ -19,18 +19,17 @@ from benchmarks import exports
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.spread import summary
 from benchmarks.tasks import SEED, definitions
-from corp_onnx import graph
 from corp_onnx.blocks import Axis, Catalog, axes_of, find_blocks
-from corp_onnx.calibrate import gather
-from corp_onnx.graph import Model
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.calibration.statistics import Batch, Statistics
+from corp_onnx.graph.model import Model, load
 from corp_onnx.plan import Plan, uniform
-from corp_onnx.sequential import fit_in_sequence
+from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.session import Session, open_session
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import Solution
-from corp_onnx.statistics import Batch, Statistics
-from corp_onnx.surgery import operate
-from corp_onnx.verify import Check
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ its ranking would do.
 
 def measure(place: Place) -> Outcome:
     """Calibrate on every draw, cut by every method, read the same windows with all models."""
-    model = graph.load(exports.drawn(place, "smollm2", "dynamo18"))
+    model = load(exports.drawn(place, "smollm2", "dynamo18"))
     catalog = find_blocks(model)
     count, tested = (16, 4) if place.quick else (CALIBRATION, TEST)
     seeds = 1 if place.quick else place.seeds or SEEDS

@@ -19,25 +19,25 @@ import numpy as np
 from benchmarks import exports, tasks
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.subjects import CUTS
-from corp_onnx import conditions
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import gather
-from corp_onnx.comparison import comparable
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.calibration.statistics import Batch
 from corp_onnx.deploy.records import Precision
 from corp_onnx.deploy.targets import open_target
-from corp_onnx.graph import Model, load
-from corp_onnx.latency import Race, timing_inputs
-from corp_onnx.macs import count
+from corp_onnx.graph.macs import count
+from corp_onnx.graph.model import Model, load
+from corp_onnx.graph.shapes import evaluate, usual_sequence
+from corp_onnx.graph.sizes import Sizes, input_sizes
+from corp_onnx.latency import conditions
+from corp_onnx.latency.race import Race, timing_inputs
+from corp_onnx.latency.timing import Lane, Stopwatch
 from corp_onnx.plan import uniform
 from corp_onnx.precision import Request, in_precision
 from corp_onnx.session import open_session
-from corp_onnx.shapes import evaluate, usual_sequence
-from corp_onnx.sizes import Sizes, input_sizes
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.statistics import Batch
-from corp_onnx.surgery import operate
-from corp_onnx.timing import Lane, Stopwatch
-from corp_onnx.verify import Check
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import Check
+from corp_onnx.verify.comparison import comparable
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from corp_onnx import conditions, session
+from corp_onnx import session
+from corp_onnx.latency import conditions
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from benchmarks import exports
 from benchmarks.halves import halved
 from benchmarks.outcome import Outcome, Place, Row
 from corp_onnx.solve import Recipe
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from benchmarks.published_method import solve_as_published
 from benchmarks.subjects import Subject
-from corp_onnx.graph import Model
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.graph.model import Model
 from corp_onnx.plan import Plan
-from corp_onnx.sequential import fit_in_sequence
+from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import Solution
-from corp_onnx.statistics import Statistics
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
 
 BEST, ONE_SHOT, CORP, PUBLISHED = "best", "best, one shot", "corp", "published"
 

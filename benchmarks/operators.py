@@ -18,10 +18,10 @@ import onnx
 from benchmarks.latency import AS_EXPORTED, CLEANED, MODELS, Bench, exported
 from benchmarks.outcome import Outcome, Place, Row
 from corp_onnx.deploy.targets import open_target
-from corp_onnx.graph import Model, write
+from corp_onnx.graph.model import Model, write
+from corp_onnx.latency.timing import Lane, Stopwatch
 from corp_onnx.session import Runtime, open_session
-from corp_onnx.timing import Lane, Stopwatch
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)
 

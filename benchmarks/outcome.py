@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corp_onnx.errors import DataError
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
 
 Row = dict[str, Any]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from corp_onnx import graph
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import calibrate
-from corp_onnx.data import open_data
-from corp_onnx.footprint import own_peak_bytes
+from corp_onnx.calibration.calibrate import calibrate
+from corp_onnx.data.dataset import open_data
+from corp_onnx.graph.model import load
+from corp_onnx.latency.footprint import own_peak_bytes
 from corp_onnx.session import open_session
 
 
@@ -23,7 +23,7 @@ def peak_bytes(model: Path, data: Path, samples: int) -> int:
 
 
 def _calibrate(path: Path, data: Path, samples: int) -> None:
-    model = graph.load(path)
+    model = load(path)
     inputs = open_session(path).inputs
     used = open_data(str(data), inputs).take(np.arange(samples))
     calibrate(model, find_blocks(model), used)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from corp_onnx.data.sources import IMAGE_SUFFIXES
 from corp_onnx.errors import DataError
-from corp_onnx.sources import IMAGE_SUFFIXES
 
 log = logging.getLogger(__name__)
 

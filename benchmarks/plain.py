@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from corp_onnx.calibrate import BATCH_SIZE
+from corp_onnx.calibration.calibrate import BATCH_SIZE
 from corp_onnx.commands import Source
 from corp_onnx.session import open_session
 

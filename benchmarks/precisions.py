@@ -15,12 +15,12 @@ from itertools import islice
 from benchmarks.methods import BEST, cut, solution
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.subjects import CUTS, Subject, subjects
-from corp_onnx.comparison import compare
-from corp_onnx.graph import Model
+from corp_onnx.graph.model import Model
 from corp_onnx.plan import uniform
 from corp_onnx.precision import Request, Typed, in_precision
 from corp_onnx.session import open_session
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
+from corp_onnx.verify.comparison import compare
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.outcome import Row
-from corp_onnx.comparison import Comparison
 from corp_onnx.solve import Method
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
+from corp_onnx.verify.comparison import Comparison
 
 SOURCE = "Zhang & Yang, CORP, arXiv 2602.05243"
 

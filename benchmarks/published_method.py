@@ -20,11 +20,11 @@ from dataclasses import replace
 import numpy as np
 
 from corp_onnx.blocks import Attention, Catalog
-from corp_onnx.graph import Model
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.graph.model import Model
 from corp_onnx.plan import Plan
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import QueryKeyFold, Solution
-from corp_onnx.statistics import Statistics
 
 RECIPE = Recipe("corp", ranking="energy-norm")
 

@@ -20,19 +20,19 @@ from benchmarks.latency import JUDGED_BATCH, TARGETS, exported, inputs_drawn, st
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.samples import drawn
 from benchmarks.subjects import minilm_l6
+from corp_onnx.allocation.deadline import against_dense, scheduled
+from corp_onnx.allocation.probes import Probe, probe
 from corp_onnx.blocks import Catalog, find_blocks
-from corp_onnx.calibrate import gather
-from corp_onnx.deadline import against_dense, scheduled
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.calibration.statistics import Batch, Statistics
 from corp_onnx.deploy.records import Precision
-from corp_onnx.graph import Model, load
+from corp_onnx.graph.model import Model, load
+from corp_onnx.latency.timing import Lane
 from corp_onnx.plan import DEFAULT_ALIGN
 from corp_onnx.precision import Request
-from corp_onnx.probes import Probe, probe
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.statistics import Batch, Statistics
-from corp_onnx.surgery import operate
-from corp_onnx.timing import Lane
-from corp_onnx.verify import Check
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.spread import ratios, summary
 from benchmarks.subjects import CROPS, CUTS, Subject, subjects
 from corp_onnx.plan import uniform
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)
 

@@ -34,18 +34,18 @@ from benchmarks.methods import BEST, cut, solution
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.precisions import REMOVED, SEEN, UNLIMITED
 from benchmarks.subjects import CUTS, Subject, subjects
-from corp_onnx.comparison import compare
+from corp_onnx.calibration.statistics import Batch
 from corp_onnx.deploy.targets import open_target
-from corp_onnx.graph import Model, from_proto, write
+from corp_onnx.graph.model import Model, from_proto, write
+from corp_onnx.latency.timing import Lane, Stopwatch
 from corp_onnx.plan import uniform
 from corp_onnx.precision import Request, in_precision
 from corp_onnx.precision.check import size_bytes
 from corp_onnx.precision.records import FORMATS
 from corp_onnx.precision.rounded import rounding
 from corp_onnx.session import open_session
-from corp_onnx.statistics import Batch
-from corp_onnx.timing import Lane, Stopwatch
-from corp_onnx.verify import Check
+from corp_onnx.verify.checks import Check
+from corp_onnx.verify.comparison import compare
 
 log = logging.getLogger(__name__)
 

@@ -29,21 +29,20 @@ from jaxtyping import Float64
 from benchmarks import exports
 from benchmarks.language import CALIBRATION, TEST, WINDOW, batches, read, windows_of
 from benchmarks.outcome import Outcome, Place
-from corp_onnx import graph
 from corp_onnx.blocks import Mlp, find_blocks
 from corp_onnx.blocks.catalog import view_of
 from corp_onnx.blocks.logits import Anchor, match_logits, match_softmax
-from corp_onnx.calibrate import gather
-from corp_onnx.emit import replace_readers
-from corp_onnx.extracts import exposed
-from corp_onnx.graph import Model
-from corp_onnx.macs import count
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.calibration.statistics import Batch
+from corp_onnx.graph.emit import replace_readers
+from corp_onnx.graph.extracts import exposed
+from corp_onnx.graph.macs import count
+from corp_onnx.graph.model import Model, load
+from corp_onnx.graph.shapes import evaluate
 from corp_onnx.plan import uniform
 from corp_onnx.session import open_session
-from corp_onnx.shapes import evaluate
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.statistics import Batch
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ WIDTH, HEADS, KEY_HEADS, HEAD = 576, 9, 3, 64
 
 def measure(place: Place) -> Outcome:
     """Grams of all pairs in every layer, and from these the error at every share; perplexity."""
-    model = graph.load(exports.drawn(place, "smollm2", "dynamo18"))
+    model = load(exports.drawn(place, "smollm2", "dynamo18"))
     fit, judge = (4, 4) if place.quick else (FIT, JUDGE)
     windows = windows_of(place, CALIBRATION + TEST)
     fitting, unseen_windows = windows[:fit], windows[-judge:]

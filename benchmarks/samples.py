@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import Encoding
 
 from benchmarks.tasks import padded
-from corp_onnx.data import Dataset
-from corp_onnx.statistics import Batch
+from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.dataset import Dataset
 
 
 class Samples(Protocol):

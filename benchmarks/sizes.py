@@ -16,10 +16,10 @@ from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.samples import Samples, drawn
 from benchmarks.spread import summary
 from benchmarks.subjects import CUTS, Subject, subjects
+from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.errors import CorpError
 from corp_onnx.plan import Plan, uniform
 from corp_onnx.solve.folds import Solution
-from corp_onnx.statistics import Statistics
 
 log = logging.getLogger(__name__)
 

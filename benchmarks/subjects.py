@@ -13,18 +13,18 @@ from benchmarks import exports, neighbours, tasks
 from benchmarks.outcome import Place, Row
 from benchmarks.samples import Data, Samples, Texts, drawn, halves
 from benchmarks.tasks import Judge
-from corp_onnx import example, graph
+from corp_onnx import example
 from corp_onnx.blocks import Axis, Catalog, find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.calibration.statistics import Batch, Statistics, samples_in
 from corp_onnx.commands import Source
-from corp_onnx.comparison import comparable
-from corp_onnx.data import open_data
-from corp_onnx.graph import Model
-from corp_onnx.labels import read_labels
-from corp_onnx.macs import count
+from corp_onnx.data.dataset import open_data
+from corp_onnx.data.labels import read_labels
+from corp_onnx.graph.macs import count
+from corp_onnx.graph.model import Model, load
+from corp_onnx.graph.shapes import evaluate
 from corp_onnx.session import Runtime, open_session
-from corp_onnx.shapes import evaluate
-from corp_onnx.statistics import Batch, Statistics, samples_in
+from corp_onnx.verify.comparison import comparable
 
 log = logging.getLogger(__name__)
 
@@ -189,13 +189,13 @@ def dinov2_neighbours(place: Place, seed: int) -> Subject:
 
 def minilm_l3(place: Place, seed: int) -> Subject:
     """MiniLM-L3, which ends in the vector of a text."""
-    model = comparable(graph.load(place.asset("minilm_l3.onnx")), tasks.SENTENCE)
+    model = comparable(load(place.asset("minilm_l3.onnx")), tasks.SENTENCE)
     return _texts(place, seed, "MiniLM-L3", model, _whole)
 
 
 def minilm_l6(place: Place, seed: int) -> Subject:
     """MiniLM-L6; the vector of a text is the mean over its tokens."""
-    model = graph.load(exports.drawn(place, "minilm_l6_eager", "ts17"))
+    model = load(exports.drawn(place, "minilm_l6_eager", "ts17"))
     return _texts(place, seed, "MiniLM-L6", model, _mean_of_tokens)
 
 
@@ -209,7 +209,7 @@ def classifier(
 ) -> Subject:
     """A model, arrays to draw ``count`` calibration samples from, and labelled ones to test on."""
     path, known, unseen = files
-    model, session = graph.load(path), open_session(path)
+    model, session = load(path), open_session(path)
     pool, test = (Source(str(each)).open(path, session) for each in (known, unseen))
     if place.quick:
         test = test.take(range(0, test.samples, 10))
@@ -238,7 +238,7 @@ MAKERS: Mapping[str, Callable[[Place, int], Subject]] = {
 
 def _encoder(place: Place) -> Model:
     """DINOv2 without the decoder behind it: nothing counts that does not make the features."""
-    return comparable(graph.load(place.asset("vit_s_focus.onnx")), tasks.FEATURES)
+    return comparable(load(place.asset("vit_s_focus.onnx")), tasks.FEATURES)
 
 
 def _texts(place: Place, seed: int, title: str, model: Model, reading: Reading) -> Subject:

@@ -7,17 +7,17 @@ The stages, in order: `load`, `find_blocks`, `calibrate`, `uniform`, `solve`, `o
 from __future__ import annotations
 
 from corp_onnx.blocks import Catalog, find_blocks
-from corp_onnx.calibrate import calibrate
-from corp_onnx.comparison import compare
-from corp_onnx.data import open_data
+from corp_onnx.calibration.calibrate import calibrate
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.data.dataset import open_data
 from corp_onnx.errors import CorpError
-from corp_onnx.graph import Model, load, save
+from corp_onnx.graph.model import Model, load, save
 from corp_onnx.pipeline import Pruned, prune
 from corp_onnx.plan import Plan, uniform
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.statistics import Statistics
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.comparison import compare
 
 __all__ = [
     "Catalog",

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 
+from corp_onnx.allocation.budget import Budget
+from corp_onnx.allocation.deadline import Deadline
 from corp_onnx.blocks import Axis
-from corp_onnx.budget import Budget
-from corp_onnx.data import Dataset
-from corp_onnx.deadline import Deadline
+from corp_onnx.data.dataset import Dataset
 from corp_onnx.files import require_writable
-from corp_onnx.graph import Model, files_of, save
+from corp_onnx.graph.model import Model, files_of, save
 from corp_onnx.plan import DEFAULT_SHARES, uniform, warn_of_uncut
 from corp_onnx.work import Knowledge, Pruned, Settings, Work
 

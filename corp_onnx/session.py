@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
-from corp_onnx.data import InputSpec
+from corp_onnx.data.dataset import InputSpec
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError
-from corp_onnx.graph import Model, serialized, write
+from corp_onnx.graph.model import Model, serialized, write
+from corp_onnx.graph.widened import in_float32, is_bfloat16
 from corp_onnx.providers import (
     CONFLICT,
     CPU,
@@ -27,7 +28,6 @@ from corp_onnx.providers import (
     require_started,
     warn_of_conflict,
 )
-from corp_onnx.widened import in_float32, is_bfloat16
 
 LOG_ONLY_FATAL = 4
 """What ONNX Runtime logs of lesser errors it also raises."""

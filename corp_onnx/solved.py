@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from corp_onnx.blocks import Catalog
-from corp_onnx.calibrate import BATCH_SIZE, MOST_SEEN
-from corp_onnx.data import Dataset
+from corp_onnx.calibration.calibrate import BATCH_SIZE, MOST_SEEN
+from corp_onnx.calibration.statistics import Batch, Statistics
+from corp_onnx.data.dataset import Dataset
+from corp_onnx.data.samples import drawn, enriched, held_apart
 from corp_onnx.errors import DataError
-from corp_onnx.graph import Model
+from corp_onnx.graph.model import Model
 from corp_onnx.plan import Plan
-from corp_onnx.samples import drawn, enriched, held_apart
-from corp_onnx.sequential import fit_in_sequence
+from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.session import Runtime
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import Solution
-from corp_onnx.statistics import Batch, Statistics
 
 LEAST_TO_REFIT = 16
 """Samples below which two halves say nothing of how well a fit carries over."""

@@ -7,28 +7,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from corp_onnx.allocation.budget import Budget, within
+from corp_onnx.allocation.deadline import Deadline, DeadlineOutcome, against_dense, scheduled
+from corp_onnx.allocation.probes import Probe, probe
 from corp_onnx.blocks import Catalog, find_blocks
-from corp_onnx.budget import Budget, within
-from corp_onnx.calibrate import BATCH_SIZE, calibrate, gather
-from corp_onnx.checking import Gates, verify
+from corp_onnx.calibration.calibrate import BATCH_SIZE, calibrate, gather
+from corp_onnx.calibration.independence import warn_of_mixing
+from corp_onnx.calibration.scarcity import spared
+from corp_onnx.calibration.statistics import Batch, Statistics, samples_in
 from corp_onnx.clock import Clock
-from corp_onnx.data import Dataset
-from corp_onnx.deadline import Deadline, DeadlineOutcome, against_dense, scheduled
+from corp_onnx.data.dataset import Dataset
+from corp_onnx.data.samples import drawn, held_out
 from corp_onnx.errors import PlanError
-from corp_onnx.graph import Model, load
-from corp_onnx.independence import warn_of_mixing
+from corp_onnx.graph.model import Model, load
+from corp_onnx.graph.sizes import Sizes
 from corp_onnx.plan import DEFAULT_ALIGN, Plan, require_offered
 from corp_onnx.precision import Request, Typed, in_precision, require_convertible
-from corp_onnx.probes import Probe, probe
-from corp_onnx.samples import drawn, held_out
-from corp_onnx.scarcity import spared
 from corp_onnx.session import Runtime
-from corp_onnx.sizes import Sizes
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solved import Solved, from_statistics, in_sequence
-from corp_onnx.statistics import Batch, Statistics, samples_in
-from corp_onnx.surgery import Surgery, operate
-from corp_onnx.verify import Check, Verification, check_gates
+from corp_onnx.surgery.operate import Surgery, operate
+from corp_onnx.verify.checking import Gates, verify
+from corp_onnx.verify.checks import Check, Verification, check_gates
 
 log = logging.getLogger(__name__)
 

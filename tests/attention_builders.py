@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from onnx import TensorProto, helper
 
-from corp_onnx.operators import MICROSOFT
+from corp_onnx.graph.operators import MICROSOFT
 from tests.builders import VALUE, WIDTH, Net, Tiny, softmax
 
 HEADS, KV_HEADS, HEAD = 4, 2, 6

@@ -13,10 +13,11 @@ import numpy as np
 import onnx
 import pytest
 
-from corp_onnx import cli, surgery
+from corp_onnx import cli
 from corp_onnx.device import HOST, Device, device_of
 from corp_onnx.errors import BackendUnavailable
-from corp_onnx.graph import Model, from_proto
+from corp_onnx.graph.model import Model, from_proto
+from corp_onnx.surgery import operate as surgery
 from tests.builders import TINY
 from tests.inputs import activations, sentences
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from corp_onnx import latency
 from corp_onnx.deploy.records import Build
+from corp_onnx.latency import race as latency
 from corp_onnx.session import Session, open_session
 
 

@@ -15,7 +15,7 @@ import onnxruntime
 
 from corp_onnx.blocks import Attention, Catalog, Mlp, axes_of
 from corp_onnx.blocks.linear import bias_of, weight_of
-from corp_onnx.graph import Model
+from corp_onnx.graph.model import Model
 from corp_onnx.solve.folds import (
     EXACT,
     Fold,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from corp_onnx.arrays import Arrays
-from corp_onnx.data import Dataset
-from corp_onnx.graph import Model
+from corp_onnx.data.arrays import Arrays
+from corp_onnx.data.dataset import Dataset
+from corp_onnx.data.sources import layout_of
+from corp_onnx.graph.model import Model
 from corp_onnx.session import open_session
-from corp_onnx.sources import layout_of
 from tests.builders import WIDTH
 
 SAMPLES, TOKENS = 64, 7

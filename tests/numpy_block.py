@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.special import erf
 
-from corp_onnx.graph import Model, from_proto
+from corp_onnx.graph.model import Model, from_proto
 from tests.builders import HEAD, HEADS, HIDDEN, WIDTH, Net, erf_gelu, split_heads
 
 EPSILON = 1e-5

@@ -12,14 +12,14 @@ import onnx_graphsurgeon as gs
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.blocks.catalog import named_as
 from corp_onnx.blocks.records import linears_of
-from corp_onnx.macs import count
+from corp_onnx.graph.macs import count
+from corp_onnx.graph.shapes import evaluate
 from corp_onnx.plan import Cut, Plan, uniform
-from corp_onnx.promise import measured_errors
-from corp_onnx.shapes import evaluate
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold, QueryKeyFold, Solution, ValueOutputFold
-from corp_onnx.surgery import operate
-from corp_onnx.verify import check_promises, check_structure
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import check_promises, check_structure
+from corp_onnx.verify.promise import measured_errors
 from tests.full_width import narrowed, run, squared_error, turned
 
 BOUND, HALF_BOUND = 1e-9, 1e-5

@@ -17,7 +17,7 @@ from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of, width_of
 from corp_onnx.blocks.linear import bias_inside, bias_of, bias_slot, dtype_of, weight_of
 from corp_onnx.blocks.records import Linear, Route, leader_of
 from corp_onnx.blocks.view import constant_value
-from corp_onnx.graph import Model
+from corp_onnx.graph.model import Model
 from corp_onnx.plan import Cut, Plan
 from corp_onnx.solve.folds import EXACT, ValueOutputFold
 

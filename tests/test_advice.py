@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from corp_onnx.advice import advice, gaps
+from corp_onnx.report.advice import advice, gaps
 from corp_onnx.solve.folds import Evidence, MlpFold, OutputFold, QueryKeyFold, Solution
 
 

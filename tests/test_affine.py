@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corp_onnx.calibration.moments import Moments
 from corp_onnx.errors import DataError, IllConditioned
-from corp_onnx.moments import Moments
 from corp_onnx.solve.affine import fold, mean_only, no_repair, recover_mlp, share
 from corp_onnx.solve.algebra import MAX_CONDITION
 from tests.oracles import lstsq_affine, squared_error, vectors

@@ -9,20 +9,20 @@ import numpy as np
 import onnx
 import pytest
 
-from corp_onnx import graph
 from corp_onnx.blocks import Attention, axes_of, find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.calibration.moments import Moments
 from corp_onnx.errors import SurgeryError
-from corp_onnx.extracts import exposed
-from corp_onnx.moments import Moments
-from corp_onnx.operators import MICROSOFT
+from corp_onnx.graph.extracts import exposed
+from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.operators import MICROSOFT
 from corp_onnx.plan import uniform
-from corp_onnx.promise import measured_errors
 from corp_onnx.solve import METHODS, Recipe, solve
 from corp_onnx.solve.bilinear import recover_query_key
 from corp_onnx.solve.folds import QueryKeyFold, ValueOutputFold
 from corp_onnx.solve.ranking import highest, score
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.promise import measured_errors
 from tests.attention_builders import (
     GROUPED,
     HEAD,
@@ -57,7 +57,7 @@ ROUNDING = rounding(width=200, dtype=np.float32)
 
 @cache
 def found(name):
-    model = graph.from_proto(MORE[name](0).proto)
+    model = from_proto(MORE[name](0).proto)
     return model, find_blocks(model)
 
 
@@ -83,7 +83,7 @@ def summary(block):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_catalog_is_the_truth(name, seed):
     tiny = MORE[name](seed)
-    catalog = find_blocks(graph.from_proto(tiny.proto))
+    catalog = find_blocks(from_proto(tiny.proto))
     found = [summary(block) for block in attentions(catalog)]
     truth = [
         (*entry[:3], block.head_width, *entry[4:])  # that of refused queries is not looked up
@@ -517,7 +517,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("make", REFUSED)
 def test_what_cannot_be_cut_exactly_is_refused_with_the_reason(make):
-    catalog = find_blocks(graph.from_proto(built(make)(0).proto))
+    catalog = find_blocks(from_proto(built(make)(0).proto))
     said = [reason for block in catalog.blocks for reason in block.refused.values()]
     said += [refusal.reason for refusal in catalog.refusals]
     assert any(REFUSED[make] in reason for reason in said), said
@@ -530,7 +530,7 @@ def test_sizes_that_are_places_in_a_table_are_all_taken():
         return net("Slice", net("Gather", np.arange(40), sizes), [1], [2])
 
     make = built(lambda net: heads_in_batch(net, looked_up, (2, 5, WIDTH)))
-    (block,) = find_blocks(graph.from_proto(make(0).proto)).blocks
+    (block,) = find_blocks(from_proto(make(0).proto)).blocks
     assert axes_of(block) == ("qk", "vo")
 
 
@@ -540,7 +540,7 @@ def test_a_projection_of_two_attentions_is_refused_in_both():
     other_key, other_value = (split(net, y, HEADS) for y in linears(net, HEADS)[1:])
     first = merged(net, products(net, query, key, value))
     second = merged(net, products(net, query, other_key, other_value))
-    catalog = find_blocks(graph.from_proto(net.build(net("Add", first, second))))
+    catalog = find_blocks(from_proto(net.build(net("Add", first, second))))
     assert [axes_of(block) for block in catalog.blocks] == [("vo",), ("vo",)]
     assert all("is also read by MatMul" in block.refused["qk"] for block in catalog.blocks)
 
@@ -553,7 +553,7 @@ def test_a_packed_projection_of_two_attentions_is_refused_in_both():
     apart = [split(net, y, HEADS) for y in linears(net, HEADS, value=HEAD)[1:]]
     first = merged(net, products(net, query, key, value), value=HEAD)
     second = merged(net, products(net, other, *apart), value=HEAD)
-    catalog = find_blocks(graph.from_proto(net.build(net("Add", first, second))))
+    catalog = find_blocks(from_proto(net.build(net("Add", first, second))))
     nothing, values = sorted(catalog.blocks, key=axes_of)
     assert (axes_of(nothing), axes_of(values)) == ((), ("vo",))
     assert f"is also that of {values.id}" in nothing.refused["vo"]
@@ -563,7 +563,7 @@ def test_a_packed_projection_of_two_attentions_is_refused_in_both():
 def test_a_size_that_is_copied_from_other_rows_splits_no_tokens():
     """The number of samples would be that of all tokens: the projection lies on rows."""
     net = Net(0)
-    model = graph.from_proto(net.build(in_windows(0)(net)))
+    model = from_proto(net.build(in_windows(0)(net)))
     (refusal,) = (item for item in find_blocks(model).refusals if item.op == "Softmax")
     assert "one Reshape and one Transpose" in refusal.reason
 
@@ -583,7 +583,7 @@ def test_values_that_several_probabilities_mix_are_cut_once():
     """As in a differential transformer: ``(softmax(q₁ k₁ᵀ) - λ softmax(q₂ k₂ᵀ)) v``."""
     net = Net(0)
     net.x()
-    model = graph.from_proto(net.build(two_softmaxes(net)))
+    model = from_proto(net.build(two_softmaxes(net)))
     catalog = find_blocks(model)
     assert [axes_of(block) for block in catalog.blocks] == [("qk", "vo"), ("qk",)]
     assert "mix the values of attention.0" in catalog.blocks[1].refused["vo"]

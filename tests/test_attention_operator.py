@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from corp_onnx import graph
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.blocks.records import Mask
-from corp_onnx.calibrate import gather
-from corp_onnx.masks import visible
-from corp_onnx.surgery import operate
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.calibration.masks import visible
+from corp_onnx.graph.model import from_proto
+from corp_onnx.surgery.operate import operate
 from tests.builders import WIDTH, Net, feeds, mlp, relu
 from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
 
@@ -81,7 +81,7 @@ ALL = pytest.mark.parametrize("form", FORMS, ids=str)
 @ALL
 def test_both_axes_are_found_and_cut(form):
     proto = attention(**form)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     catalog = find_blocks(model)
     (block,) = catalog.blocks
     assert axes_of(block) == ("qk", "vo")
@@ -107,7 +107,7 @@ def test_both_axes_are_found_and_cut(form):
 
 
 def padding_of(**form):
-    (block,) = find_blocks(graph.from_proto(attention(**form))).blocks
+    (block,) = find_blocks(from_proto(attention(**form))).blocks
     return block.padding
 
 
@@ -130,7 +130,7 @@ def test_counts_are_of_the_first_tokens():
 
 def test_padding_that_is_counted_enters_no_statistic():
     proto = attention(mask="counts", opset=24)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     catalog = find_blocks(model)
     batch = feeds(proto, 3, 7)
     changed = {**batch, "x": batch["x"].copy()}
@@ -159,7 +159,7 @@ def refused(*inputs, outputs=1, shown=(), **attrs):
                kv_num_heads=HEADS, **attrs)  # fmt: skip
     tensors = [made] if outputs == 1 else made
     y = net("Add", net.linear(tensors[0], HEADS * HEAD, WIDTH), mlp(net, "x", relu))
-    catalog = find_blocks(graph.from_proto(net.build(y, *(tensors[place] for place in shown))))
+    catalog = find_blocks(from_proto(net.build(y, *(tensors[place] for place in shown))))
     found = [block for block in catalog.blocks if not isinstance(block, Mlp)]
     assert len(catalog.blocks) - len(found) == 1
     reasons = [item.reason for item in catalog.refusals]

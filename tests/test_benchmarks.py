@@ -11,7 +11,7 @@ from benchmarks.ablation import fixed_choice
 from benchmarks.outcome import Place
 from benchmarks.samples import drawn, halves
 from benchmarks.spread import ratios, summary
-from corp_onnx.moments import Moments
+from corp_onnx.calibration.moments import Moments
 from corp_onnx.solve.joint import Joint
 from corp_onnx.solve.refit import refit
 

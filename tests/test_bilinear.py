@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corp_onnx.calibration.moments import Moments
 from corp_onnx.errors import DataError, IllConditioned
-from corp_onnx.moments import Moments
 from corp_onnx.solve.bilinear import recover_query_key, solve_bilinear
 from tests.oracles import kronecker_bilinear, squared_error, vectors
 from tests.tolerances import distance, rounding

@@ -9,14 +9,14 @@ import numpy as np
 import onnx
 import pytest
 
-from corp_onnx import graph
 from corp_onnx.blocks import Attention, Mlp, axes_of, find_blocks, linears_of, width_of
 from corp_onnx.blocks.catalog import view_of
 from corp_onnx.blocks.layouts import arrange
 from corp_onnx.blocks.records import Mask
 from corp_onnx.errors import PlanError
-from corp_onnx.shapes import evaluate
-from corp_onnx.sizes import input_sizes
+from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.shapes import evaluate
+from corp_onnx.graph.sizes import input_sizes
 from tests.builders import (
     HEAD,
     HEADS,
@@ -58,7 +58,7 @@ MASKS = {
 
 @cache
 def model_of(name):
-    return graph.from_proto(TINY[name](0).proto)
+    return from_proto(TINY[name](0).proto)
 
 
 @cache
@@ -67,7 +67,7 @@ def catalog_of(name):
 
 
 def catalog_of_net(net, *outputs):
-    return find_blocks(graph.from_proto(net.build(*outputs)))
+    return find_blocks(from_proto(net.build(*outputs)))
 
 
 def summary(block):
@@ -80,7 +80,7 @@ def summary(block):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_catalog_is_the_truth(name, seed):
     tiny = TINY[name](seed)
-    catalog = find_blocks(graph.from_proto(tiny.proto))
+    catalog = find_blocks(from_proto(tiny.proto))
     assert tuple(map(summary, catalog.blocks)) == tiny.truth
     assert len({block.id for block in catalog.blocks}) == len(catalog.blocks)
     reasons = [refusal.reason for refusal in catalog.refusals]
@@ -113,7 +113,7 @@ def test_a_route_says_what_becomes_of_a_projection(name):
     proto = TINY[name](3).proto
     *_, (batch, tokens) = sizes_of(name)
     inputs = feeds(proto, batch, tokens)
-    block = next(b for b in find_blocks(graph.from_proto(proto)).blocks if isinstance(b, Attention))
+    block = next(b for b in find_blocks(from_proto(proto)).blocks if isinstance(b, Attention))
     for route in (block.query, block.key, block.value):
         y, operand = tensors_of(proto, inputs, [route.linear.output, route.operand])
         rows = route.gain * y[..., route.channels] + route.offset
@@ -216,7 +216,7 @@ def test_names_of_nodes_and_tensors_say_nothing():
     for name in TINY:
         proto = TINY[name](0).proto
         renamed, names = with_other_names(proto)
-        before, after = (find_blocks(graph.from_proto(p)) for p in (proto, renamed))
+        before, after = (find_blocks(from_proto(p)) for p in (proto, renamed))
         assert plain(before, names) == plain(after, {}), name
 
 

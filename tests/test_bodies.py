@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from corp_onnx import graph
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
-from corp_onnx.surgery import operate
+from corp_onnx.graph.model import from_proto
+from corp_onnx.surgery.operate import operate
 from tests.builders import (
     HEAD,
     HEADS,
@@ -69,7 +69,7 @@ def model_of(net, *outputs, kind=TensorProto.FLOAT):
     proto = net.build(*outputs)
     if not proto.graph.output[-1].type.tensor_type.elem_type:
         proto.graph.output[-1].type.tensor_type.elem_type = kind
-    return graph.from_proto(proto)
+    return from_proto(proto)
 
 
 def check_exact(model):
@@ -331,7 +331,7 @@ def test_a_decoder_inside_a_search_is_named(op):
     proto = net.build(y)
     shown = helper.make_tensor_value_info(y, TensorProto.INT32, ["batch", "written"])
     proto.graph.output[0].CopyFrom(shown)
-    catalog = find_blocks(graph.from_proto(proto))
+    catalog = find_blocks(from_proto(proto))
     assert not catalog.blocks
     assert [item.op for item in catalog.refusals] == ["MatMul"] * 2
     assert all(f"the body of {op} ({op}_0)" in item.reason for item in catalog.refusals)

@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corp_onnx.allocation.budget import Budget, within
+from corp_onnx.allocation.probes import Probe, probe
 from corp_onnx.blocks import Catalog, find_blocks
-from corp_onnx.budget import Budget, within
-from corp_onnx.calibrate import gather
-from corp_onnx.comparison import compare
+from corp_onnx.calibration.calibrate import gather
 from corp_onnx.errors import PlanError
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.model import from_proto
 from corp_onnx.plan import uniform
-from corp_onnx.probes import Probe, probe
 from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.comparison import compare
 from tests.builders import TINY, feeds
 
 ALIGN = 4

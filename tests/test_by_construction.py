@@ -12,12 +12,12 @@ from functools import cache
 import numpy as np
 import pytest
 
-from corp_onnx import graph
 from corp_onnx.blocks import axes_of, find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.graph.model import from_proto
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold, QueryKeyFold, Solution, ValueOutputFold
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
 from tests.full_width import run, squared_error
 from tests.redundant import plan_of, value_folds, with_redundancy
 from tests.zoo_models import NAMES, TOKENS, feeds, load, module_of
@@ -47,7 +47,7 @@ ALL = pytest.mark.parametrize("name", NAMES)
 @cache
 def prepared(name):
     """A redundant model, its catalog, and its statistics, if any are needed."""
-    model = graph.from_proto(load(name))
+    model = from_proto(load(name))
     catalog = find_blocks(model)
     dense = with_redundancy(model, catalog)
     if not plan_of(catalog, dense).cuts:

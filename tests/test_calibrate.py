@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from corp_onnx.blocks import Attention, Mlp, axes_of, find_blocks
 from corp_onnx.blocks.records import Mask
-from corp_onnx.calibrate import MOST_SEEN, calibrate, gather
+from corp_onnx.calibration.calibrate import MOST_SEEN, calibrate, gather
+from corp_onnx.calibration.masks import visible
+from corp_onnx.calibration.moments import Moments
+from corp_onnx.calibration.sites import Site
 from corp_onnx.errors import DataError
-from corp_onnx.graph import from_proto
-from corp_onnx.masks import visible
-from corp_onnx.moments import Moments
+from corp_onnx.graph.model import from_proto
 from corp_onnx.session import open_session
-from corp_onnx.sites import Site
 from corp_onnx.solve.lowrank import NEGLIGIBLE
 from tests import numpy_block
 from tests.builders import (

@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from corp_onnx import graph
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
-from corp_onnx.operators import MICROSOFT
-from corp_onnx.surgery import operate
+from corp_onnx.graph.model import QuantisedModel, from_proto, load, save
+from corp_onnx.graph.operators import MICROSOFT
+from corp_onnx.surgery.operate import operate
 from tests.builders import HEAD, HEADS, HIDDEN, WIDTH, Net, feeds, relu
 from tests.full_width import run, turned
 from tests.tolerances import distance, rounding
@@ -42,7 +42,7 @@ def farthest(model, proto):
 def check(build, *, gone, **options):
     """Rewritten, it computes the same, and not what the same graph with one mistake computes."""
     proto, wrong = build(**options), build(**options, wrong=True)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     assert not ops(model) & {gone}
     assert farthest(model, proto) < BOUND
     assert farthest(model, wrong) > 100 * BOUND
@@ -51,7 +51,7 @@ def check(build, *, gone, **options):
 
 def check_left(proto, op):
     """The operator is still there, and so is all else."""
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     kept = [node.op for node in model.graph.nodes]
     assert op in kept
     assert sorted(kept) == sorted(node.op_type for node in proto.graph.node)
@@ -204,7 +204,7 @@ def test_attention_of_any_opset(opset):
 
 
 def test_the_scale_of_an_attention_is_written_down():
-    model = graph.from_proto(packed())
+    model = from_proto(packed())
     (node,) = (node for node in model.graph.nodes if node.op == "MultiHeadAttention")
     assert node.attrs["scale"] == pytest.approx(1 / np.sqrt(HEAD))
 
@@ -218,7 +218,7 @@ def test_lengths_become_rows_once_for_all_layers():
         mixed = net("Attention", y, *inside, domain=MICROSOFT, num_heads=HEADS)
         y = net("Add", y, net.linear(mixed, INNER, WIDTH))
     proto = net.build(y)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     found = [node for node in model.graph.nodes if node.op == "MultiHeadAttention"]
     assert found[0].inputs[4] is found[1].inputs[4]
     assert [node.op for node in model.graph.nodes].count("Range") == 1
@@ -273,7 +273,7 @@ def test_a_bias_inside_an_attention_is_brought_before_it(value, mask):
 
 
 def test_a_bias_of_zeros_is_not_added():
-    model = graph.from_proto(biased(parts=(1, 0, 1)))
+    model = from_proto(biased(parts=(1, 0, 1)))
     assert [node.op for node in model.graph.nodes].count("Add") == 3
     assert farthest(model, biased(parts=(1, 0, 1))) < BOUND
 
@@ -303,7 +303,7 @@ def test_keys_and_values_with_heads_before_tokens(mask):
     more = ["", masks(net, mask)] if mask else []
     mixed = net("MultiHeadAttention", query, key, value, *more, domain=MICROSOFT, num_heads=HEADS)
     proto = net.build(net.linear(mixed, INNER, WIDTH))
-    assert farthest(graph.from_proto(proto), proto) < BOUND
+    assert farthest(from_proto(proto), proto) < BOUND
 
 
 # Products with something inside
@@ -647,7 +647,7 @@ def test_a_shared_weight_is_scaled_for_one_reader_only():
     weight = net.const(net.random(HIDDEN, 4, 1, 1))
     y = batch_norm(net, net("Conv", net.x("batch", 4, 8, 8), weight), HIDDEN)
     proto = net.build(y, net("Conv", "x", weight))
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     assert ops(model) == {"Conv"}
     assert farthest(model, proto) < BOUND
 
@@ -686,7 +686,7 @@ def test_what_stays_fused_stays_and_is_found():
     y, *_, stream = net("SkipLayerNormalization", y, "x", *vectors, outputs=4, domain=MICROSOFT)
     y = net("FastGelu", net("MatMul", y, net.weight(WIDTH, HIDDEN)), net.random(HIDDEN),
             domain=MICROSOFT)  # fmt: skip
-    model = graph.from_proto(net.build(net("MatMul", y, net.weight(HIDDEN, WIDTH)), stream))
+    model = from_proto(net.build(net("MatMul", y, net.weight(HIDDEN, WIDTH)), stream))
     assert ops(model) == {"MatMul", "BiasGelu", "SkipLayerNormalization", "FastGelu"}
     assert widths_of(model) == [("mlp", HIDDEN, ("mlp",))] * 2
 
@@ -695,22 +695,22 @@ def test_an_output_of_the_model_keeps_its_name():
     net = Net(0)
     y = net("FusedMatMul", net.x(), net.weight(WIDTH, HIDDEN), domain=MICROSOFT, alpha=2.0)
     proto = net.build(y)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     assert [value.name for value in model.proto().graph.output] == [y]
     assert farthest(model, proto) < BOUND
 
 
 def test_a_domain_is_imported_if_it_is_used():
-    made = graph.from_proto(packed()).proto()
+    made = from_proto(packed()).proto()
     assert {entry.domain for entry in made.opset_import} == {"", MICROSOFT}
-    plain = graph.from_proto(layer("bsd,df->bsf"))
+    plain = from_proto(layer("bsd,df->bsf"))
     assert {entry.domain for entry in plain.proto().opset_import} == {""}
 
 
 def test_the_given_model_is_not_changed():
     proto = packed(mask="rows")
     before = proto.SerializeToString(deterministic=True)
-    graph.from_proto(proto).proto()
+    from_proto(proto).proto()
     assert proto.SerializeToString(deterministic=True) == before
 
 
@@ -757,10 +757,10 @@ ROUNDED = [
 def test_weights_that_are_stored_quantised_are_read(dtype, options, tmp_path):
     proto = rounded(dtype, **options)
     onnx.save(proto, tmp_path / "model.onnx")
-    model = graph.load(tmp_path / "model.onnx")
+    model = load(tmp_path / "model.onnx")
     assert f"weights are stored as {dtype}" in model.notes[0].replace("8_e4", "8e4")
     assert widths_of(model) == [("mlp", 32, ("mlp",))]
-    graph.save(model, tmp_path / "again.onnx")
+    save(model, tmp_path / "again.onnx")
     again = onnx.load(tmp_path / "again.onnx")
     assert "DequantizeLinear" in {node.op_type for node in again.graph.node}
     assert farthest(again, proto) == 0
@@ -770,7 +770,7 @@ def test_weights_that_are_stored_quantised_are_read(dtype, options, tmp_path):
 @pytest.mark.parametrize(("dtype", "options"), ROUNDED, ids=str)
 def test_layers_that_are_cut_become_plain_and_others_stay(dtype, options):
     proto = rounded(dtype, **options, others=True)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     catalog = find_blocks(model)
     made = operate(model, catalog, turned(model, catalog)).model
     kinds = [node.op for node in made.graph.nodes]
@@ -784,12 +784,12 @@ def test_activations_that_are_quantised_are_refused_still(tmp_path):
     x = net("QuantizeLinear", net.x(), np.float32(0.1), np.uint8(3))
     x = net("DequantizeLinear", x, np.float32(0.1), np.uint8(3))
     onnx.save(net.build(net.linear(x, WIDTH, HIDDEN)), tmp_path / "model.onnx")
-    with pytest.raises(graph.QuantisedModel, match="DequantizeLinear, QuantizeLinear"):
-        graph.load(tmp_path / "model.onnx")
+    with pytest.raises(QuantisedModel, match="DequantizeLinear, QuantizeLinear"):
+        load(tmp_path / "model.onnx")
 
 
 def test_an_untouched_model_has_no_notes():
-    assert graph.from_proto(layer("bsd,df->bsf")).notes == ()
+    assert from_proto(layer("bsd,df->bsf")).notes == ()
 
 
 # Weights that are taken apart at run time
@@ -824,7 +824,7 @@ def test_what_is_another_name_of_a_constant_is_that_constant():
     gamma, variance = net("Identity", ones), net("Identity", net("Identity", ones))
     y = net("BatchNormalization", y, gamma, net.random(HIDDEN), net.random(HIDDEN), variance)
     proto = net.build(net.linear(relu(net, y), HIDDEN, WIDTH))
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     assert ops(model) == {"Gemm", "Relu", "MatMul", "Add"}
     assert widths_of(model) == [("mlp", HIDDEN, ("mlp",))]
     assert farthest(model, proto) < BOUND
@@ -834,6 +834,6 @@ def test_a_constant_that_the_caller_sees_keeps_its_name():
     net = Net(0)
     shown = net("Identity", net.const(np.ones(WIDTH)))
     proto = net.build(net("Add", net.x(), shown), shown)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     assert [tensor.name for tensor in model.graph.outputs][1] == shown
     assert farthest(model, proto) < BOUND

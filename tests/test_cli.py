@@ -20,9 +20,9 @@ from onnx import helper
 from PIL import Image
 
 from corp_onnx import cli
-from corp_onnx.preprocessing import Preprocessing
-from corp_onnx.present import ONE_SHOT
-from corp_onnx.statistics import Statistics
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.data.preprocessing import Preprocessing
+from corp_onnx.report.results import ONE_SHOT
 from tests.builders import HEAD, HIDDEN, TINY, Net, mlp
 from tests.conftest import Files
 from tests.inputs import activations, sentences

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import calibrate, gather
-from corp_onnx.crops import AREAS, STRETCH, random_box
-from corp_onnx.data import Dataset, InputSpec, open_data
+from corp_onnx.calibration.calibrate import calibrate, gather
+from corp_onnx.calibration.resume import Partial
+from corp_onnx.calibration.sites import Thinning
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.data.crops import AREAS, STRETCH, random_box
+from corp_onnx.data.dataset import Dataset, InputSpec, open_data
+from corp_onnx.data.preprocessing import Preprocessing
+from corp_onnx.data.samples import enriched
 from corp_onnx.errors import DataError, TooFewSamples
-from corp_onnx.graph import from_proto
-from corp_onnx.preprocessing import Preprocessing
-from corp_onnx.resume import Partial
-from corp_onnx.samples import enriched
-from corp_onnx.sites import Thinning
-from corp_onnx.statistics import Statistics
+from corp_onnx.graph.model import from_proto
 from tests import numpy_block
 from tests.builders import WIDTH, Net, residual_block
 from tests.inputs import activations, dataset, sentences

@@ -9,22 +9,23 @@ import numpy as np
 import onnx
 import pytest
 
-from corp_onnx import deadline as deadlines
-from corp_onnx import example, latency_table
+from corp_onnx import example
+from corp_onnx.allocation import deadline as deadlines
+from corp_onnx.allocation import latency_table
+from corp_onnx.allocation.deadline import Deadline, Timed, scheduled
+from corp_onnx.allocation.latency_table import LatencyTable, kind_of
+from corp_onnx.allocation.probes import Probe, probe
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
 from corp_onnx.commands import Source
-from corp_onnx.deadline import Deadline, Timed, scheduled
 from corp_onnx.errors import PlanError
-from corp_onnx.graph import load
-from corp_onnx.latency_table import LatencyTable, kind_of
+from corp_onnx.graph.model import load
+from corp_onnx.latency.timing import Lane, Stopwatch
 from corp_onnx.pipeline import Settings, prune
 from corp_onnx.plan import uniform
 from corp_onnx.precision import Request
-from corp_onnx.probes import Probe, probe
 from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe
-from corp_onnx.timing import Lane, Stopwatch
 from tests.fake_target import Abacus, Clock
 
 ALIGN = 8

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from corp_onnx import cli, example
 from corp_onnx.blocks import find_blocks
-from corp_onnx.demo import Demo
-from corp_onnx.graph import load
+from corp_onnx.commands.demo import Demo
+from corp_onnx.graph.model import load
 from corp_onnx.session import open_session
 
 pytestmark = pytest.mark.slow

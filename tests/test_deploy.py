@@ -38,7 +38,7 @@ from corp_onnx.errors import (
     OutputError,
     PlanError,
 )
-from corp_onnx.graph import write
+from corp_onnx.graph.model import write
 from corp_onnx.precision import in_precision
 from corp_onnx.session import Runtime, open_session
 from tests.builders import WIDTH, Net

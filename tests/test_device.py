@@ -9,20 +9,20 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from corp_onnx import cli
 from corp_onnx import device as module
+from corp_onnx.allocation.probes import probe
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.calibration.moments import Accumulator, Collector
 from corp_onnx.device import HOST, device_of, to_host
 from corp_onnx.errors import BackendUnavailable, DataError
-from corp_onnx.graph import from_proto
-from corp_onnx.moments import Accumulator, Collector
+from corp_onnx.graph.model import from_proto
 from corp_onnx.plan import uniform
-from corp_onnx.probes import probe
-from corp_onnx.sequential import fit_in_sequence
+from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.solve import METHODS, Recipe, solve
 from corp_onnx.solve.elimination import eliminate
 from corp_onnx.solve.folds import MlpFold, QueryKeyFold, ValueOutputFold
+from corp_onnx.terminal import gathering, pruning
 from tests.attention_builders import GROUPED
 from tests.builders import TINY, feeds
 from tests.conftest import STRICT
@@ -192,7 +192,7 @@ def prune(command, files, folder, *options):
 def test_a_device_does_the_whole_job(monkeypatch, command, files, tmp_path, method):
     """Named on the command line; the model itself is run where ``--providers`` says."""
     asked = []
-    monkeypatch.setattr(cli, "device_of", lambda name: asked.append(name) or STRICT)
+    monkeypatch.setattr(pruning, "device_of", lambda name: asked.append(name) or STRICT)
     cpu = ("--providers", "CPUExecutionProvider")
     ended = prune(command, files, tmp_path, "--method", method, "--device", "cuda", *cpu)
     assert ended.status == 0, ended.stderr
@@ -200,7 +200,7 @@ def test_a_device_does_the_whole_job(monkeypatch, command, files, tmp_path, meth
 
 
 def test_statistics_of_a_device_serve_the_host(monkeypatch, command, files, tmp_path):
-    monkeypatch.setattr(cli, "device_of", lambda name: STRICT if name == "cuda" else HOST)
+    monkeypatch.setattr(gathering, "device_of", lambda name: STRICT)
     kept = tmp_path / "statistics.npz"
     given = ("--device", "cuda", "--providers", "CPUExecutionProvider")
     ended = command("calibrate", files.model, "--data", files.data, "-o", kept, *given)

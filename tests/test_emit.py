@@ -7,8 +7,8 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-from corp_onnx.emit import Emitter
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.emit import Emitter
+from corp_onnx.graph.model import from_proto
 from corp_onnx.pipeline import Settings, prune
 from tests.builders import WIDTH, Net
 from tests.full_width import run

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.errors import (
     BackendUnavailable,
     GraphError,
@@ -20,7 +21,6 @@ from corp_onnx.errors import (
 from corp_onnx.export import export
 from corp_onnx.export.backend import first_line, root
 from corp_onnx.export.checkpoint import few
-from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import open_session
 
 TINY_TIMM = "test_vit"

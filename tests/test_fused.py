@@ -8,13 +8,13 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import helper
 
-from corp_onnx import graph
 from corp_onnx.blocks import find_blocks
-from corp_onnx.fused import BLOCKED_LAYOUT
-from corp_onnx.macs import count
-from corp_onnx.operators import MICROSOFT
-from corp_onnx.shapes import declared_only, evaluate
-from corp_onnx.surgery import operate
+from corp_onnx.graph.fused import BLOCKED_LAYOUT
+from corp_onnx.graph.macs import count
+from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.operators import MICROSOFT
+from corp_onnx.graph.shapes import declared_only, evaluate
+from corp_onnx.surgery.operate import operate
 from tests.builders import HEAD, HEADS, HIDDEN, WIDTH, Net, feeds, relu
 from tests.full_width import narrowed, run, unchanged
 
@@ -226,7 +226,7 @@ def foreign(shape, *, x=("batch", "tokens", WIDTH)):
     if shape is not None:
         declared = helper.make_tensor_value_info(y, onnx.TensorProto.FLOAT, shape)
         proto.graph.value_info.append(declared)
-    made = graph.from_proto(proto).graph
+    made = from_proto(proto).graph
     size = tuple(2 if name == "batch" else 7 if name == "tokens" else name for name in x)
     return evaluate(made, {"x": size}).shapes
 
@@ -246,7 +246,7 @@ def test_only_unknown_operators_rely_on_what_is_declared():
     net = Net(0)
     y = net("Mystery", relu(net, net.x()), domain="somebody")
     y = net("QuickGelu", y, domain=MICROSOFT)
-    assert declared_only(graph.from_proto(net.build(y)).graph) == {"Mystery_1_0"}
+    assert declared_only(from_proto(net.build(y)).graph) == {"Mystery_1_0"}
 
 
 def test_blocks_behind_an_unknown_operator_are_found_again_in_the_cut_model():
@@ -257,11 +257,11 @@ def test_blocks_behind_an_unknown_operator_are_found_again_in_the_cut_model():
     shape = ["batch", "tokens", WIDTH]
     declared = helper.make_tensor_value_info(mystery, onnx.TensorProto.FLOAT, shape)
     proto.graph.value_info.append(declared)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     catalog = find_blocks(model)
     (block,) = catalog.blocks
     small = operate(model, catalog, narrowed(unchanged(model, catalog), 0.5)).model
-    (again,) = find_blocks(graph.from_proto(small.proto())).blocks
+    (again,) = find_blocks(from_proto(small.proto())).blocks
     assert again.width == block.width // 2
 
 
@@ -280,7 +280,7 @@ def test_blocks_behind_an_unknown_operator_are_found_again_in_the_cut_model():
 def test_sums_that_stay_are_counted(equation, shapes, macs):
     net = Net(0)
     names = [net.input(f"x{index}", *shape) for index, shape in enumerate(shapes)]
-    made = graph.from_proto(net.build(net("Einsum", *names, equation=equation))).graph
+    made = from_proto(net.build(net("Einsum", *names, equation=equation))).graph
     counts = count(made, evaluate(made, {f"x{i}": shape for i, shape in enumerate(shapes)}))
     assert counts.total == macs
 
@@ -288,7 +288,7 @@ def test_sums_that_stay_are_counted(equation, shapes, macs):
 def test_weights_that_are_stored_quantised_are_parameters():
     net = Net(0)
     weight = net("DequantizeLinear", np.ones((WIDTH, HIDDEN), np.int8), net.random(HIDDEN), axis=1)
-    made = graph.from_proto(net.build(net("MatMul", net.x(), weight))).graph
+    made = from_proto(net.build(net("MatMul", net.x(), weight))).graph
     counts = count(made, evaluate(made, {"x": (1, 2, WIDTH)}))
     assert counts.params == WIDTH * HIDDEN
     assert counts.total == 2 * WIDTH * HIDDEN
@@ -298,7 +298,7 @@ def test_a_comparison_that_the_opset_does_not_have_yet_of_sizes_that_do_not_fit(
     """At sizes that are only tried: nothing is said of what follows."""
     net = Net(0, opset=11)
     y = net("GreaterOrEqual", net.x(), net.input("other", "batch", "others", WIDTH))
-    model = graph.from_proto(net.build(y))
+    model = from_proto(net.build(y))
     sizes = {"x": (2, 5, WIDTH), "other": (2, 7, WIDTH)}
     facts = evaluate(model.graph, sizes)
     assert facts.shape(model.graph.outputs[0]) is None

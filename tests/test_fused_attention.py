@@ -14,15 +14,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-from corp_onnx import graph
 from corp_onnx.blocks import Attention, Mlp, axes_of, find_blocks
-from corp_onnx.calibrate import gather
-from corp_onnx.macs import count
-from corp_onnx.operators import MICROSOFT
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.graph.macs import count
+from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.operators import MICROSOFT
+from corp_onnx.graph.shapes import evaluate
 from corp_onnx.plan import uniform
-from corp_onnx.shapes import evaluate
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
 from tests.builders import HIDDEN, WIDTH, Net, feeds, mlp, relu
 from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
 from tests.tolerances import distance, rounding
@@ -115,7 +115,7 @@ def farthest(model, proto):
 def test_grouped_attention_without_a_cache_is_written_out(form):
     """Padded keys are hidden from all, and padded queries see what they saw."""
     proto = grouped(**form)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     ops = {node.op for node in model.graph.nodes}
     assert "GroupQueryAttention" not in ops
     assert "MultiHeadAttention" in ops
@@ -127,7 +127,7 @@ def test_grouped_attention_without_a_cache_is_written_out(form):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_grouped_attention_without_a_cache_is_cut(form):
     proto = grouped(**form)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     (block,) = find_blocks(model).blocks
     outer, inner = form.get("heads", (HEADS, KV_HEADS))
     assert (block.heads, block.kv_heads, block.value_width) == (outer, inner, HEAD)
@@ -157,7 +157,7 @@ def exact(model, proto):
 
 def test_a_cache_of_no_tokens_is_none():
     proto = grouped(empty=True)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     assert "GroupQueryAttention" not in {node.op for node in model.graph.nodes}
     given = feeds(proto, 2, 5)
     (before,), (after,) = run(proto, given), run(model, given)
@@ -180,7 +180,7 @@ def shared(counted):
 
 def test_lengths_become_rows_once_for_all_layers():
     proto = shared(2)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     assert [node.op for node in model.graph.nodes].count("Range") == 1
     assert farthest(model, proto) < BOUND
 
@@ -194,7 +194,7 @@ def reasons_of(net, *outputs):
     proto = net.build(typed(net, y))
     for name in outputs:
         proto.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    catalog = find_blocks(graph.from_proto(proto))
+    catalog = find_blocks(from_proto(proto))
     assert [type(block) for block in catalog.blocks] == [Mlp]
     return {item.op: item.reason for item in catalog.refusals}
 
@@ -355,7 +355,7 @@ def test_tables_inside_an_operator_are_not():
     looked = net("GatherBlockQuantized", stored, ids, net.random(8, 1), domain=MICROSOFT,
                  block_size=16)  # fmt: skip
     y = mlp(net, net("Add", looked, x), relu)
-    catalog = find_blocks(graph.from_proto(net.build(typed(net, y))))
+    catalog = find_blocks(from_proto(net.build(typed(net, y))))
     assert [type(block) for block in catalog.blocks] == [Mlp]
     assert catalog.refusals == ()
 
@@ -385,7 +385,7 @@ def in_blocks(kernel):
 @pytest.mark.parametrize("kernel", [1, 4])
 def test_blocks_behind_a_convolution_of_blocked_layout_are_found(kernel):
     proto, y = in_blocks(kernel)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     facts = evaluate(model.graph, {"x": (2, 3, 4 * kernel, 4 * kernel)})
     assert facts.shapes[y] == (2, WIDTH, 4, 4)
     catalog = find_blocks(model)
@@ -403,7 +403,7 @@ def test_a_layer_of_blocked_layout_is_no_linear_layer():
         y = net("Conv", y, net.random(16, 16, 1, 1), domain=f"{MICROSOFT}.nchwc")
     plain = net("Conv", "x", net.random(16, 16, 1, 1))
     proto = net.build(net("Conv", net("Add", plain, y), net.random(16, 16, 1, 1)))
-    assert not find_blocks(graph.from_proto(proto)).blocks
+    assert not find_blocks(from_proto(proto)).blocks
 
 
 # Operands packed in one tensor of five axes
@@ -432,7 +432,7 @@ def five_axes(kind, *, by_hand=False, mask=False):
 def test_operands_of_five_axes_are_taken_apart(kind, mask):
     """No kernel on a CPU computes them, so they are held against the same by hand."""
     proto, plain = (five_axes(kind, by_hand=hand, mask=mask) for hand in (False, True))
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     (block,) = find_blocks(model).blocks
     assert isinstance(block, Attention)
     assert (axes_of(block), block.heads, block.head_width) == (("qk", "vo"), 2, 6)
@@ -452,14 +452,14 @@ def test_a_product_with_fast_gelu(bias):
     net = Net(0)
     inputs = [net.x(), net.weight(WIDTH, HIDDEN), *([net.random(HIDDEN)] if bias else [])]
     y = net("GemmFastGelu", *inputs, domain=MICROSOFT)
-    model = graph.from_proto(net.build(typed(net, net.linear(y, HIDDEN, WIDTH))))
+    model = from_proto(net.build(typed(net, net.linear(y, HIDDEN, WIDTH))))
     (block,) = find_blocks(model).blocks
     assert block.width == HIDDEN
     weight, vector = (numpy_helper.to_array(net.tensors[place]) for place in (0, 1))
     x = feeds(model.proto(), 2, 3)["x"]
     z = x @ weight + (vector if bias else 0)
     expected = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
-    shown = graph.from_proto(model.proto())
+    shown = from_proto(model.proto())
     shown.graph.outputs = [shown.graph.tensors()[y]]
     ((found,),) = (result.values() for result in run(shown, {"x": x}))
     assert distance(found, expected) < 1e-5
@@ -471,7 +471,7 @@ def test_a_product_with_an_activation(activation):
     attrs = {"activation_alpha": 0.3} if activation == "LeakyRelu" else {}
     y = net("FusedMatMulActivation", net.x(), net.weight(HIDDEN, WIDTH), domain=MICROSOFT,
             transB=1, alpha=0.5, activation=activation, **attrs)  # fmt: skip
-    model = graph.from_proto(net.build(typed(net, net.linear(y, HIDDEN, WIDTH))))
+    model = from_proto(net.build(typed(net, net.linear(y, HIDDEN, WIDTH))))
     found = find_blocks(model)
     if activation == "Softsign":
         assert {item.op for item in found.refusals} >= {"FusedMatMulActivation"}
@@ -544,7 +544,7 @@ def step(proto, batch, before, tokens, seed=0):
 @pytest.mark.parametrize("packed", [True, False])
 def test_mlps_of_a_decoder_with_a_cache_are_cut(packed):
     proto = decoder(packed=packed)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     catalog = find_blocks(model)
     assert [(type(b), b.width, axes_of(b)) for b in catalog.blocks] == [(Mlp, HIDDEN, ("mlp",))] * 2
     said = [item.reason for item in catalog.refusals if item.op == "GroupQueryAttention"]
@@ -563,7 +563,7 @@ def test_mlps_of_a_decoder_whose_weights_have_four_bits_are_cut():
     quantiser = MatMulNBitsQuantizer(decoder(), block_size=16, is_symmetric=True)
     quantiser.process()
     proto = quantiser.model.model
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     catalog = find_blocks(model)
     assert [(type(b), b.width) for b in catalog.blocks] == [(Mlp, HIDDEN)] * 2
     given = [step(proto, 1, 0, 5), step(proto, 2, 6, 1)]
@@ -576,7 +576,7 @@ def test_mlps_of_a_decoder_whose_weights_have_four_bits_are_cut():
 
 def test_a_decoder_with_a_cache_is_solved_and_counted():
     proto = decoder()
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     catalog = find_blocks(model)
     statistics = gather(model, catalog, [step(proto, 4, 0, 9, seed) for seed in range(4)])
     plan = uniform(catalog, {"mlp": 0.5}, align=1)

@@ -10,7 +10,7 @@ from benchmarks import __main__ as runner
 from benchmarks import cuda, devices, family, kernels, machine
 from benchmarks.outcome import Benchmark, Outcome, Place
 from corp_onnx.errors import DataError
-from corp_onnx.latency import Latency, Race, Speedup
+from corp_onnx.latency.race import Latency, Race, Speedup
 
 
 def raced(*device_ms):

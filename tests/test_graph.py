@@ -10,9 +10,9 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from corp_onnx import graph
 from corp_onnx.blocks import find_blocks
 from corp_onnx.errors import CorpError, GraphError, OutputError
+from corp_onnx.graph import model as graph
 from tests.builders import HIDDEN, TINY, WIDTH, Net, feeds, mlp, relu
 from tests.full_width import run, squared_error
 

@@ -17,8 +17,8 @@ import pytest
 from benchmarks import imagenet
 from benchmarks.published import PUBLISHED, CutModel, Measured, accuracy, checks, cost
 from benchmarks.report import UNUSABLE
-from corp_onnx.comparison import Comparison
 from corp_onnx.solve import METHODS
+from corp_onnx.verify.comparison import Comparison
 from tests.miniature import MODEL, VAL, WNIDS, Knowing, files, make_folder
 from tests.tolerances import distance, rounding
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from corp_onnx.graph import from_proto
-from corp_onnx.independence import warn_of_mixing
+from corp_onnx.calibration.independence import warn_of_mixing
+from corp_onnx.graph.model import from_proto
 from tests.builders import TINY, WIDTH, Net, feeds, softmax
 from tests.inputs import activations
 

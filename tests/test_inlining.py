@@ -7,11 +7,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from corp_onnx import graph
 from corp_onnx.blocks import axes_of, find_blocks
 from corp_onnx.errors import GraphError
-from corp_onnx.inlining import inlined
-from corp_onnx.surgery import operate
+from corp_onnx.graph.inlining import inlined
+from corp_onnx.graph.model import from_proto
+from corp_onnx.surgery.operate import operate
 from tests.builders import HIDDEN, TINY, WIDTH, Net, feeds
 from tests.full_width import narrowed, run, squared_error, turned, unchanged
 
@@ -55,7 +55,7 @@ def model(function_opset, opset, *, op="Relu", nested=True, calls=1):
 def test_blocks_inside_functions_are_found_and_cut(opsets, nested):
     proto = model(*opsets, nested=nested, calls=2)
     onnx.checker.check_model(proto)
-    made = graph.from_proto(proto)
+    made = from_proto(proto)
     catalog = find_blocks(made)
     assert [(block.width, axes_of(block)) for block in catalog.blocks] == [(HIDDEN, ("mlp",))] * 2
     given = [feeds(proto, *size) for size in SIZES]
@@ -76,7 +76,7 @@ def test_a_function_whose_operators_the_model_has_otherwise_is_refused(nested):
     """Squeeze takes its axes as an attribute up to opset 12, and as an input from then on."""
     proto = model(12, 18, op="Squeeze", nested=nested)
     with pytest.raises(GraphError, match=r"opset 12 and the model for opset 18.*another operator"):
-        graph.from_proto(proto)
+        from_proto(proto)
 
 
 def test_a_model_without_functions_is_itself():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corp_onnx.moments import Moments
+from corp_onnx.calibration.moments import Moments
 from corp_onnx.solve.joint import Joint, merged
 from tests.tolerances import distance, rounding
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from corp_onnx.data import InputSpec, open_data
+from corp_onnx.data.dataset import InputSpec, open_data
+from corp_onnx.data.labels import read_labels
 from corp_onnx.errors import DataError
-from corp_onnx.labels import read_labels
 
 INPUTS = (InputSpec("x", np.dtype(np.float32), (None, 4)),)
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]

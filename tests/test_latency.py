@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corp_onnx import latency
-from corp_onnx.data import InputSpec
-from corp_onnx.latency import Latency, race, timing_inputs, unpaired
+from corp_onnx.data.dataset import InputSpec
+from corp_onnx.latency import race as latency
+from corp_onnx.latency.race import Latency, race, timing_inputs, unpaired
 
 
 class Clock:

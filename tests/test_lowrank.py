@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corp_onnx.moments import Moments
+from corp_onnx.calibration.moments import Moments
 from corp_onnx.solve.bilinear import recover_query_key
 from corp_onnx.solve.lowrank import shared, truncate_query_key, truncate_value_output
 from tests.oracles import vectors

@@ -7,13 +7,13 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from corp_onnx import graph
 from corp_onnx.blocks import Mlp, find_blocks
-from corp_onnx.macs import count
-from corp_onnx.shapes import evaluate
-from corp_onnx.sizes import input_sizes
+from corp_onnx.graph.macs import count
+from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.shapes import evaluate
+from corp_onnx.graph.sizes import input_sizes
 from corp_onnx.solve.folds import EXACT, MlpFold, QueryKeyFold, Solution
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
 from tests.builders import HEAD, HEADS, WIDTH, Net, merge_heads, separate
 
 TOKENS = 197
@@ -79,7 +79,7 @@ def norm(net, x, width):
 
 
 def counts(proto, **sizes):
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     return count(model.graph, evaluate(model.graph, sizes or input_sizes(model.graph)))
 
 
@@ -114,7 +114,7 @@ def test_parameters_of_deit_tiny():
 
 def test_cutting_deit_tiny_to_half_is_counted_as_if_it_had_been_built_so():
     width, heads = DEIT["tiny"]
-    model = graph.from_proto(deit(Filled(0, opset=20), width, heads))
+    model = from_proto(deit(Filled(0, opset=20), width, heads))
     catalog = find_blocks(model)
     assert catalog.macs == by_hand(width, heads, 4 * width, 64)
     outside = (TOKENS - 1) * width * 3 * 16 * 16 + width * CLASSES
@@ -131,7 +131,7 @@ def test_a_layer_between_two_hidden_axes_is_counted_once():
     net = Net(0)
     y = net("Relu", net.linear(net.x(), WIDTH, 24))
     y = net("Relu", net.linear(y, 24, 40))
-    catalog = find_blocks(graph.from_proto(net.build(net.linear(y, 40, WIDTH))))
+    catalog = find_blocks(from_proto(net.build(net.linear(y, 40, WIDTH))))
     assert len(catalog.blocks) == 2
     assert catalog.macs_prunable == catalog.macs
     each = list(catalog.macs_by_block.values())

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corp_onnx.calibration.moments import Accumulator, Moments, read_only
 from corp_onnx.errors import DataError
-from corp_onnx.moments import Accumulator, Moments, read_only
 from tests.oracles import two_pass
 from tests.tolerances import distance, rounding
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from corp_onnx.moments import Accumulator, Moments
+from corp_onnx.calibration.moments import Accumulator, Moments
 from corp_onnx.solve.joint import Joint
 from corp_onnx.solve.lowrank import NEGLIGIBLE
 from corp_onnx.solve.narrow import (

@@ -13,14 +13,15 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     QuantFormat,
 )
 
-from corp_onnx import graph, nbits
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.blocks.catalog import view_of
 from corp_onnx.blocks.linear import bias_of
-from corp_onnx.macs import count
-from corp_onnx.operators import MICROSOFT
-from corp_onnx.shapes import evaluate
-from corp_onnx.surgery import operate
+from corp_onnx.graph import nbits
+from corp_onnx.graph.macs import count
+from corp_onnx.graph.model import from_proto, load
+from corp_onnx.graph.operators import MICROSOFT
+from corp_onnx.graph.shapes import evaluate
+from corp_onnx.surgery.operate import operate
 from tests.builders import WIDTH, Net, feeds, merge_heads, mix, relu, residual_block, separate
 from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
 from tests.tolerances import distance, rounding
@@ -71,7 +72,7 @@ def test_the_weight_is_the_one_that_is_multiplied(form, dtype):
     net = Net(0, dtype=dtype)
     y = packed_layer(net, net.x("batch", ROWS), ROWS, COLUMNS, **form)
     proto = net.build(y)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     (node,) = model.graph.nodes
     ((made,),) = (result.values() for result in run(proto, {"x": np.eye(ROWS, dtype=dtype)}))
     bias = bias_of({node.name: node}, view_of(model)[0].linears[y], 18)
@@ -128,7 +129,7 @@ def check(model, proto, computed=run):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_layers_that_are_cut_become_plain_and_others_stay(form):
     proto = small_mlp(**form)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     (block,) = find_blocks(model).blocks
     assert isinstance(block, Mlp)
     assert block.width == 64
@@ -139,12 +140,12 @@ def test_layers_that_are_cut_become_plain_and_others_stay(form):
 
 
 def test_the_answer_says_how_weights_are_stored():
-    model = graph.from_proto(small_mlp(bits=8))
+    model = from_proto(small_mlp(bits=8))
     assert model.notes[0].startswith("weights are stored as int8 (MatMulNBits); those of layers")
 
 
 def test_parameters_and_products_are_counted():
-    made = graph.from_proto(small_mlp(third=False)).graph
+    made = from_proto(small_mlp(third=False)).graph
     counts = count(made, evaluate(made, {"x": (1, 5, ROWS)}))
     assert counts.total == 2 * 5 * ROWS * 64
     assert counts.params == 2 * ROWS * 64 + 64
@@ -170,7 +171,7 @@ def test_what_the_quantiser_writes(form, bits, symmetric, tmp_path):
     quantiser = MatMulNBitsQuantizer(proto, algo_config=config)
     quantiser.process()
     onnx.save(quantiser.model.model, tmp_path / "small.onnx")
-    model = graph.load(tmp_path / "small.onnx")
+    model = load(tmp_path / "small.onnx")
     ops = {node.op for node in model.graph.nodes}
     assert ("MatMulNBits" if form == "QOperator" else "DequantizeLinear") in ops
     found = [axes_of(block) for block in find_blocks(model).blocks]
@@ -186,7 +187,7 @@ def test_packed_projections_of_an_attention():
             for part in net("Split", whole, [12] * 3, outputs=3, axis=2)]  # fmt: skip
     rows = net("Reshape", net("Transpose", mix(net, *made), perm=[0, 2, 1, 3]), [0, 0, 12])
     proto = net.build(packed_layer(net, rows, 12, ROWS))
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     (block,) = find_blocks(model).blocks
     assert axes_of(block) == ("qk", "vo")
     check(model, proto)
@@ -199,14 +200,14 @@ def test_a_packed_layer_outside_of_blocks_is_mentioned_once():
     net = Net(0)
     y = packed_layer(net, net.x("batch", "tokens", ROWS), ROWS, 64)
     z = packed_layer(net, relu(net, net("Add", y, net.random(64))), 64, ROWS)
-    catalog = find_blocks(graph.from_proto(net.build(z, y)))
+    catalog = find_blocks(from_proto(net.build(z, y)))
     said = {item.node: item.reason for item in catalog.refusals}
     assert len(said) == len(catalog.refusals) == 2
     assert all("weights inside" not in reason for reason in said.values())
 
 
 def reasons(net, y):
-    catalog = find_blocks(graph.from_proto(net.build(y)))
+    catalog = find_blocks(from_proto(net.build(y)))
     return catalog, [item.reason for item in catalog.refusals if item.op == "MatMulNBits"]
 
 
@@ -267,7 +268,7 @@ def dequantised(dtype, opset, *, wrong=False):
 def test_a_weight_behind_the_other_dequantisation_is_read(dtype, tmp_path):
     proto = dequantised(dtype, 18)
     onnx.save(proto, tmp_path / "model.onnx")
-    model = graph.load(tmp_path / "model.onnx")
+    model = load(tmp_path / "model.onnx")
     assert f"weights are stored as {dtype}" in model.notes[0]
     (block,) = find_blocks(model).blocks
     assert block.width == 32
@@ -285,7 +286,7 @@ def test_weights_that_are_rounded_in_the_graph_are_constants(tmp_path):
     weight = net("DequantizeLinear", rounded, scale, zero)
     proto = net.build(net.linear(relu(net, net("MatMul", net.x(), weight)), 32, WIDTH))
     onnx.save(proto, tmp_path / "model.onnx")
-    model = graph.load(tmp_path / "model.onnx")
+    model = load(tmp_path / "model.onnx")
     (block,) = find_blocks(model).blocks
     assert block.width == 32
     check(model, proto)

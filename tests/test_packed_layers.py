@@ -10,14 +10,14 @@ import numpy as np
 import onnx
 import pytest
 
-from corp_onnx import graph
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.graph.model import from_proto
 from corp_onnx.plan import uniform
-from corp_onnx.promise import measured_errors
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.surgery import operate
-from corp_onnx.verify import check_promises
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import check_promises
+from corp_onnx.verify.promise import measured_errors
 from tests.builders import (
     HEAD,
     HEADS,
@@ -161,7 +161,7 @@ ALL = pytest.mark.parametrize("name", FORMS)
 @cache
 def found(name):
     net = Net(0)
-    model = graph.from_proto(net.build(FORMS[name][0](net)))
+    model = from_proto(net.build(FORMS[name][0](net)))
     return model, find_blocks(model)
 
 
@@ -275,7 +275,7 @@ def test_what_is_solved_for_is_what_is_measured(name):
 
 
 def refusal_of(net, *outputs):
-    catalog = find_blocks(graph.from_proto(net.build(*outputs)))
+    catalog = find_blocks(from_proto(net.build(*outputs)))
     assert all(not isinstance(block, Mlp) for block in catalog.blocks)
     return " ".join(item.reason for item in catalog.refusals)
 
@@ -316,7 +316,7 @@ def test_an_output_layer_of_both_keeps_its_width():
     rows = net("Reshape", net("Transpose", mixed, perm=[0, 2, 1, 3]), [0, 0, SIZE])
     both = net("Concat", rows, relu(net, hidden), axis=2)
     proto = net.build(net.linear(both, SIZE + HIDDEN, WIDTH))
-    catalog = find_blocks(graph.from_proto(proto))
+    catalog = find_blocks(from_proto(proto))
     (block,) = catalog.blocks
     assert axes_of(block) == ("qk",)
     assert "Concat (Concat_" in block.refused["vo"]

@@ -12,18 +12,18 @@ import onnx
 import pytest
 
 from corp_onnx import work
+from corp_onnx.allocation.budget import Budget, within
 from corp_onnx.blocks import find_blocks
-from corp_onnx.budget import Budget, within
-from corp_onnx.calibrate import calibrate
-from corp_onnx.checking import Gates
+from corp_onnx.calibration.calibrate import calibrate
 from corp_onnx.clock import Clock
-from corp_onnx.data import open_data
+from corp_onnx.data.dataset import open_data
 from corp_onnx.errors import DataError, NothingPrunable, OutputError, PlanError, TooFewSamples
-from corp_onnx.graph import load
+from corp_onnx.graph.model import load
 from corp_onnx.pipeline import Settings, prune, sweep
 from corp_onnx.precision import Request
 from corp_onnx.session import open_session
 from corp_onnx.solve import METHODS, Recipe
+from corp_onnx.verify.checking import Gates
 from tests.builders import HEAD, HIDDEN, TINY, WIDTH, Net
 from tests.inputs import activations
 from tests.tolerances import distance, rounding

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from corp_onnx.blocks import Catalog, Linear, Mlp, find_blocks
 from corp_onnx.errors import NothingPrunable, PlanError
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.model import from_proto
 from corp_onnx.plan import DEFAULT_ALIGN, DEFAULT_SHARES, LEAST, Cut, uniform, warn_of_uncut
 from tests.builders import HEAD, HIDDEN, WIDTH, Net, merge_heads, mix, separate
 

@@ -11,14 +11,14 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from corp_onnx import example, graph
+from corp_onnx import example
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import calibrate
-from corp_onnx.comparison import compare
-from corp_onnx.data import open_data
+from corp_onnx.calibration.calibrate import calibrate
+from corp_onnx.data.dataset import open_data
+from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.errors import DataError, PlanError, QuantisedModel, VerificationError
-from corp_onnx.graph import from_proto
-from corp_onnx.nbits import weight_of
+from corp_onnx.graph.model import from_proto, load, save
+from corp_onnx.graph.nbits import weight_of
 from corp_onnx.pipeline import Settings, prune
 from corp_onnx.precision import Request, in_precision
 from corp_onnx.precision.halves import with_casts
@@ -29,9 +29,9 @@ from corp_onnx.precision.records import FORMATS
 from corp_onnx.precision.rounded import rounding
 from corp_onnx.precision.slots import types_of
 from corp_onnx.precision.stored import packed
-from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe
+from corp_onnx.verify.comparison import compare
 from tests.assets import asset
 from tests.builders import TINY, WIDTH, Net, feeds
 from tests.inputs import activations
@@ -578,7 +578,7 @@ def test_a_model_without_layers_has_nothing_to_quantise():
 @pytest.fixture(scope="module")
 def fashion():
     """The model, pictures to calibrate on and to judge by, and their classes."""
-    model = graph.load(example.MODEL)
+    model = load(example.MODEL)
     recipe = Preprocessing.beside(example.MODEL)
     inputs = open_session(model).inputs
     seen, judged = (
@@ -642,7 +642,7 @@ def test_pruned_and_quantised_sizes_multiply_and_errors_add(fashion, tmp_path):
 
 
 def test_the_statistics_of_an_earlier_calibration_hold_enough(files, tmp_path, command):
-    model = graph.load(files.model)
+    model = load(files.model)
     data = open_data(str(files.data), open_session(model).inputs)
     calibrate(model, find_blocks(model), data).save(tmp_path / "statistics.npz")
     ended = command(
@@ -652,7 +652,7 @@ def test_the_statistics_of_an_earlier_calibration_hold_enough(files, tmp_path, c
     section = json.loads(ended.stdout)["precision"]
     assert (ended.status, section["calibrated_on"] > 0) == (0, True)
     with pytest.raises(QuantisedModel):
-        graph.load(tmp_path / "small.onnx")
+        load(tmp_path / "small.onnx")
 
 
 # The command
@@ -707,7 +707,7 @@ def test_the_command_refuses_before_it_works(files, tmp_path, command):
     )
     assert (ended.status, "one of the two" in ended.message) == (2, True)
     half = tmp_path / "half.onnx"
-    graph.save(typed(graph.load(files.model)).model, half)
+    save(typed(load(files.model)).model, half)
     ended = command("prune", half, *arguments, "--precision", "fp16")
     assert (ended.status, "leave --precision out" in ended.message) == (2, True)
     assert not (tmp_path / "out.onnx").exists()
@@ -719,7 +719,7 @@ def test_the_command_refuses_before_it_works(files, tmp_path, command):
 @pytest.mark.slow
 @pytest.mark.parametrize("request_", [Request("fp16"), Request("int8")], ids=["fp16", "int8"])
 def test_a_real_text_model_keeps_its_vectors(request_):
-    model = graph.load(asset("minilm_l3.onnx"))
+    model = load(asset("minilm_l3.onnx"))
     rng = np.random.default_rng(0)
 
     def batch():

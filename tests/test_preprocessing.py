@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.errors import DataError, OutputError
-from corp_onnx.preprocessing import Preprocessing
 
 IMAGENET = Preprocessing(
     input="pixel_values",
@@ -175,7 +175,7 @@ def test_a_timm_config_that_does_not_crop_is_refused():
 
 
 def test_the_library_reads_recipes_without_torch():
-    code = "import sys, corp_onnx.preprocessing; sys.exit('torch' in sys.modules)"
+    code = "import sys, corp_onnx.data.preprocessing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from corp_onnx.blocks import Catalog, axes_of, find_blocks
-from corp_onnx.calibrate import gather
-from corp_onnx.checking import Gates, verify
-from corp_onnx.graph import Model, from_proto
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.graph.model import Model, from_proto
 from corp_onnx.plan import uniform
-from corp_onnx.promise import Measured, measured_errors
 from corp_onnx.solve import METHODS, Recipe, solve
 from corp_onnx.solve.folds import MlpFold, Solution
 from corp_onnx.solved import from_statistics
-from corp_onnx.surgery import operate
-from corp_onnx.verify import check_promises
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checking import Gates, verify
+from corp_onnx.verify.checks import check_promises
+from corp_onnx.verify.promise import Measured, measured_errors
 from tests.builders import TINY, Net, feeds, mlp
 from tests.inputs import activations, sentences
 from tests.tolerances import rounding

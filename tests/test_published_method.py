@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.published_method import RECIPE, solve_as_published, symmetrised
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
 from corp_onnx.plan import uniform
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import QueryKeyFold

@@ -14,8 +14,8 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from corp_onnx import graph
 from corp_onnx.errors import QuantisedModel
+from corp_onnx.graph.model import load
 from tests.builders import HIDDEN, WIDTH, Net, feeds, mlp, relu, residual_block
 
 ADVICE = "prune the floating-point model first and quantise the result"
@@ -46,7 +46,7 @@ def test_static_quantisation_is_refused(form, ops, plain, tmp_path):
     made = tmp_path / "static.onnx"
     quantize_static(plain, made, Samples(onnx.load(plain)), quant_format=form)
     with pytest.raises(QuantisedModel, match=f"{ops}.*{ADVICE}"):
-        graph.load(made)
+        load(made)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -55,7 +55,7 @@ def test_dynamic_quantisation_is_refused(kind, plain, tmp_path):
     made = tmp_path / "dynamic.onnx"
     quantize_dynamic(plain, made, weight_type=kind)
     with pytest.raises(QuantisedModel, match=f"DynamicQuantizeLinear.*MatMulInteger.*{ADVICE}"):
-        graph.load(made)
+        load(made)
 
 
 def saved(tmp_path, proto):
@@ -69,7 +69,7 @@ def test_other_operators_of_rounded_activations_are_refused(op, tmp_path):
     y = mlp(net, net.x(), relu)
     net(op, y, y, domain="com.microsoft")
     with pytest.raises(QuantisedModel, match=f"it holds {op}"):
-        graph.load(saved(tmp_path, net.build(y)))
+        load(saved(tmp_path, net.build(y)))
 
 
 def in_a_function(rounds):
@@ -98,11 +98,11 @@ def in_a_function(rounds):
 
 def test_activations_that_a_function_rounds_are_noticed(tmp_path):
     with pytest.raises(QuantisedModel, match=ADVICE):
-        graph.load(saved(tmp_path, in_a_function(rounds=True)))
+        load(saved(tmp_path, in_a_function(rounds=True)))
 
 
 def test_a_weight_that_a_function_dequantises_is_read(tmp_path):
-    model = graph.load(saved(tmp_path, in_a_function(rounds=False)))
+    model = load(saved(tmp_path, in_a_function(rounds=False)))
     assert model.notes[0].startswith("weights are stored as int8 (DequantizeLinear)")
 
 
@@ -127,7 +127,7 @@ def test_what_a_body_rounds_is_noticed(rounds, tmp_path):
     y = net("If", condition, then_branch=bodies[0], else_branch=bodies[1])
     path = saved(tmp_path, net.build(net("MatMul", x, net("Transpose", y, perm=[1, 0]))))
     if not rounds:
-        assert graph.load(path)
+        assert load(path)
         return
     with pytest.raises(QuantisedModel, match=ADVICE):
-        graph.load(path)
+        load(path)

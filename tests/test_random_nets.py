@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from corp_onnx import graph, surgery
 from corp_onnx.blocks import axes_of, find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.graph.model import from_proto
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold, QueryKeyFold, Solution, ValueOutputFold
-from corp_onnx.surgery import operate
+from corp_onnx.surgery import operate as surgery
+from corp_onnx.surgery.operate import operate
 from tests.builders import feeds
 from tests.full_width import run, squared_error, turned
 from tests.properties import (
@@ -88,7 +89,7 @@ def batches_of(proto):
 def holds(network):
     """Everything that is promised of any model."""
     made = built(network)
-    model = graph.from_proto(made.proto)
+    model = from_proto(made.proto)
     catalog = find_blocks(model)
     is_the_truth(catalog, made.truth)
     mentions_everything(model, catalog)
@@ -149,7 +150,7 @@ def test_what_holds_of_any_model_holds_of_many_networks_drawn_at_random(network)
 )
 def test_a_catalog_that_is_not_the_truth_shows(wrong):
     made = built(WHOLE)
-    catalog = find_blocks(graph.from_proto(made.proto))
+    catalog = find_blocks(from_proto(made.proto))
     attention, mlp = made.truth
     is_the_truth(catalog, (attention, mlp))
     with pytest.raises(AssertionError, match="which the truth does not have"):
@@ -158,7 +159,7 @@ def test_a_catalog_that_is_not_the_truth_shows(wrong):
 
 def test_a_refusal_for_another_reason_shows():
     made = built(Network((Attention(capped=True),)))
-    catalog = find_blocks(graph.from_proto(made.proto))
+    catalog = find_blocks(from_proto(made.proto))
     (entry,) = made.truth
     is_the_truth(catalog, (entry,))
     with pytest.raises(AssertionError, match="rotated"):
@@ -176,7 +177,7 @@ def test_a_refusal_for_another_reason_shows():
 )
 def test_a_wrong_map_shows(kind, field):
     proto = built(WHOLE).proto
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     catalog, given = find_blocks(model), (feeds(proto, 3, 8),)
     right = turned(model, catalog)
     folds = [
@@ -194,7 +195,7 @@ def test_a_wrong_map_shows(kind, field):
 
 def test_a_lost_name_shows():
     proto = built(WHOLE).proto
-    other = graph.from_proto(proto).proto()
+    other = from_proto(proto).proto()
     keeps_its_interface(other, proto)
     other.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "unknown"
     with pytest.raises(AssertionError):
@@ -203,7 +204,7 @@ def test_a_lost_name_shows():
 
 def test_keeping_too_little_shows():
     proto = built(WHOLE).proto
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     catalog = find_blocks(model)
     assert error_where_redundant(model, catalog, proto) <= EXACT
     assert error_where_redundant(model, catalog, proto, keep=one_less) > 1e3 * EXACT

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corp_onnx.calibration.moments import Moments
 from corp_onnx.errors import PlanError
-from corp_onnx.moments import Moments
 from corp_onnx.solve.ranking import (
     RANKINGS,
     channel_energy,

@@ -10,12 +10,12 @@ import pytest
 
 from benchmarks import tasks
 from benchmarks.outcome import Place
-from corp_onnx import graph
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.graph.model import load
 from corp_onnx.plan import uniform
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
 from tests import zoo_models
 from tests.assets import asset
 from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
@@ -86,7 +86,7 @@ def widths(catalog):
 
 def test_dinov2_with_a_decoder():
     """Query and key scaled by 64^-¼ each, LayerScale, norms and GELU written out."""
-    model = graph.load(asset("vit_s_focus.onnx"))
+    model = load(asset("vit_s_focus.onnx"))
     catalog = find_blocks(model)
     assert widths(catalog) == [(6, 64), (1536,)] * 12
     assert all(axes_of(block) for block in catalog.blocks)
@@ -99,7 +99,7 @@ def test_dinov2_with_a_decoder():
 
 def test_minilm():
     """An additive mask, norms after the residuals, keys transposed at once."""
-    model = graph.load(asset("minilm_l3.onnx"))
+    model = load(asset("minilm_l3.onnx"))
     catalog = find_blocks(model)
     assert widths(catalog) == [(12, 32), (1536,)] * 3
     assert all(axes_of(block) for block in catalog.blocks)
@@ -120,7 +120,7 @@ def texts(batch, tokens):
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_deit_tiny_as_it_is_exported(exporter, tmp_path):
     path = exported(f"{__file__}:deit_tiny", exporter, tmp_path)
-    model = graph.load(path)
+    model = load(path)
     catalog = find_blocks(model)
     assert widths(catalog) == [(3, 64), (768,)] * 12
     assert catalog.refusals == ()
@@ -136,7 +136,7 @@ def test_transformers_as_they_are_exported(name, tmp_path):
     from tools import make_zoo
 
     module, _, exporter = name.partition(".")
-    model = graph.load(exported(f"{make_zoo.__file__}:{module}", exporter, tmp_path))
+    model = load(exported(f"{make_zoo.__file__}:{module}", exporter, tmp_path))
     catalog = find_blocks(model)
     heads = (make_zoo.TRANSFORMERS_HEADS, make_zoo.WIDTH // make_zoo.TRANSFORMERS_HEADS)
     assert widths(catalog) == [heads, (make_zoo.HIDDEN,)] * make_zoo.DEPTH
@@ -158,7 +158,7 @@ def test_four_exports_of_one_encoder_are_pruned_alike(tmp_path):
         for exporter in ("ts17", "dynamo18"):
             folder = tmp_path / f"{network}.{exporter}"
             folder.mkdir()
-            model = graph.load(exported(f"{NETWORKS}:{network}", exporter, folder))
+            model = load(exported(f"{NETWORKS}:{network}", exporter, folder))
             catalog = find_blocks(model)
             assert widths(catalog) == [(12, 32), (1536,)] * 6
             statistics = gather(model, catalog, task.calibration[:4])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corp_onnx.moments import Moments
+from corp_onnx.calibration.moments import Moments
 from corp_onnx.solve import refit as module
 from corp_onnx.solve.joint import Joint, merged
 from corp_onnx.solve.refit import NO_REFIT, refit

@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from corp_onnx import graph
 from corp_onnx.blocks import Attention, axes_of, find_blocks
 from corp_onnx.errors import QuantisedModel
+from corp_onnx.graph.model import from_proto, load
 from tests.builders import (
     HEAD,
     HEADS,
@@ -33,7 +33,7 @@ SIZE = HEADS * HEAD
 
 
 def catalog_of(net, *outputs):
-    return find_blocks(graph.from_proto(net.build(*outputs)))
+    return find_blocks(from_proto(net.build(*outputs)))
 
 
 def refused_attention(net, *outputs):
@@ -541,7 +541,7 @@ def test_quantised_models_are_refused_on_loading(op, tmp_path):
         y = net(op, "x", np.ones((WIDTH, HIDDEN), np.uint8))
     onnx.save(net.build(y), tmp_path / "int8.onnx")
     with pytest.raises(QuantisedModel, match=f"it holds {op}.*quantise the result"):
-        graph.load(tmp_path / "int8.onnx")
+        load(tmp_path / "int8.onnx")
 
 
 def test_a_model_that_runs_at_one_batch_only_is_refused_without_a_crash():
@@ -567,7 +567,7 @@ def test_weights_that_contradict_each_other_are_refused_with_both_widths():
     )
     for weight, shape in zip(model.graph.initializer, ((8, 16), (12, 8)), strict=True):
         weight.CopyFrom(onnx.numpy_helper.from_array(np.ones(shape, np.float32), weight.name))
-    catalog = find_blocks(graph.from_proto(model))
+    catalog = find_blocks(from_proto(model))
     assert not catalog.blocks
     assert "its input has 16 channels, its weight 12 rows" in [r.reason for r in catalog.refusals]
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import calibrate
+from corp_onnx.calibration.calibrate import calibrate
+from corp_onnx.calibration.resume import Partial
+from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.errors import DataError
-from corp_onnx.graph import from_proto
-from corp_onnx.resume import Partial
-from corp_onnx.statistics import Statistics
+from corp_onnx.graph.model import from_proto
 from tests.builders import TINY
 from tests.inputs import activations, dataset
 from tests.test_calibrate import SAME, apart

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from corp_onnx.blocks import axes_of, find_blocks
-from corp_onnx.calibrate import calibrate
+from corp_onnx.calibration.calibrate import calibrate
+from corp_onnx.calibration.scarcity import require_enough, spared
 from corp_onnx.errors import NothingPrunable, TooFewSamples
-from corp_onnx.graph import Model, from_proto, load, save
+from corp_onnx.graph.model import Model, from_proto, load, save
 from corp_onnx.pipeline import Settings, prune
-from corp_onnx.present import pruned_json
-from corp_onnx.scarcity import require_enough, spared
+from corp_onnx.report.results import pruned_json
 from corp_onnx.solve import Recipe
 from tests.builders import (
     HEAD,

@@ -11,12 +11,12 @@ import pytest
 from corp_onnx.blocks import axes_of, find_blocks
 from corp_onnx.blocks.records import linears_of, masks_of
 from corp_onnx.blocks.view import constant_value
-from corp_onnx.extracts import exposed, extract
-from corp_onnx.graph import from_proto
-from corp_onnx.segments import segments_of
+from corp_onnx.graph.extracts import exposed, extract
+from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.shapes import evaluate
+from corp_onnx.sequential.segments import segments_of
+from corp_onnx.sequential.streams import stream_behind
 from corp_onnx.session import open_session
-from corp_onnx.shapes import evaluate
-from corp_onnx.streams import stream_behind
 from tests import stream_builders, zoo_models
 from tests.builders import TINY, feeds
 from tests.stream_builders import LAYERS, stacked

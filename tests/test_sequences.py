@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corp_onnx.blocks import find_blocks
-from corp_onnx.graph import from_proto
-from corp_onnx.sequences import centred, sequence_axis
+from corp_onnx.calibration.sequences import centred, sequence_axis
+from corp_onnx.graph.model import from_proto
 from tests.builders import TINY
 from tests.tolerances import distance, rounding
 

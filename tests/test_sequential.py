@@ -9,22 +9,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from corp_onnx import example, sequential
+from corp_onnx import example
 from corp_onnx.blocks import find_blocks
 from corp_onnx.blocks.catalog import named_as
-from corp_onnx.calibrate import gather
-from corp_onnx.data import open_data
-from corp_onnx.fitter import Fitter
-from corp_onnx.graph import from_proto, load
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.data.dataset import open_data
+from corp_onnx.data.preprocessing import Preprocessing
+from corp_onnx.graph.model import from_proto, load
 from corp_onnx.plan import Plan, uniform
-from corp_onnx.preprocessing import Preprocessing
-from corp_onnx.promise import measured_errors, stream_errors
-from corp_onnx.sequential import fit_in_sequence
+from corp_onnx.sequential import fit as sequential
+from corp_onnx.sequential.fit import fit_in_sequence
+from corp_onnx.sequential.fitter import Fitter
 from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import OutputFold
-from corp_onnx.surgery import operate
-from corp_onnx.verify import check_promises
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import check_promises
+from corp_onnx.verify.promise import measured_errors, stream_errors
 from tests import stream_builders
 from tests.builders import TINY
 from tests.full_width import run, squared_error

@@ -11,12 +11,13 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from corp_onnx import options, providers, session
-from corp_onnx.data import InputSpec
+from corp_onnx import providers, session
+from corp_onnx.data.dataset import InputSpec
 from corp_onnx.errors import BackendUnavailable
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.model import from_proto
 from corp_onnx.providers import CPU, CUDA
 from corp_onnx.session import Runtime, open_session
+from corp_onnx.terminal import options
 from tests.builders import Net
 
 MENDED = "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install 'corp_onnx[gpu]'`"

@@ -8,9 +8,9 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from corp_onnx import settle
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.model import from_proto
 from corp_onnx.session import open_session
+from corp_onnx.surgery import settle
 from tests.test_tidy import HEAD, tidied
 
 POSITIONS = """

@@ -7,17 +7,18 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from corp_onnx import graph, shapes
 from corp_onnx.blocks import axes_of, find_blocks
 from corp_onnx.blocks.catalog import view_of
 from corp_onnx.errors import PlanError
-from corp_onnx.shapes import (
+from corp_onnx.graph import shapes
+from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.shapes import (
     evaluate,
     tensor_count,
     usual_facts,
     usual_sequence,
 )
-from corp_onnx.sizes import input_sizes
+from corp_onnx.graph.sizes import input_sizes
 from tests import zoo_models
 from tests.builders import HEAD, HEADS, TINY, WIDTH, Net, feeds, mlp, relu, sizes_of
 from tests.full_width import run
@@ -26,7 +27,7 @@ ALL = pytest.mark.parametrize("name", TINY)
 
 
 def graph_of(net, *outputs):
-    return graph.from_proto(net.build(*outputs)).graph
+    return from_proto(net.build(*outputs)).graph
 
 
 def observed(proto, given):
@@ -42,7 +43,7 @@ def observed(proto, given):
 
 def check(proto, given):
     """Compare facts at the sizes of some inputs with a run on them."""
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     facts = evaluate(model.graph, {name: value.shape for name, value in given.items()})
     seen = observed(model.proto(), given)
     assert facts.shapes.keys() == seen.keys() | given.keys()
@@ -73,7 +74,7 @@ def test_values_do_not_follow_from_data():
         proto = TINY[name](0).proto
         first, second = (feeds(proto, 1, 5, seed) for seed in (0, 1))
         sizes = {key: value.shape for key, value in first.items()}
-        facts = evaluate(graph.from_proto(proto).graph, sizes)
+        facts = evaluate(from_proto(proto).graph, sizes)
         before, after = observed(proto, first), observed(proto, second)
         for tensor in facts.values:
             assert np.array_equal(before[tensor], after[tensor]), (name, tensor)
@@ -160,7 +161,7 @@ def test_the_branch_that_is_taken_says_what_comes_out(least):
     taken = net("Greater", length, np.array([least], np.int64))
     outcome = net("If", taken, then_branch=branch("rows", 2), else_branch=branch("columns", 1))
     moved = net("Reshape", "x", net("Concat", [0], outcome, [-1], axis=0))
-    model = graph.from_proto(net.build(moved))
+    model = from_proto(net.build(moved))
     for tokens in (2, 6):
         facts = evaluate(model.graph, {"x": (2, tokens, WIDTH)})
         (expected,) = run(model, {"x": np.zeros((2, tokens, WIDTH), np.float32)})
@@ -175,7 +176,7 @@ def test_branches_that_data_choose_have_a_shape_only_where_they_agree():
         chosen = net("Greater", net("ReduceMax", net.x(), keepdims=0), 0.0)
         one, other = branch("rows", 2), branch("columns", np.full(others, 3))
         outcome = net("If", chosen, then_branch=one, else_branch=other)
-        model = graph.from_proto(net.build(outcome))
+        model = from_proto(net.build(outcome))
         facts = evaluate(model.graph, {"x": (2, 5, WIDTH)})
         assert facts.shape(model.graph.outputs[0]) == known
         assert outcome not in facts.values
@@ -190,7 +191,7 @@ def branch(name, value):
 
 
 def test_a_table_of_positions_decides_the_usual_sequence():
-    model = graph.from_proto(TINY["text_encoder"](0).proto)
+    model = from_proto(TINY["text_encoder"](0).proto)
     assert usual_sequence(model.graph) == 16
     facts = usual_facts(model.graph)
     assert facts.sizes == {"ids": (1, 16), "seen": (1, 16)}
@@ -222,14 +223,14 @@ def test_a_length_that_the_model_holds_is_found():
     """Traced at 11 tokens and declared open: it runs at no other length, and says so nowhere."""
     net = Net(0)
     x = net("Reshape", net.x(), [0, 11, WIDTH])
-    model = graph.from_proto(net.build(mlp(net, x, relu)))
+    model = from_proto(net.build(mlp(net, x, relu)))
     assert usual_sequence(model.graph) == 11
     (block,) = find_blocks(model).blocks
     assert axes_of(block) == ("mlp",)
 
 
 def test_the_longest_usual_sequence_is_taken_where_all_fit():
-    made = graph.from_proto(TINY["mlp"](0).proto).graph
+    made = from_proto(TINY["mlp"](0).proto).graph
     assert usual_sequence(made) == 128
     assert usual_facts(made, {"x": (2, 40, WIDTH)}).sizes == {"x": (2, 40, WIDTH)}
     with pytest.raises(PlanError):
@@ -260,7 +261,7 @@ def test_what_follows_from_an_unknown_operator_stays_open():
     strange = net("Strange", net.x(), domain="other.domain")
     proto = net.build(net("Relu", "x"))
     proto.graph.output.append(onnx.helper.make_tensor_value_info(strange, TensorProto.FLOAT, None))
-    facts = evaluate(graph.from_proto(proto).graph, {"x": (1, 5, WIDTH)})
+    facts = evaluate(from_proto(proto).graph, {"x": (1, 5, WIDTH)})
     assert strange not in facts.shapes
     assert len(facts.shapes) == 2
 
@@ -269,7 +270,7 @@ def test_what_follows_from_an_unknown_operator_stays_open():
 
 
 def test_constants_are_known_by_themselves():
-    made = graph.from_proto(TINY["mlp"](0).proto).graph
+    made = from_proto(TINY["mlp"](0).proto).graph
     weight = made.nodes[0].inputs[1]
     facts = evaluate(made, {"x": (1, 5, WIDTH)})
     assert facts.shape(weight) == weight.values.shape
@@ -279,7 +280,7 @@ def test_constants_are_known_by_themselves():
 
 
 def test_only_what_is_the_same_at_all_sizes_is_constant():
-    view, _ = view_of(graph.from_proto(TINY["scale_at_run_time"](0).proto))
+    view, _ = view_of(from_proto(TINY["scale_at_run_time"](0).proto))
     made, probes = view.graph, view.probes
     shape = next(node.outputs[0] for node in made.nodes if node.op == "Shape")
     width = next(node.outputs[0] for node in made.nodes if node.op == "Slice")
@@ -313,7 +314,7 @@ def test_an_input_of_unknown_rank_takes_the_sizes_that_are_given():
     net = Net(0)
     proto = net.build(mlp(net, net.x(), relu))
     proto.graph.input[0].type.tensor_type.ClearField("shape")
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     assert not find_blocks(model).blocks
     catalog = find_blocks(model, {"x": (1, 9, WIDTH)})
     assert [block.id for block in catalog.blocks] == ["mlp.0"]

@@ -7,14 +7,14 @@ import pytest
 
 from corp_onnx.blocks import find_blocks
 from corp_onnx.blocks.catalog import probed
-from corp_onnx.extracts import extract
-from corp_onnx.graph import from_proto
-from corp_onnx.macs import count
+from corp_onnx.graph.extracts import extract
+from corp_onnx.graph.macs import count
+from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.shapes import evaluate, usual_facts, usual_sequence
 from corp_onnx.plan import uniform
 from corp_onnx.session import open_session
-from corp_onnx.shapes import evaluate, usual_facts, usual_sequence
-from corp_onnx.surgery import operate
-from corp_onnx.verify import check_structure
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import check_structure
 from tests.builders import HEAD, HEADS, WIDTH, Net, merge_heads, mix, projections, residual_block
 from tests.full_width import narrowed, run, squared_error, turned, unchanged
 

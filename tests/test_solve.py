@@ -7,16 +7,16 @@ import pytest
 
 from corp_onnx.blocks import find_blocks
 from corp_onnx.blocks.linear import weight_of
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
 from corp_onnx.errors import IllConditioned, PlanError
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.model import from_proto
 from corp_onnx.plan import uniform
 from corp_onnx.session import open_session
 from corp_onnx.solve import METHODS, Recipe, solve
 from corp_onnx.solve.affine import recover_mlp
 from corp_onnx.solve.bilinear import recover_query_key
 from corp_onnx.solve.folds import MlpFold, QueryKeyFold
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
 from tests.builders import HEAD, HEADS, HIDDEN, WIDTH, Net, merge_heads, mix, split_heads
 from tests.inputs import activations
 from tests.tolerances import distance, rounding

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
 from corp_onnx.errors import PlanError
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.model import from_proto
 from corp_onnx.plan import uniform
-from corp_onnx.promise import measured_errors
 from corp_onnx.solve import METHODS, Recipe, solve
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.promise import measured_errors
 from tests.attention_builders import GROUPED
 from tests.builders import TINY, feeds
 from tests.tolerances import rounding

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import calibrate, gather
+from corp_onnx.calibration.calibrate import calibrate, gather
+from corp_onnx.calibration.statistics import FORMAT, Statistics, merged
 from corp_onnx.errors import DataError, OutputError
 from corp_onnx.plan import uniform
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.statistics import FORMAT, Statistics, merged
 from tests.inputs import activations, dataset
 from tests.tolerances import distance
 

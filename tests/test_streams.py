@@ -7,11 +7,11 @@ import pytest
 
 from corp_onnx.blocks import find_blocks
 from corp_onnx.blocks.linear import weight_of
-from corp_onnx.extracts import exposed
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.extracts import exposed
+from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.shapes import evaluate
+from corp_onnx.sequential.streams import stream_behind
 from corp_onnx.session import open_session
-from corp_onnx.shapes import evaluate
-from corp_onnx.streams import stream_behind
 from tests import stream_builders
 from tests.builders import TINY, WIDTH, Net, feeds
 from tests.stream_builders import LAYERS, feed, stacked
@@ -71,7 +71,7 @@ def test_what_a_last_layer_adds_arrives_in_the_stream_times_its_gain(name):
 
 
 def test_a_gain_that_is_forgotten_is_noticed(monkeypatch):
-    from corp_onnx import streams
+    from corp_onnx.sequential import streams
 
     monkeypatch.setattr(streams, "_per_channel", lambda *_: np.ones(WIDTH))
     with pytest.raises(AssertionError):

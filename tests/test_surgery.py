@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 import pytest
 
-from corp_onnx import graph
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.blocks.linear import bias_of, weight_of
 from corp_onnx.errors import SurgeryError
+from corp_onnx.graph.model import from_proto
 from corp_onnx.solve.folds import EXACT, MlpFold, QueryKeyFold, Solution, ValueOutputFold
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
 from tests.builders import (
     HEAD,
     HEADS,
@@ -46,7 +46,7 @@ VISIBLE = 1e-6
 
 @cache
 def found(name):
-    model = graph.from_proto(TINY[name](0).proto)
+    model = from_proto(TINY[name](0).proto)
     return model, find_blocks(model)
 
 
@@ -420,7 +420,7 @@ def test_parts_of_sizes_that_somebody_reads_stay_dense():
         net("Shape", hidden, start=1),
     ]
     proto = net.build(net.linear(hidden, HIDDEN, WIDTH), *sizes)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     catalog = find_blocks(model)
     assert [axes_of(block) for block in catalog.blocks] == [("qk", "vo"), ("mlp",)]
     small = operate(model, catalog, narrowed(turned(model, catalog), 0.5)).model
@@ -456,7 +456,7 @@ def test_a_projection_that_something_else_needs_cannot_go():
     net = Net(0)
     query, key, value = projections(net)
     y = merge_heads(net, mix(net, *(split_heads(net, part) for part in (query, key, value))))
-    model = graph.from_proto(net.build(y, net("Exp", query)))
+    model = from_proto(net.build(y, net("Exp", query)))
     catalog = find_blocks(model)
     (block,) = catalog.blocks
     assert axes_of(block) == ("vo",)
@@ -482,7 +482,7 @@ def test_a_bias_that_adds_an_axis_still_does(where):
         y = merge_heads(net, mix(net, query, key, value))
     else:
         y = layer("down", relu(net, layer("up", x, WIDTH, HIDDEN)), HIDDEN, WIDTH)
-    model = graph.from_proto(net.build(y))
+    model = from_proto(net.build(y))
     catalog = find_blocks(model)
     assert catalog.blocks
     given = {"x": np.random.default_rng(0).standard_normal((4, WIDTH)).astype(np.float32)}

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from corp_onnx import example
-from corp_onnx.budget import Budget
+from corp_onnx.allocation.budget import Budget
 from corp_onnx.commands import Source
 from corp_onnx.commands.sweep import Sweep
+from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.pipeline import Settings
-from corp_onnx.preprocessing import Preprocessing
 from corp_onnx.session import open_session
 
 QUICK = ("--data", example.CALIBRATION, "--samples", 120)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from corp_onnx.errors import OutputError
-from corp_onnx.tape import Tape
+from corp_onnx.sequential.tape import Tape
 
 
 def test_tensors_come_back_batch_by_batch(tmp_path):

@@ -7,10 +7,10 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
-from corp_onnx import tidy
 from corp_onnx.blocks.catalog import probed
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.model import from_proto
 from corp_onnx.session import open_session
+from corp_onnx.surgery import tidy
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>\n'
 CONSTANTS = (

@@ -13,14 +13,16 @@ import onnx_graphsurgeon as gs
 import pytest
 from rich.console import Console
 
-from corp_onnx import conditions, example, timetable
-from corp_onnx.conditions import Conditions
+from corp_onnx import example
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.errors import CorpError, PlanError
-from corp_onnx.footprint import footprint
-from corp_onnx.graph import load
-from corp_onnx.latency import Latency, Race, Speedup
-from corp_onnx.timing import Lane, Stopwatch
+from corp_onnx.graph.model import load
+from corp_onnx.latency import conditions
+from corp_onnx.latency.conditions import Conditions
+from corp_onnx.latency.footprint import footprint
+from corp_onnx.latency.race import Latency, Race, Speedup
+from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.report import timetable
 from tests.builders import WIDTH, Net
 from tests.fake_target import Abacus, AbacusEngine, Clock
 

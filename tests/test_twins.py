@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
 from corp_onnx.errors import TooFewSamples
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.model import from_proto
 from corp_onnx.plan import uniform
-from corp_onnx.promise import measured_errors
-from corp_onnx.sequential import fit_in_sequence
+from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.promise import measured_errors
 from tests.builders import (
     HEAD,
     HEADS,

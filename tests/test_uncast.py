@@ -12,16 +12,16 @@ import pytest
 
 from corp_onnx import example
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
 from corp_onnx.commands import Source
 from corp_onnx.deploy.ort import WIDE_INSIDE, rewritten
 from corp_onnx.deploy.uncast import without_casts
-from corp_onnx.graph import load, write
+from corp_onnx.graph.model import load, write
 from corp_onnx.plan import uniform
 from corp_onnx.precision import Request, in_precision
 from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
 
 OPS = WIDE_INSIDE["ort-cuda"]
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16

@@ -11,16 +11,15 @@ import onnx
 import pytest
 
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import gather
-from corp_onnx.comparison import Comparison, Remembered, comparable, compare
-from corp_onnx.data import InputSpec
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.data.dataset import InputSpec
 from corp_onnx.errors import DataError, PlanError, VerificationError
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.model import from_proto
 from corp_onnx.plan import Cut, Plan, uniform
 from corp_onnx.session import Session, open_session
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.surgery import operate
-from corp_onnx.verify import (
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.checks import (
     Check,
     Verification,
     check_gates,
@@ -29,6 +28,7 @@ from corp_onnx.verify import (
     check_structure,
     rounding_error,
 )
+from corp_onnx.verify.comparison import Comparison, Remembered, comparable, compare
 from tests.inputs import activations
 from tests.stream_builders import stacked
 from tests.tolerances import rounding

@@ -15,15 +15,15 @@ from onnxruntime import InferenceSession
 
 from corp_onnx import example
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import gather
+from corp_onnx.calibration.calibrate import gather
 from corp_onnx.deploy.ort import rewritten
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.deploy.whole import DOMAIN, write_whole
-from corp_onnx.graph import from_proto, load, write
+from corp_onnx.graph.model import from_proto, load, write
 from corp_onnx.plan import uniform
 from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe, solve
-from corp_onnx.surgery import operate
+from corp_onnx.surgery.operate import operate
 from tests import zoo_models
 from tests.properties import unchanged_by_ratio_0
 

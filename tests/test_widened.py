@@ -8,11 +8,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from corp_onnx import graph
 from corp_onnx.blocks import find_blocks
+from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.widened import in_float32, is_bfloat16
 from corp_onnx.session import open_session
-from corp_onnx.surgery import operate
-from corp_onnx.widened import in_float32, is_bfloat16
+from corp_onnx.surgery.operate import operate
 from tests.builders import TINY, Net, feeds, mlp, relu
 from tests.full_width import run, squared_error, unchanged
 
@@ -77,7 +77,7 @@ def test_casts_constants_and_branches_are_widened():
 
 def test_a_model_is_cut_in_bfloat16_and_run_in_float32():
     half, rounded = narrow(TINY["transformer"](0).proto)
-    model = graph.from_proto(half)
+    model = from_proto(half)
     catalog = find_blocks(model)
     assert len(catalog.blocks) == 4
     cut = operate(model, catalog, unchanged(model, catalog)).model
@@ -94,7 +94,7 @@ def test_a_model_is_cut_in_bfloat16_and_run_in_float32():
 
 def test_nothing_is_written_to_standard_output_for_bfloat16(capsys):
     half, _ = narrow(TINY["mlp"](0).proto)
-    find_blocks(graph.from_proto(half))
+    find_blocks(from_proto(half))
     assert capsys.readouterr().out == ""
 
 
@@ -108,4 +108,4 @@ def test_a_constant_in_bfloat16_that_is_split_is_read():
     table = net.const(np.ones((4, 10)))
     sizes = net("Split", table, [2, 2], outputs=2, axis=0)
     proto = net.build(net("Add", net.x(), net("ReduceSum", sizes[0], [0], keepdims=0)))
-    assert graph.from_proto(proto).graph.outputs
+    assert from_proto(proto).graph.outputs

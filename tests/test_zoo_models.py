@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.model import from_proto
 from tests.zoo_models import FOLDER, NAMES, TRUTH, draw, feeds, load, module_of
 from tools.zoo.table import MODULES, UNEXPORTABLE
 

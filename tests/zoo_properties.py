@@ -6,10 +6,10 @@ from functools import cache
 
 import pytest
 
-from corp_onnx import graph
 from corp_onnx.blocks import axes_of, find_blocks
-from corp_onnx.calibrate import gather
-from corp_onnx.surgery import operate
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.graph.model import from_proto
+from corp_onnx.surgery.operate import operate
 from tests.full_width import run, squared_error, turned
 from tests.properties import (
     BOUND,
@@ -36,7 +36,7 @@ def given(name):
 
 @cache
 def found(name):
-    model = graph.from_proto(given(name))
+    model = from_proto(given(name))
     return model, find_blocks(model)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from corp_onnx.blocks import Attention, Axis, Catalog, Mlp, axes_of, find_blocks
-from corp_onnx.graph import from_proto
+from corp_onnx.graph.model import from_proto
 from tests import zoo_models
 
 PAGE = Path(__file__).parent.parent / "docs/reference/families.md"

@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Blocked
 from corp_onnx.blocks.view import View, follows_data, producer, reduced_axes
-from corp_onnx.operators import SIZE_OPS
+from corp_onnx.graph.operators import SIZE_OPS
 
 NORMS = frozenset(
     """BatchNormalization GroupNormalization InstanceNormalization LayerNormalization

@@ -9,11 +9,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Int64
 
-from corp_onnx import shapes
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, element_numbers
 from corp_onnx.blocks.region import Region, line
 from corp_onnx.blocks.view import View
-from corp_onnx.shapes import Facts
+from corp_onnx.graph import shapes
+from corp_onnx.graph.shapes import Facts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

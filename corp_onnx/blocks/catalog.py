@@ -27,11 +27,11 @@ from corp_onnx.blocks.records import (
 )
 from corp_onnx.blocks.twins import with_twins
 from corp_onnx.blocks.view import View, holders_of
-from corp_onnx.graph import Model, nodes_of_subgraphs
-from corp_onnx.macs import Counts, count
-from corp_onnx.operators import is_standard
-from corp_onnx.shapes import Facts, evaluate, tensor_count, usual_facts
-from corp_onnx.sizes import Sizes, input_sizes, traced_sequences
+from corp_onnx.graph.macs import Counts, count
+from corp_onnx.graph.model import Model, nodes_of_subgraphs
+from corp_onnx.graph.operators import is_standard
+from corp_onnx.graph.shapes import Facts, evaluate, tensor_count, usual_facts
+from corp_onnx.graph.sizes import Sizes, input_sizes, traced_sequences
 
 PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)), ((1, 5), (1, 7)))
 """Pairs of (batch, sequence) at which data movement is run; the next where one does not fit.

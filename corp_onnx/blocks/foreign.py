@@ -9,8 +9,8 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.records import Refusal
 from corp_onnx.blocks.view import View
-from corp_onnx.fused import BLOCKED_LAYOUT
-from corp_onnx.operators import is_standard
+from corp_onnx.graph.fused import BLOCKED_LAYOUT
+from corp_onnx.graph.operators import is_standard
 
 CACHED = "keys or values are kept in a cache (graph input or output), an interface"
 REMEDY = "prune the model before attention is fused"

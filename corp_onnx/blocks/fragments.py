@@ -14,7 +14,7 @@ from corp_onnx.blocks.readers import size_readers, tensors_of
 from corp_onnx.blocks.records import SizeReader
 from corp_onnx.blocks.routes import Traced, trace_fragment
 from corp_onnx.blocks.view import View
-from corp_onnx.operators import SIZE_OPS
+from corp_onnx.graph.operators import SIZE_OPS
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,10 +8,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64
 
-from corp_onnx import nbits
 from corp_onnx.blocks.records import Linear, Refusal
 from corp_onnx.blocks.view import constant_value
-from corp_onnx.operators import is_standard
+from corp_onnx.graph import nbits
+from corp_onnx.graph.operators import is_standard
 
 LEAVES_TOKENS_OUT = "its last layer leaves tokens out (strides), so nothing can be fitted to them"
 

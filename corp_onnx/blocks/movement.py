@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx import shapes
 from corp_onnx.blocks.view import View, producer
-from corp_onnx.operators import is_standard
-from corp_onnx.shapes import Facts
+from corp_onnx.graph import shapes
+from corp_onnx.graph.operators import is_standard
+from corp_onnx.graph.shapes import Facts
 
 PASSING_OPS = frozenset({"Identity", "Cast", "Dropout"})
 MOVING_OPS = frozenset(

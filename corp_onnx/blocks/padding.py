@@ -8,7 +8,7 @@ from dataclasses import replace
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.records import Attention, Block, Mlp
-from corp_onnx.operators import SIZE_OPS
+from corp_onnx.graph.operators import SIZE_OPS
 
 
 def with_padding(nodes: Iterable[gs.Node], blocks: Sequence[Block]) -> tuple[Block, ...]:

@@ -17,7 +17,7 @@ from corp_onnx.blocks.movement import (
 from corp_onnx.blocks.records import SizeReader
 from corp_onnx.blocks.routes import Traced
 from corp_onnx.blocks.view import View, serves_only
-from corp_onnx.operators import SIZE_OPS
+from corp_onnx.graph.operators import SIZE_OPS
 
 
 def size_readers(

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from corp_onnx.sizes import Sizes
+from corp_onnx.graph.sizes import Sizes
 
 Axis = Literal["mlp", "qk", "vo"]
 """MLP hidden channels, query-key width of every head, value-output width of every head."""

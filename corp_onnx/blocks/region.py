@@ -15,11 +15,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Int64
 
-from corp_onnx import shapes
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Blocked
 from corp_onnx.blocks.view import OPEN_SIZE, View, producer
-from corp_onnx.operators import MICROSOFT, STANDARD
-from corp_onnx.shapes import Facts
+from corp_onnx.graph import shapes
+from corp_onnx.graph.operators import MICROSOFT, STANDARD
+from corp_onnx.graph.shapes import Facts
 
 CHANNELWISE_OPS = frozenset(
     """Abs Add Celu Clip Cos Div Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Log Max Min Mish

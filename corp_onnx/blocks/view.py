@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx import shapes
 from corp_onnx.blocks.records import Linear
-from corp_onnx.operators import FOLDED_OPS, SIZE_OPS, is_standard
-from corp_onnx.reference import ROUNDING_OPS
-from corp_onnx.shapes import COMPUTED_OPS, Facts
+from corp_onnx.graph import shapes
+from corp_onnx.graph.operators import FOLDED_OPS, SIZE_OPS, is_standard
+from corp_onnx.graph.reference import ROUNDING_OPS
+from corp_onnx.graph.shapes import COMPUTED_OPS, Facts
 
 OPEN_SIZE = "size is not known: it depends on the data, or the model runs at one size only"
 """What is said of a tensor whose shape could not be inferred."""

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from corp_onnx import conditions, timetable
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.files import require_writable
-from corp_onnx.footprint import footprint
-from corp_onnx.latency import Race
-from corp_onnx.plot import bars
-from corp_onnx.present import Json
+from corp_onnx.latency import conditions
+from corp_onnx.latency.footprint import footprint
+from corp_onnx.latency.race import Race
+from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.report import timetable
+from corp_onnx.report.plot import bars
+from corp_onnx.report.results import Json
 from corp_onnx.session import Runtime
-from corp_onnx.timing import Lane, Stopwatch
 
 
 @dataclass(frozen=True, slots=True)

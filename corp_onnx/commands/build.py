@@ -13,7 +13,7 @@ from corp_onnx.commands.typed import Typist
 from corp_onnx.deploy.records import LOG, RECORD, Precision, Target
 from corp_onnx.errors import OutputError
 from corp_onnx.files import require_makeable, whole_folder
-from corp_onnx.graph import Model, described, write
+from corp_onnx.graph.model import Model, described, write
 from corp_onnx.session import Runtime
 
 

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from corp_onnx import graph, present
 from corp_onnx.blocks import find_blocks
-from corp_onnx.calibrate import calibrate
+from corp_onnx.calibration.calibrate import calibrate
+from corp_onnx.calibration.resume import Partial
+from corp_onnx.calibration.statistics import Statistics, merged
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.device import HOST, Device
 from corp_onnx.files import require_writable
-from corp_onnx.resume import Partial
+from corp_onnx.graph.model import files_of, load
+from corp_onnx.graph.sizes import Sizes
+from corp_onnx.report.results import statistics_json, statistics_text
 from corp_onnx.session import Runtime, open_session
-from corp_onnx.sizes import Sizes
-from corp_onnx.statistics import Statistics, merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ class Calibrate:
 
     def __call__(self, progress: Progress) -> Answer:
         """Run the model on the shard's samples and write what was found."""
-        require_writable(self.output, chain(self.source.files(), graph.files_of(self.model)))
-        model = graph.load(self.model)
+        require_writable(self.output, chain(self.source.files(), files_of(self.model)))
+        model = load(self.model)
         catalog = find_blocks(model, self.sizes)
         data = self.source.open(self.model, open_session(model, self.runtime))
         index, parts = self.shard
@@ -86,5 +87,5 @@ class Merge:
 
 
 def _statistics_answer(statistics: Statistics, output: Path) -> Answer:
-    document = present.statistics_json(statistics, str(output))
-    return Answer(document, present.statistics_text(document))
+    document = statistics_json(statistics, str(output))
+    return Answer(document, statistics_text(document))

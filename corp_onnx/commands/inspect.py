@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from corp_onnx import graph, present
 from corp_onnx.blocks import find_blocks
 from corp_onnx.commands.records import Answer, Progress
-from corp_onnx.sizes import Sizes
+from corp_onnx.graph.model import load
+from corp_onnx.graph.sizes import Sizes
+from corp_onnx.report.results import catalog_json, catalog_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +21,6 @@ class Inspect:
 
     def __call__(self, progress: Progress) -> Answer:
         """Look; nothing is run."""
-        model = graph.load(self.model)
+        model = load(self.model)
         catalog = find_blocks(model, self.sizes)
-        return Answer(
-            present.catalog_json(catalog, model.notes), present.catalog_table(catalog, model.notes)
-        )
+        return Answer(catalog_json(catalog, model.notes), catalog_table(catalog, model.notes))

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from corp_onnx import present
+from corp_onnx.allocation.budget import Budget
+from corp_onnx.allocation.deadline import Deadline
 from corp_onnx.blocks import Axis
-from corp_onnx.budget import Budget
 from corp_onnx.commands.records import Answer, Progress, Source
-from corp_onnx.data import Dataset
-from corp_onnx.deadline import Deadline
+from corp_onnx.data.dataset import Dataset
+from corp_onnx.data.preprocessing import Preprocessing, keep_beside
 from corp_onnx.files import require_writable
-from corp_onnx.graph import Model
+from corp_onnx.graph.model import Model
 from corp_onnx.pipeline import Settings, prune
-from corp_onnx.preprocessing import Preprocessing, keep_beside
+from corp_onnx.report.results import pruned_json, pruned_table
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.work import Knowledge
 
@@ -50,8 +50,8 @@ class Prune:
         )
         keep_beside(recipe, self.output)
         return Answer(
-            present.pruned_json(result, str(self.output)),
-            present.pruned_table(result, str(self.output)),
+            pruned_json(result, str(self.output)),
+            pruned_table(result, str(self.output)),
             0 if result.passed else 1,
         )
 

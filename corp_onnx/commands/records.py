@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from rich.console import RenderableType
 
-from corp_onnx.data import Dataset, open_data
-from corp_onnx.preprocessing import Preprocessing
+from corp_onnx.data.dataset import Dataset, open_data
+from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.session import Session
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from corp_onnx import points, present
-from corp_onnx.budget import Budget
+from corp_onnx.allocation.budget import Budget
 from corp_onnx.commands.prune import opener, telling
 from corp_onnx.commands.records import Answer, Progress, Source
+from corp_onnx.data.preprocessing import Preprocessing, keep_beside
 from corp_onnx.deploy.records import Target
 from corp_onnx.files import made, whole
-from corp_onnx.graph import described
-from corp_onnx.latency import Race
+from corp_onnx.graph.model import described
+from corp_onnx.latency.race import Race
+from corp_onnx.latency.timing import Lane, Stopwatch
 from corp_onnx.pipeline import Settings, sweep
-from corp_onnx.plot import curve
-from corp_onnx.preprocessing import Preprocessing, keep_beside
-from corp_onnx.timing import Lane, Stopwatch
+from corp_onnx.report import points
+from corp_onnx.report.plot import curve
+from corp_onnx.report.results import as_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Sweep:
             keep_beside(recipe, output)
         document = points.sweep_json(self.model, outputs, found, self._raced(list(found), watch))
         with whole(self.folder / "sweep.json") as draft:
-            draft.write_text(present.as_json(document) + "\n", encoding="utf-8")
+            draft.write_text(as_json(document) + "\n", encoding="utf-8")
         curve(document["points"], self.folder / "sweep.png")
         passed = document["chosen"] is not None
         return Answer(document, points.sweep_table(document, self.folder), 0 if passed else 1)

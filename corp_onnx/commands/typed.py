@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from corp_onnx.calibration.statistics import Batch
 from corp_onnx.commands.records import Source
+from corp_onnx.data.samples import drawn
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.deploy.targets import SYMMETRIC
 from corp_onnx.errors import PlanError, QuantisedModel
-from corp_onnx.graph import Model, load
-from corp_onnx.latency import timing_inputs
+from corp_onnx.graph.model import Model, load
+from corp_onnx.graph.shapes import usual_sequence
+from corp_onnx.graph.sizes import Sizes, input_sizes
+from corp_onnx.latency.race import timing_inputs
 from corp_onnx.precision import STORED, Request, in_precision, stored_type
-from corp_onnx.samples import drawn
 from corp_onnx.session import Runtime, open_session
-from corp_onnx.shapes import usual_sequence
-from corp_onnx.sizes import Sizes, input_sizes
-from corp_onnx.statistics import Batch
 
 BATCH, BATCHES = 8, 2
 """Of inputs for ranges, and as many to check the result on."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from corp_onnx import present
-from corp_onnx.checking import Gates
 from corp_onnx.commands.records import Answer, Progress, Source
-from corp_onnx.comparison import comparable, compare
+from corp_onnx.data.labels import read_labels
 from corp_onnx.errors import QuantisedModel
-from corp_onnx.graph import Model, described, load
-from corp_onnx.labels import read_labels
-from corp_onnx.macs import Counts, count
+from corp_onnx.graph.macs import Counts, count
+from corp_onnx.graph.model import Model, described, load
+from corp_onnx.graph.shapes import usual_facts
+from corp_onnx.report.results import comparison_json, comparison_table
 from corp_onnx.session import Runtime, Session, open_session
-from corp_onnx.shapes import usual_facts
-from corp_onnx.verify import check_gates
+from corp_onnx.verify.checking import Gates
+from corp_onnx.verify.checks import check_gates
+from corp_onnx.verify.comparison import comparable, compare
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,13 @@ class Verify:
         )
         counts = [_counts(model) for model in models]
         checks = check_gates(comparison, **asdict(self.gates))
-        document = present.comparison_json(comparison) | {
+        document = comparison_json(comparison) | {
             "macs": {"dense": counts[0].total, "pruned": counts[1].total},
             "params": {"dense": counts[0].params, "pruned": counts[1].params},
             "checks": [asdict(check) for check in checks],
             "passed": all(check.passed for check in checks),
         }
-        return Answer(document, present.comparison_table(document), 0 if document["passed"] else 1)
+        return Answer(document, comparison_table(document), 0 if document["passed"] else 1)
 
     def _opened(self, model: Model | Path) -> Session:
         """With the one output that counts, if it is a model that can be opened there."""

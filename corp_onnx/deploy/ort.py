@@ -15,16 +15,16 @@ import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 
-from corp_onnx.canonical.quantised import pack_narrow_constants
 from corp_onnx.deploy.records import Build, Precision, options_of
 from corp_onnx.deploy.sessions import SessionEngine
 from corp_onnx.deploy.uncast import without_casts
 from corp_onnx.deploy.whole import DOMAIN, FLOAT, write_whole
 from corp_onnx.errors import PlanError
 from corp_onnx.files import require_writable
-from corp_onnx.graph import is_large, write
+from corp_onnx.graph.canonical.quantised import pack_narrow_constants
+from corp_onnx.graph.model import is_large, write
+from corp_onnx.graph.sizes import Sizes
 from corp_onnx.session import GraphLevel, Runtime, Session, open_session, require_providers, version
-from corp_onnx.sizes import Sizes
 
 PROVIDERS: Mapping[str, str] = {
     "ort-cpu": "CPUExecutionProvider",

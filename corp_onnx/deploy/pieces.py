@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.catalog import probed
-from corp_onnx.facts import Facts
+from corp_onnx.graph.facts import Facts
 
 LAST_BY_DEFAULT = 13
 """The first opset whose Softmax is along the last axis unless told otherwise."""

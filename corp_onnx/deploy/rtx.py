@@ -22,8 +22,8 @@ from corp_onnx.deploy.records import (
 from corp_onnx.deploy.sessions import SessionEngine
 from corp_onnx.deploy.shape_ranges import exactly, fitted
 from corp_onnx.errors import BackendUnavailable, GraphError, PlanError
+from corp_onnx.graph.sizes import Sizes
 from corp_onnx.session import LOG_ONLY_FATAL, library, wrapped
-from corp_onnx.sizes import Sizes
 
 ENGINE = "model.onnx"
 """A model whose nodes hold, or point to, what was compiled."""

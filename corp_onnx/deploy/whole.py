@@ -9,8 +9,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.deploy.pieces import Pieces, Sight, match_pieces, sight_of
-from corp_onnx.emit import Emitter
-from corp_onnx.operators import MICROSOFT
+from corp_onnx.graph.emit import Emitter
+from corp_onnx.graph.operators import MICROSOFT
 from corp_onnx.session import version
 
 OPERATOR, DOMAIN = "MultiHeadAttention", MICROSOFT

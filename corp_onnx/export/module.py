@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.errors import GraphError
 from corp_onnx.export.backend import FAILURES, first_line, package
-from corp_onnx.preprocessing import Preprocessing
 
 MASK = "attention_mask"
 """What an input is called that says which tokens count, ``[b, t]``: 1 does, 0 is padding."""

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from corp_onnx.data.loaders import importable
+from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError
 from corp_onnx.export.backend import first_line, package
 from corp_onnx.export.checkpoint import few, fill, read_checkpoint
 from corp_onnx.export.module import MASK, Module, Sourced, positional
-from corp_onnx.loaders import importable
-from corp_onnx.preprocessing import Preprocessing
 
 _log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import onnx
 
+from corp_onnx.data.preprocessing import keep_beside
 from corp_onnx.errors import GraphError, PlanError, VerificationError
 from corp_onnx.export.backend import FAILURES, first_line, package, root
 from corp_onnx.export.module import Module, is_tokens
 from corp_onnx.export.sources import load_module
 from corp_onnx.files import require_writable, whole
-from corp_onnx.graph import LARGEST_PROTOBUF_BYTES
-from corp_onnx.preprocessing import keep_beside
+from corp_onnx.graph.model import LARGEST_PROTOBUF_BYTES
 from corp_onnx.session import open_session
 
 OPSETS: Mapping[str, range] = {"torchscript": range(13, 21), "dynamo": range(18, 24)}

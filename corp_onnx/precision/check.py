@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 
-from corp_onnx.comparison import Comparison, compare
+from corp_onnx.calibration.statistics import Batch
 from corp_onnx.errors import VerificationError
-from corp_onnx.graph import Model, is_large
+from corp_onnx.graph.model import Model, is_large
 from corp_onnx.precision.records import FORMATS, Draft, Request, Typed
 from corp_onnx.precision.rounded import rounding
 from corp_onnx.session import Runtime, Session, open_session
-from corp_onnx.statistics import Batch
+from corp_onnx.verify.comparison import Comparison, compare
 
 BEFORE = "before"
 """Name of the comparison with the model that was converted."""

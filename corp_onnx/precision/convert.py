@@ -8,17 +8,17 @@ from types import MappingProxyType
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.canonical.quantised import QUANTISED_FAMILIES, QUANTISED_OPS
+from corp_onnx.calibration.statistics import Batch
 from corp_onnx.errors import DataError, PlanError, QuantisedModel
-from corp_onnx.facts import element_type
-from corp_onnx.graph import Model
+from corp_onnx.graph.canonical.quantised import QUANTISED_FAMILIES, QUANTISED_OPS
+from corp_onnx.graph.facts import element_type
+from corp_onnx.graph.model import Model
 from corp_onnx.precision.check import checked
 from corp_onnx.precision.halves import halved
 from corp_onnx.precision.integers import in_integers
 from corp_onnx.precision.records import STORED, Draft, Request, Typed
 from corp_onnx.precision.stored import with_stored_weights
 from corp_onnx.session import Runtime
-from corp_onnx.statistics import Batch
 
 FIRST_BF16 = 13
 """The first opset in which operators take bfloat16: products and sums, others later."""

@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from corp_onnx.emit import Emitter
-from corp_onnx.graph import Model, nodes_of_subgraphs
+from corp_onnx.calibration.statistics import Batch, samples_in
+from corp_onnx.graph.emit import Emitter
+from corp_onnx.graph.model import Model, nodes_of_subgraphs
 from corp_onnx.precision.norms import fused_norms
 from corp_onnx.precision.ranges import peaks
 from corp_onnx.precision.records import FORMATS, Draft, Exempt, Format, Request
@@ -23,7 +24,6 @@ from corp_onnx.precision.sensitive import (
 )
 from corp_onnx.precision.slots import Types, types_of
 from corp_onnx.session import Runtime
-from corp_onnx.statistics import Batch, samples_in
 
 UNMEASURED = (
     "there were no calibration inputs: ranges of weights were looked at, not of activations"

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.emit import Emitter
+from corp_onnx.calibration.statistics import Batch, samples_in
 from corp_onnx.errors import PlanError
-from corp_onnx.graph import Model
+from corp_onnx.graph.emit import Emitter
+from corp_onnx.graph.model import Model
 from corp_onnx.precision.layers import Layer, layers_of
 from corp_onnx.precision.ranges import ALL_LEVELS, LEAST, LEVELS, Range, ranges
 from corp_onnx.precision.records import Draft
 from corp_onnx.session import Runtime
-from corp_onnx.statistics import Batch, samples_in
 
 FIRST_OPSET = 13
 """That has scales by channel."""

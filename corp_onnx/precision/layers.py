@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float32
 
-from corp_onnx.facts import element_type
+from corp_onnx.graph.facts import element_type
 from corp_onnx.precision.records import Exempt
 
 PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm"})

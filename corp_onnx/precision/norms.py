@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.emit import Emitter
-from corp_onnx.facts import Facts
-from corp_onnx.graph import Model
-from corp_onnx.operators import FIRST_LAYER_NORM
+from corp_onnx.calibration.statistics import Batch
+from corp_onnx.graph.emit import Emitter
+from corp_onnx.graph.facts import Facts
+from corp_onnx.graph.model import Model
+from corp_onnx.graph.operators import FIRST_LAYER_NORM
 from corp_onnx.precision.slots import facts_at
-from corp_onnx.statistics import Batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)

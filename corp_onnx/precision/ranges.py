@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from corp_onnx.emit import Emitter
+from corp_onnx.calibration.statistics import Batch
 from corp_onnx.errors import DataError
-from corp_onnx.extracts import exposed
-from corp_onnx.graph import Model
+from corp_onnx.graph.emit import Emitter
+from corp_onnx.graph.extracts import exposed
+from corp_onnx.graph.model import Model
 from corp_onnx.session import Runtime, open_session
-from corp_onnx.statistics import Batch
 
 Range = tuple[float, float]
 

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from corp_onnx.comparison import Comparison
 from corp_onnx.deploy import PRECISIONS, Precision
 from corp_onnx.errors import PlanError
-from corp_onnx.graph import Model
+from corp_onnx.graph.model import Model
+from corp_onnx.verify.comparison import Comparison
 
 WeightOnly = Literal["int8", "int4"]
 

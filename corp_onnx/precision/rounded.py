@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from corp_onnx.emit import Emitter, replace_readers
-from corp_onnx.facts import Facts, element_type
-from corp_onnx.graph import Model
+from corp_onnx.graph.emit import Emitter, replace_readers
+from corp_onnx.graph.facts import Facts, element_type
+from corp_onnx.graph.model import Model
+from corp_onnx.graph.shapes import usual_facts
 from corp_onnx.precision.records import Format
-from corp_onnx.shapes import usual_facts
 
 FLOAT = int(onnx.TensorProto.FLOAT)
 

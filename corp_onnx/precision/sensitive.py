@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from corp_onnx.graph.rounding import MOST_SQUARED_ERROR, squared_error
 from corp_onnx.precision.slots import Types, is_in
-from corp_onnx.rounding import MOST_SQUARED_ERROR, squared_error
 
 NORMS = frozenset(
     """BatchNormalization GroupNormalization InstanceNormalization LayerNormalization

@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from corp_onnx.facts import Facts, element_type
-from corp_onnx.graph import Model
-from corp_onnx.operators import is_standard
+from corp_onnx.calibration.statistics import Batch
+from corp_onnx.graph.facts import Facts, element_type
+from corp_onnx.graph.model import Model
+from corp_onnx.graph.operators import is_standard
+from corp_onnx.graph.shapes import evaluate, usual_facts
 from corp_onnx.precision.records import Format
-from corp_onnx.shapes import evaluate, usual_facts
-from corp_onnx.statistics import Batch
 
 FLOAT = "tensor(float)"
 

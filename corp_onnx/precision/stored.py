@@ -6,9 +6,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float32, UInt8
 
-from corp_onnx.emit import Emitter
-from corp_onnx.graph import Model
-from corp_onnx.operators import MICROSOFT
+from corp_onnx.graph.emit import Emitter
+from corp_onnx.graph.model import Model
+from corp_onnx.graph.operators import MICROSOFT
 from corp_onnx.precision.integers import require_some
 from corp_onnx.precision.layers import Layer, layers_of
 from corp_onnx.precision.ranges import LEAST

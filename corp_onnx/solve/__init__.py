@@ -9,12 +9,12 @@ from threadpoolctl import threadpool_limits
 
 from corp_onnx.blocks import Catalog
 from corp_onnx.blocks.records import leader_of
+from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.errors import DataError
-from corp_onnx.graph import Model
+from corp_onnx.graph.model import Model
 from corp_onnx.plan import Plan
 from corp_onnx.solve.folds import Solution
 from corp_onnx.solve.solver import DEFAULT_RIDGE, METHODS, Method, Recipe, Solver
-from corp_onnx.statistics import Statistics
 
 __all__ = ["DEFAULT_RIDGE", "METHODS", "Method", "Recipe", "solve"]
 

@@ -9,8 +9,8 @@ import numpy as np
 from array_api_compat import array_namespace
 from jaxtyping import Float, Float64, Int
 
+from corp_onnx.calibration.moments import Moments, read_only
 from corp_onnx.device import HOST, Array, Device, beside, to_host
-from corp_onnx.moments import Moments, read_only
 from corp_onnx.solve.algebra import (
     block,
     inner,

@@ -8,9 +8,9 @@ import numpy as np
 from array_api_compat import array_namespace
 from jaxtyping import Float64, Int
 
+from corp_onnx.calibration.moments import Moments, read_only
 from corp_onnx.device import HOST, Array, Device, beside, to_host
 from corp_onnx.errors import IllConditioned
-from corp_onnx.moments import Moments, read_only
 from corp_onnx.solve.affine import Repair, share
 from corp_onnx.solve.algebra import MAX_CONDITION, block, inner
 

@@ -9,8 +9,8 @@ from array_api_compat import array_namespace
 from array_api_compat import device as place_of
 from jaxtyping import Float, Float64, Int64
 
+from corp_onnx.calibration.moments import read_only
 from corp_onnx.device import Array, to_host
-from corp_onnx.moments import read_only
 from corp_onnx.solve.algebra import (
     block,
     inner,

@@ -8,8 +8,8 @@ import numpy as np
 from array_api_compat import array_namespace
 from jaxtyping import Float64, Int
 
+from corp_onnx.calibration.moments import read_only
 from corp_onnx.device import Array, beside, to_host
-from corp_onnx.moments import read_only
 
 NEGLIGIBLE = 1e-7
 """Share of the largest eigenvalue below which a direction of a second moment counts as absent.

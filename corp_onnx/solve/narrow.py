@@ -9,8 +9,8 @@ import numpy as np
 from array_api_compat import array_namespace
 from jaxtyping import Float64, Int
 
+from corp_onnx.calibration.moments import Moments
 from corp_onnx.device import HOST, Array, Device, to_host
-from corp_onnx.moments import Moments
 from corp_onnx.solve.affine import share
 from corp_onnx.solve.algebra import (
     block,

@@ -8,8 +8,8 @@ from math import prod
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
+from corp_onnx.calibration.moments import Moments
 from corp_onnx.errors import PlanError
-from corp_onnx.moments import Moments
 
 Norms = Sequence[Float64[np.ndarray, "*h c"]]
 Ranking = Callable[[Float64[np.ndarray, "*h c"], Norms], Float64[np.ndarray, "*h c"]]

@@ -9,8 +9,8 @@ import numpy as np
 from array_api_compat import array_namespace
 from jaxtyping import Float64
 
+from corp_onnx.calibration.moments import read_only
 from corp_onnx.device import Array, to_host
-from corp_onnx.moments import read_only
 from corp_onnx.solve.affine import share
 from corp_onnx.solve.algebra import inner, ridged, solve_definite
 from corp_onnx.solve.joint import Joint, merged
@@ -75,7 +75,7 @@ def refit(parts: Sequence[Joint], narrowing: Narrowing) -> Refit:
         parts: Moments of disjoint sets of samples, with different pictures or texts in each.
         narrowing: Which features stay, and ``W₀``, both out of the moments of some samples.
 
-    >>> from corp_onnx.moments import Moments
+    >>> from corp_onnx.calibration.moments import Moments
     >>> x, e = np.arange(8.0)[:, None] % 5, np.array([[0.1], [-0.1]] * 4)
     >>> t = 3.0 * x + 1.0 + e
     >>> parts = [Joint.of(Moments.of(np.hstack([x, t])[at::2]), 1) for at in (0, 1)]

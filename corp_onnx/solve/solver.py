@@ -15,10 +15,11 @@ from jaxtyping import Float64, Int
 from corp_onnx.blocks import Attention, Axis, Mlp
 from corp_onnx.blocks.linear import bias_of, weight_of
 from corp_onnx.blocks.records import Linear, Route
+from corp_onnx.calibration.moments import Moments
+from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.device import HOST, Device
 from corp_onnx.errors import DataError, PlanError
-from corp_onnx.graph import Model
-from corp_onnx.moments import Moments
+from corp_onnx.graph.model import Model
 from corp_onnx.plan import Cut
 from corp_onnx.solve.affine import Recovered, Repair, covariance_of, recover_mlp
 from corp_onnx.solve.bilinear import pooled, recover_query_key
@@ -40,7 +41,6 @@ from corp_onnx.solve.ranking import (
     score,
 )
 from corp_onnx.solve.values import Heads, narrow_values, truncated_values
-from corp_onnx.statistics import Statistics
 
 Method = Literal["best", "corp", "mean", "none"]
 METHODS: tuple[Method, ...] = ("best", "corp", "mean", "none")

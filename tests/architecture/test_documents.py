@@ -17,7 +17,7 @@ import typer.main
 from PIL import Image
 
 from corp_onnx import cli, example
-from corp_onnx.preprocessing import Preprocessing
+from corp_onnx.data.preprocessing import Preprocessing
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

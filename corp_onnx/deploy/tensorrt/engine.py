@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corp_onnx.data import InputSpec
+from corp_onnx.data.dataset import InputSpec
 from corp_onnx.deploy.records import PROFILED_RUNS, Build
 from corp_onnx.deploy.tensorrt.bindings import (
     new_logger,

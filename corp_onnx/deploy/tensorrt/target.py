@@ -17,7 +17,7 @@ from corp_onnx.deploy.tensorrt.cuda import device
 from corp_onnx.deploy.tensorrt.engine import TensorRTEngine
 from corp_onnx.deploy.tensorrt.options import ENGINE, Options
 from corp_onnx.errors import PlanError
-from corp_onnx.sizes import Sizes
+from corp_onnx.graph.sizes import Sizes
 
 CAPABILITY: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0)}
 """The first generation of GPUs that computes in a type, where not all do."""

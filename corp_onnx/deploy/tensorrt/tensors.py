@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from corp_onnx.data import InputSpec
+from corp_onnx.data.dataset import InputSpec
 from corp_onnx.deploy.tensorrt.bindings import trt
 from corp_onnx.errors import DataError, GraphError
 

@@ -1,0 +1,1 @@
+"""Unequal widths: within a budget, or for a deadline on a target."""

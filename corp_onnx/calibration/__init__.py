@@ -1,0 +1,1 @@
+"""What flows through every axis, gathered from inputs as moments."""

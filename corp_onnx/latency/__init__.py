@@ -1,0 +1,1 @@
+"""How long engines take: timed turn by turn, under conditions that are on record."""

@@ -1,0 +1,1 @@
+"""Whether a smaller model is what was promised, on samples that nothing was fitted to."""

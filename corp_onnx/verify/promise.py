@@ -1,0 +1,292 @@
+"""What each block of the smaller model really does, given the dense model's own inputs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from corp_onnx.blocks import Attention, Axis, Block, Catalog, Mlp, axes_of
+from corp_onnx.blocks.records import Linear, Mask, Route, leader_of, masks_of
+from corp_onnx.calibration.masks import seen_rows
+from corp_onnx.calibration.sequences import centred, sequence_axis
+from corp_onnx.calibration.sites import channels_last, operand
+from corp_onnx.calibration.statistics import Batch
+from corp_onnx.graph.extracts import exposed, extract
+from corp_onnx.graph.model import Model
+from corp_onnx.graph.shapes import evaluate
+from corp_onnx.sequential.streams import last_layer, stream_behind
+from corp_onnx.session import Runtime, open_session
+from corp_onnx.solve.affine import share
+from corp_onnx.solve.folds import Solution
+
+ROUNDING = 1e-6
+"""Relative error that float32 alone makes: an output that never varies has nothing else."""
+
+
+Measured = dict[tuple[str, str | None], float]
+"""Relative squared error by block and axis; None for a layer that was only fitted anew."""
+
+
+def measured_errors(
+    dense: Model,
+    dense_catalog: Catalog,
+    pruned: Model,
+    pruned_catalog: Catalog,
+    batches: Iterable[Batch],
+    runtime: Runtime | None = None,
+    *,
+    without_row_constants: bool = False,
+    axes: Collection[Axis] = ("mlp", "qk"),
+    behind_pruned: bool = False,
+) -> Measured:
+    """Relative squared error of every block by itself, by dense block id and axis.
+
+    For an MLP it is the error of the down projection's output over that output's variance; for
+    queries and keys the error of the logits over all pairs of tokens in a batch, over the squared
+    logits; for values the error of the output projection's output over its variance: the same
+    quantities that solving predicts. One of the models is cut open at the blocks' inputs, so what
+    is measured ran in ONNX Runtime. MLPs that share a layer, the end of one and the beginning of
+    the other, are left out: what passes between them is narrower now. Blocks that share one set of
+    weights are measured together, as they were solved.
+
+    Args:
+        dense: The dense model.
+        dense_catalog: Its blocks.
+        pruned: The smaller model.
+        pruned_catalog: Its blocks, in the same order.
+        batches: Samples to measure on.
+        runtime: How models are run.
+        without_row_constants: Whether logits count less what is constant along a row of
+            them, which Softmax ignores.
+        axes: What to measure. Values are measured where queries and keys are not narrower.
+        behind_pruned: Whether blocks get what they get in the smaller model, rather than in the
+            dense one.
+    """
+    pairs = _measurable(dense_catalog, pruned_catalog, axes)
+    if not pairs:
+        return {}
+    kinds = {block.id: _kind(block, axes) for block, _ in pairs}
+    entries = list(dict.fromkeys(name for block, _ in pairs for name in _entries(block, axes)))
+    wanted = [[name for pair in pairs for name in _reads(pair[side], axes)] for side in (0, 1)]
+    sides = list(zip((dense, pruned), wanted, strict=True))
+    (one, ends), (other, far_ends) = reversed(sides) if behind_pruned else sides
+    whole = open_session(exposed(one, [*entries, *ends]), runtime)
+    parts = None
+    meters = {
+        leader_of(block): _meter(block, kinds[block.id], without_row_constants)
+        for block, _ in pairs
+    }
+    for batch in batches:
+        first = whole.run(batch)
+        if parts is None:
+            parts = open_session(extract(other, entries, far_ends, first), runtime)
+        second = parts.run({**batch, **first})
+        before, after = (second, first) if behind_pruned else (first, second)
+        for block, narrow in pairs:
+            meters[leader_of(block)].add(block, narrow, before, after)
+    return {(block.id, kinds[block.id]): meters[leader_of(block)].error() for block, _ in pairs}
+
+
+def stream_errors(
+    dense: Model,
+    catalog: Catalog,
+    pruned: Model,
+    solution: Solution,
+    batches: Iterable[Batch],
+    runtime: Runtime | None = None,
+) -> Measured:
+    """How far the stream behind every block is from the dense one, over what the block adds to it.
+
+    With ``X`` the dense stream, ``x + y`` the pruned one and ``y`` the block's branch in it, this
+    is ``Σ‖X - x - y‖²`` over the variation of ``X - x``: what fitting in sequence predicts. Blocks
+    that share their weights are not fitted in sequence and left out, and so are MLPs whose last
+    layer is the first of another that is cut. Of blocks that join one stream only the last is
+    measured: when it was fitted, the others were as they are.
+    """
+    facts = evaluate(dense.graph, catalog.sizes)
+    blocks = {block.id: block for block in catalog.blocks if not block.twins}
+    narrower = _entered(catalog, solution)
+    fitted = {
+        fold.block: fold.axis
+        for fold in solution.folds
+        if fold.block in blocks
+        and fold.axis != "qk"
+        and last_layer(blocks[fold.block]) not in narrower
+    }
+    if not fitted:
+        return {}
+    behind = [stream_behind(dense, facts, blocks[name]) for name in fitted]
+    streams = list({stream.tensor: stream for stream in behind}.values())
+    ends = [name for stream in streams for name in stream.ends]
+    masks = [mask.tensor for stream in streams if (mask := blocks[stream.block].padding)]
+    whole = open_session(exposed(dense, [*ends, *masks]), runtime)
+    small = open_session(exposed(pruned, ends), runtime)
+    meters = {stream.block: _OutputMeter() for stream in streams}
+    for batch in batches:
+        before, after = whole.run(batch), small.run(batch)
+        for stream in streams:
+            assert stream.linear is not None, f"the last layer of {stream.block} was fitted"
+            wanted = stream.vectors(before[stream.tensor])
+            rows = seen_rows(
+                blocks[stream.block].padding, stream.last(before[stream.tensor]), before
+            )
+            found = stream.vectors(after[stream.tensor])
+            branch = stream.gain * stream.vectors(after[stream.linear.output])
+            meters[stream.block].compare((wanted - found + branch)[rows], branch[rows])
+    return {(name, fitted[name]): meter.error() for name, meter in meters.items()}
+
+
+def _measurable(
+    dense: Catalog, pruned: Catalog, axes: Collection[Axis]
+) -> list[tuple[Block, Block]]:
+    """Blocks before and after that have something to measure and take dense inputs."""
+    pairs = list(zip(dense.blocks, pruned.blocks, strict=True))
+    narrower = {
+        block.hidden
+        for block, other in pairs
+        if isinstance(block, Mlp) and other.width != block.width
+    }
+    return [
+        (block, other)
+        for block, other in pairs
+        if not set(axes).isdisjoint(axes_of(block))
+        and narrower.isdisjoint(_entries(block, axes))
+        and not (isinstance(block, Mlp) and _narrows_output(block, other))
+    ]
+
+
+def _entered(catalog: Catalog, solution: Solution) -> set[Linear]:
+    """The first layers of all MLPs that are cut."""
+    cut = {fold.block for fold in solution.folds}
+    mlps = [block for block in catalog.blocks if isinstance(block, Mlp) and block.id in cut]
+    return {source.linear for block in mlps for source in block.sources}
+
+
+def _kind(block: Block, axes: Collection[Axis]) -> Axis:
+    """What is measured of a block."""
+    return next(axis for axis in axes_of(block) if axis in axes)
+
+
+def _narrows_output(block: Mlp, other: Block) -> bool:
+    """Whether the down projection is the up projection of another block that was cut."""
+    return isinstance(other, Mlp) and other.down.width_out != block.down.width_out
+
+
+@runtime_checkable
+class _Meter(Protocol):
+    """Compares a block, or several of the same weights, before and after, batch by batch."""
+
+    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None: ...
+
+    def error(self) -> float: ...
+
+
+@dataclass(slots=True)
+class _OutputMeter:
+    """``Σ‖ŷ - y‖² / Σ‖y - mean(y)‖²`` over the outputs ``y`` of the last layer of a block."""
+
+    lost: float = 0.0
+    energy: float = 0.0
+    count: int = 0
+    total: np.ndarray | float = 0.0
+
+    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
+        dense, pruned = (_output(one, batch) for one, batch in ((block, before), (other, after)))
+        rows = seen_rows(block.padding, dense, before)
+        self.compare(_vectors(dense)[rows], _vectors(pruned)[rows])
+
+    def compare(self, y: np.ndarray, z: np.ndarray) -> None:
+        self.lost += float(np.square(z - y, dtype=np.float64).sum())
+        self.energy += float(np.square(y, dtype=np.float64).sum())
+        self.total = self.total + y.sum(axis=0, dtype=np.float64)
+        self.count += len(y)
+
+    def error(self) -> float:
+        if self.lost <= ROUNDING**2 * self.energy:
+            return 0.0
+        spread = self.energy - float(np.square(self.total).sum()) / max(self.count, 1)
+        return share(self.lost, spread)
+
+
+@dataclass(slots=True)
+class _LogitMeter:
+    """``‖Q Kᵀ - Q̂ K̂ᵀ‖² / ‖Q Kᵀ‖²`` over all pairs of tokens, from Grams of every head."""
+
+    key_heads: np.ndarray
+    without_row_constants: bool
+    grams: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
+        for role, route, narrow, mask in _operands(block, other):
+            tensor = channels_last(route, before[route.linear.output])
+            rows = seen_rows(mask, tensor, before)
+            x = operand(route, tensor)[rows].astype(np.float64)
+            small = channels_last(narrow, after[narrow.linear.output])
+            y = operand(narrow, small)[rows].astype(np.float64)
+            if self.without_row_constants and role == "k":
+                axis = sequence_axis(route)
+                x, y = (centred(heads, rows, tensor.shape[:-1], axis) for heads in (x, y))
+            for name, (a, b) in {"xx": (x, x), "yx": (y, x), "yy": (y, y)}.items():
+                product = np.einsum("nhi,nhj->hij", a, b, optimize=True)
+                self.grams[role + name] = self.grams.get(role + name, 0.0) + product
+
+    def error(self) -> float:
+        dense, cross, pruned = (
+            float(np.vdot(self.grams[f"q{kind}"], self.grams[f"k{kind}"][self.key_heads]))
+            for kind in ("xx", "yx", "yy")
+        )
+        return share(max(dense - 2 * cross + pruned, 0.0), dense)
+
+
+def _meter(block: Block, axis: Axis, without_row_constants: bool) -> _Meter:
+    if isinstance(block, Attention) and axis == "qk":
+        return _LogitMeter(block.key_heads, without_row_constants)
+    return _OutputMeter()
+
+
+def _output(block: Block, tensors: Batch) -> np.ndarray:
+    """What a block gives back, channels last."""
+    linear = last_layer(block)
+    assert linear is not None, f"{block.id} has a last layer"
+    return np.moveaxis(tensors[linear.output], linear.axis, -1)
+
+
+def _operands(block: Block, other: Block) -> list[tuple[str, Route, Route, Mask | None]]:
+    """Query and key of both blocks, and which of their tokens are padding."""
+    assert isinstance(block, Attention), "an MLP has its own meter"
+    assert isinstance(other, Attention), "both catalogs list the same blocks"
+    routes = [
+        ("q", block.query, other.query, block.padding),
+        ("k", block.key, other.key, block.key_padding),
+    ]
+    return [(role, a, b, mask) for role, a, b, mask in routes if a is not None and b is not None]
+
+
+def _entries(block: Block, axes: Collection[Axis]) -> list[str]:
+    """The tensors through which activations enter a block."""
+    return list(dict.fromkeys(linear.input for linear in _first_layers(block, axes)))
+
+
+def _first_layers(block: Block, axes: Collection[Axis]) -> list[Linear]:
+    if isinstance(block, Mlp):
+        return [source.linear for source in block.sources]
+    routes = [block.query, block.key]
+    if _kind(block, axes) == "vo":
+        routes.append(block.value)
+    return [route.linear for route in routes if route is not None]
+
+
+def _reads(block: Block, axes: Collection[Axis]) -> list[str]:
+    """The tensors to compare, and the masks that say which rows count."""
+    if isinstance(block, Attention) and _kind(block, axes) == "qk":
+        return [*(linear.output for linear in _first_layers(block, axes)), *masks_of(block)]
+    linear = last_layer(block)
+    assert linear is not None, f"{block.id} has a last layer"
+    return [linear.output, *masks_of(block)]
+
+
+def _vectors(tensor: np.ndarray) -> np.ndarray:
+    return tensor.reshape(-1, tensor.shape[-1]).astype(np.float64)
