@@ -293,7 +293,7 @@ def test_a_model_of_one_batch_is_not_timed_at_another(command, tmp_path):
 
 
 def test_bench_takes_the_batch_of_the_sizes_and_no_other(command, files):
-    four = ("--shapes", "ids:4x16", "--shapes", "seen:4x16", "--runs", 2)
+    four = ("--shapes", "ids:4x16,seen:4x16", "--runs", 2)
     (run,) = document(command("bench", files.text_model, *four, "--json"))["runs"]
     assert run["batch"] == 4
     assert_refused(command("bench", files.text_model, *four, "--batch", 8), "a batch of 4")
@@ -753,7 +753,8 @@ BAD_REQUESTS = {
     "no agreement": (("--min-agreement", 2), "--min-agreement 2 is no share"),
     "no samples": (("--samples", 0), "Invalid value for '--samples'"),
     "shapes of nothing": (("--shapes", "1x2x3"), "is not of the form NAME:1x3x224x224"),
-    "shapes of zero": (("--shapes", "x:0x7x10"), "is not of the form NAME:1x3x224x224"),
+    "shapes of zero": (("--shapes", "x:0x7x10"), "--shapes gives x a dimension of 0"),
+    "shapes given twice": (("--shapes", "x:1x7x10,x:2x7x10"), "--shapes gives 'x' twice"),
     "shapes of another input": (("--shapes", "y:1x7x10"), "the inputs of the model are x"),
     "shapes of another rank": (("--shapes", "x:1x7"), "[1, 7] does not fit"),
     "shapes against the model": (("--shapes", "x:1x7x9"), "[1, 7, 9] does not fit"),

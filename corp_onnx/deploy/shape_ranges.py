@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 from corp_onnx.deploy.records import ShapeRange
 from corp_onnx.errors import PlanError
 
 Shapes = Mapping[str, tuple[int, ...]]
-Extent = Literal["min", "opt", "max"]
 
 _SHAPE = re.compile(
     r"""(?P<name>[^\s,]+?):                            # names may hold colons: input:0
@@ -42,8 +40,12 @@ def parse_ranges(
     ShapeRange(smallest=(1, 8), likeliest=(4, 8), largest=(16, 8))
     """
     low, middle, high = (
-        _shapes(texts, extent)
-        for texts, extent in ((smallest, "min"), (likeliest, "opt"), (largest, "max"))
+        parse_shapes(texts, flag)
+        for texts, flag in (
+            (smallest, "--min-shapes"),
+            (likeliest, "--opt-shapes"),
+            (largest, "--max-shapes"),
+        )
     )
     for name in (low | high).keys() - middle.keys():
         raise PlanError(
@@ -54,6 +56,23 @@ def parse_ranges(
         name: _range(name, low.get(name, dims), dims, high.get(name, dims))
         for name, dims in middle.items()
     }
+
+
+def parse_shapes(texts: Sequence[str], flag: str) -> dict[str, tuple[int, ...]]:
+    """The dimensions that one flag gives, by input; its texts may name several inputs each.
+
+    Raises:
+        PlanError: If a text is of another form, or an input has two sizes.
+
+    >>> parse_shapes(["x:4x8,y:[1,2]"], "--shapes")
+    {'x': (4, 8), 'y': (1, 2)}
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        for name, dims in _parsed(text, flag):
+            if found.setdefault(name, dims) != dims:
+                raise PlanError(f"{flag} gives {name!r} twice, with different sizes")
+    return found
 
 
 def exactly(shapes: Shapes) -> Mapping[str, ShapeRange]:
@@ -91,22 +110,13 @@ def fitted(
     }
 
 
-def _shapes(texts: Sequence[str], extent: str) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-    for text in texts:
-        for name, dims in _parsed(text, extent):
-            if found.setdefault(name, dims) != dims:
-                raise PlanError(f"--{extent}-shapes gives {name!r} twice, with different sizes")
-    return found
-
-
-def _parsed(text: str, extent: str) -> Iterable[tuple[str, tuple[int, ...]]]:
+def _parsed(text: str, flag: str) -> Iterable[tuple[str, tuple[int, ...]]]:
     place = 0
     while place < len(text):
         match = _SHAPE.match(text, place)
         if match is None:
             raise PlanError(
-                f"--{extent}-shapes {text!r} is not of the form {SPELLINGS}; several inputs with "
+                f"{flag} {text!r} is not of the form {SPELLINGS}; several inputs with "
                 "commas between"
             )
         dims = re.findall(r"\d+", match["dims"])

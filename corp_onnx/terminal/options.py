@@ -12,6 +12,7 @@ from corp_onnx.allocation.budget import Budget, Unit
 from corp_onnx.allocation.deadline import Deadline
 from corp_onnx.blocks import Axis
 from corp_onnx.deploy.records import Precision
+from corp_onnx.deploy.shape_ranges import parse_shapes
 from corp_onnx.device import DeviceName
 from corp_onnx.errors import PlanError
 from corp_onnx.graph.sizes import Sizes
@@ -28,7 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stand
 LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
 Shapes = Annotated[
     list[str] | None,
-    typer.Option("--shapes", help="Input dimensions for counting: NAME:1x3x224x224. Repeatable."),
+    typer.Option("--shapes", help="Input dimensions for counting: NAME:1x3x224x224,…; repeatable."),
 ]
 Device = Annotated[
     DeviceName, typer.Option("--device", help="Where activations are summed and systems solved.")
@@ -195,18 +196,15 @@ def runtime_of(
 
 
 def sizes_of(shapes: list[str] | None) -> Sizes:
-    """``NAME:1x3x224x224`` as dimensions by input name.
+    """``NAME:1x3x224x224`` as dimensions by input name, in any spelling of `parse_shapes`.
 
     Raises:
-        PlanError: If a text is of another form.
+        PlanError: If a text is of another form, or a dimension is 0.
     """
-    sizes = {}
-    for text in shapes or []:
-        name, _, dims = text.rpartition(":")
-        numbers = dims.split("x")
-        if not name or not all(number.isdecimal() and int(number) for number in numbers):
-            raise PlanError(f"--shapes {text!r} is not of the form NAME:1x3x224x224")
-        sizes[name] = tuple(int(number) for number in numbers)
+    sizes = parse_shapes(shapes or [], "--shapes")
+    for name, dims in sizes.items():
+        if 0 in dims:
+            raise PlanError(f"--shapes gives {name} a dimension of 0; it must be at least 1")
     return sizes
 
 
