@@ -15,7 +15,7 @@ from corp_onnx.blocks import Axis, find_blocks
 from corp_onnx.calibration.calibrate import gather
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.graph.model import Model, load
-from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.latency.stopwatch import Lane, Stopwatch
 from corp_onnx.plan import DEFAULT_ALIGN, uniform
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.surgery.operate import operate

@@ -17,7 +17,7 @@ from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.tasks import glosses
 from corp_onnx.blocks import axes_of, find_blocks
 from corp_onnx.calibration.calibrate import gather
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.graph.model import Model, load
 from corp_onnx.plan import uniform
 from corp_onnx.session import open_session

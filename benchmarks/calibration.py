@@ -21,7 +21,7 @@ from benchmarks.peak import peak_bytes
 from benchmarks.tasks import IMAGENET
 from corp_onnx.blocks import Axis, find_blocks
 from corp_onnx.calibration.calibrate import calibrate, gather
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.data.dataset import open_data
 from corp_onnx.graph.model import Model, load
 from corp_onnx.pipeline import prune

@@ -20,12 +20,12 @@ from benchmarks import exports
 from benchmarks.latency import CLEANED, TOKENS, Bench
 from benchmarks.machine import alone
 from benchmarks.outcome import Outcome, Place, Row
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.deploy.records import Engine, Precision
 from corp_onnx.graph.model import load
 from corp_onnx.latency import conditions
 from corp_onnx.latency.race import Race, race, timing_inputs
-from corp_onnx.latency.timing import Stopwatch
+from corp_onnx.latency.stopwatch import Stopwatch
 from corp_onnx.verify.checks import Check
 
 log = logging.getLogger(__name__)

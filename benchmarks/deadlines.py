@@ -20,7 +20,7 @@ from corp_onnx.allocation.probes import offered, probe
 from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.graph.model import Model
-from corp_onnx.latency.timing import Stopwatch
+from corp_onnx.latency.stopwatch import Stopwatch
 from corp_onnx.plan import DEFAULT_ALIGN, Plan, uniform
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.surgery.operate import operate

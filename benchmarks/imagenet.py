@@ -27,8 +27,8 @@ from benchmarks.pictures import Picture, Pictures, apart, drawn, linked, open_pi
 from benchmarks.published import PUBLISHED, SOURCE, CutModel, Measured, accuracy, checks, cost
 from benchmarks.report import RESULTS, Heading, report, status_of
 from corp_onnx.blocks import Axis
-from corp_onnx.calibration.statistics import Batch
 from corp_onnx.commands import Source
+from corp_onnx.data.batching import Batch
 from corp_onnx.data.dataset import Dataset
 from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.errors import BackendUnavailable, DataError

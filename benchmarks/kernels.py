@@ -21,7 +21,7 @@ from corp_onnx.errors import BackendUnavailable
 from corp_onnx.latency.race import timing_inputs
 
 if TYPE_CHECKING:
-    from corp_onnx.calibration.statistics import Batch
+    from corp_onnx.data.batching import Batch
     from corp_onnx.deploy.records import Engine
 
 MODELS = (*DEIT, *DRAWN)

@@ -21,7 +21,8 @@ from benchmarks.spread import summary
 from benchmarks.tasks import SEED, definitions
 from corp_onnx.blocks import Axis, Catalog, axes_of, find_blocks
 from corp_onnx.calibration.calibrate import gather
-from corp_onnx.calibration.statistics import Batch, Statistics
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.data.batching import Batch
 from corp_onnx.graph.model import Model, load
 from corp_onnx.plan import Plan, uniform
 from corp_onnx.sequential.fit import fit_in_sequence

@@ -21,7 +21,7 @@ from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.subjects import CUTS
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibration.calibrate import gather
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.deploy.records import Precision
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.graph.macs import count
@@ -30,7 +30,7 @@ from corp_onnx.graph.shapes import evaluate, usual_sequence
 from corp_onnx.graph.sizes import Sizes, input_sizes
 from corp_onnx.latency import conditions
 from corp_onnx.latency.race import Race, timing_inputs
-from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.latency.stopwatch import Lane, Stopwatch
 from corp_onnx.plan import uniform
 from corp_onnx.precision import Request, in_precision
 from corp_onnx.session import open_session

@@ -19,7 +19,7 @@ from benchmarks.latency import AS_EXPORTED, CLEANED, MODELS, Bench, exported
 from benchmarks.outcome import Outcome, Place, Row
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.graph.model import Model, write
-from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.latency.stopwatch import Lane, Stopwatch
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.verify.checks import Check
 

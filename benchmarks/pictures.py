@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corp_onnx.data.sources import IMAGE_SUFFIXES
+from corp_onnx.data.stores import IMAGE_SUFFIXES
 from corp_onnx.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -24,10 +24,11 @@ from corp_onnx.allocation.deadline import against_dense, scheduled
 from corp_onnx.allocation.probes import Probe, probe
 from corp_onnx.blocks import Catalog, find_blocks
 from corp_onnx.calibration.calibrate import gather
-from corp_onnx.calibration.statistics import Batch, Statistics
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.data.batching import Batch
 from corp_onnx.deploy.records import Precision
 from corp_onnx.graph.model import Model, load
-from corp_onnx.latency.timing import Lane
+from corp_onnx.latency.stopwatch import Lane
 from corp_onnx.plan import DEFAULT_ALIGN
 from corp_onnx.precision import Request
 from corp_onnx.solve import Recipe, solve

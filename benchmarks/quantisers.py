@@ -34,10 +34,10 @@ from benchmarks.methods import BEST, cut, solution
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.precisions import REMOVED, SEEN, UNLIMITED
 from benchmarks.subjects import CUTS, Subject, subjects
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.deploy.targets import open_target
 from corp_onnx.graph.model import Model, from_proto, write
-from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.latency.stopwatch import Lane, Stopwatch
 from corp_onnx.plan import uniform
 from corp_onnx.precision import Request, in_precision
 from corp_onnx.precision.check import size_bytes

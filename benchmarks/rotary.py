@@ -33,7 +33,7 @@ from corp_onnx.blocks import Mlp, find_blocks
 from corp_onnx.blocks.catalog import view_of
 from corp_onnx.blocks.logits import Anchor, match_logits, match_softmax
 from corp_onnx.calibration.calibrate import gather
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.graph.emit import replace_readers
 from corp_onnx.graph.extracts import exposed
 from corp_onnx.graph.macs import count

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from benchmarks.tasks import padded
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.data.dataset import Dataset
 
 

@@ -16,8 +16,9 @@ from benchmarks.tasks import Judge
 from corp_onnx import example
 from corp_onnx.blocks import Axis, Catalog, find_blocks
 from corp_onnx.calibration.calibrate import gather
-from corp_onnx.calibration.statistics import Batch, Statistics, samples_in
+from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.commands import Source
+from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.data.dataset import open_data
 from corp_onnx.data.labels import read_labels
 from corp_onnx.graph.macs import count

@@ -14,8 +14,8 @@ from tokenizers import Encoding, Tokenizer
 from benchmarks import neighbours
 from benchmarks.outcome import Place
 from corp_onnx import example
-from corp_onnx.calibration.statistics import Batch, samples_in
 from corp_onnx.commands import Source
+from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.data.dataset import Dataset, open_data
 from corp_onnx.data.labels import read_labels
 from corp_onnx.data.preprocessing import Preprocessing

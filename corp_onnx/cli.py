@@ -13,15 +13,15 @@ from collections.abc import Sequence
 import typer
 
 from corp_onnx.errors import CorpError, NothingPrunable
-from corp_onnx.terminal import engines, gathering, looking, pruning, screen
+from corp_onnx.terminal import engines, gathering, pruning, screen, starting
 
 DONE, UNUSABLE, NOTHING = 0, 2, 3
 
 COLLECTED = (50_000, 20, 50)
-"""Graphs are many small objects: looking for garbage among them less often saves a sixth."""
+"""Graphs are many small objects: starting for garbage among them less often saves a sixth."""
 
 VERBS = (
-    *(looking.demo, looking.export, looking.inspect),
+    *(starting.demo, starting.export, starting.inspect),
     *(gathering.calibrate, gathering.merge),
     *(pruning.prune, pruning.sweep, pruning.verify),
     *(engines.build, engines.bench),

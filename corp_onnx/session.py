@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
-from corp_onnx.data.dataset import InputSpec
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError
+from corp_onnx.graph.inputs import InputSpec
 from corp_onnx.graph.model import Model, serialized, write
 from corp_onnx.graph.widened import in_float32, is_bfloat16
 from corp_onnx.providers import (

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from corp_onnx.blocks import Catalog
 from corp_onnx.calibration.calibrate import BATCH_SIZE, MOST_SEEN
-from corp_onnx.calibration.statistics import Batch, Statistics
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.data.batching import Batch
 from corp_onnx.data.dataset import Dataset
 from corp_onnx.data.samples import drawn, enriched, held_apart
 from corp_onnx.errors import DataError

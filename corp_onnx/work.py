@@ -14,8 +14,9 @@ from corp_onnx.blocks import Catalog, find_blocks
 from corp_onnx.calibration.calibrate import BATCH_SIZE, calibrate, gather
 from corp_onnx.calibration.independence import warn_of_mixing
 from corp_onnx.calibration.scarcity import spared
-from corp_onnx.calibration.statistics import Batch, Statistics, samples_in
+from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.clock import Clock
+from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.data.dataset import Dataset
 from corp_onnx.data.samples import drawn, held_out
 from corp_onnx.errors import PlanError
@@ -27,8 +28,8 @@ from corp_onnx.session import Runtime
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solved import Solved, from_statistics, in_sequence
 from corp_onnx.surgery.operate import Surgery, operate
-from corp_onnx.verify.checking import Gates, verify
-from corp_onnx.verify.checks import Check, Verification, check_gates
+from corp_onnx.verify.checks import Check, Gates, Verification, check_gates
+from corp_onnx.verify.verify import verify
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from corp_onnx import cli
 from corp_onnx.device import HOST, Device, device_of
 from corp_onnx.errors import BackendUnavailable
 from corp_onnx.graph.model import Model, from_proto
-from corp_onnx.surgery import operate as surgery
+from corp_onnx.surgery import operate
 from tests.builders import TINY
 from tests.inputs import activations, sentences
 
@@ -72,8 +72,8 @@ def rarely_collected() -> Iterator[None]:
 @pytest.fixture
 def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting MACs takes longer than cutting; it is tested elsewhere."""
-    monkeypatch.setattr(surgery, "evaluate", lambda *_: None)
-    monkeypatch.setattr(surgery, "count", lambda *_: None)
+    monkeypatch.setattr(operate, "evaluate", lambda *_: None)
+    monkeypatch.setattr(operate, "count", lambda *_: None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from corp_onnx.deploy.records import Build
-from corp_onnx.latency import race as latency
+from corp_onnx.latency import race
 from corp_onnx.session import Session, open_session
 
 
@@ -21,7 +21,7 @@ class Clock:
     runs: int = 0
 
     def install(self, monkeypatch):
-        monkeypatch.setattr(latency, "perf_counter_ns", lambda: self.now_ns)
+        monkeypatch.setattr(race, "perf_counter_ns", lambda: self.now_ns)
         return self
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from corp_onnx.data.arrays import Arrays
 from corp_onnx.data.dataset import Dataset
-from corp_onnx.data.sources import layout_of
+from corp_onnx.data.stores import layout_of
 from corp_onnx.graph.model import Model
 from corp_onnx.session import open_session
 from tests.builders import WIDTH

@@ -19,10 +19,11 @@ from corp_onnx.calibration.resume import Partial
 from corp_onnx.calibration.sites import Thinning
 from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.data.crops import AREAS, STRETCH, random_box
-from corp_onnx.data.dataset import Dataset, InputSpec, open_data
+from corp_onnx.data.dataset import Dataset, open_data
 from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.data.samples import enriched
 from corp_onnx.errors import DataError, TooFewSamples
+from corp_onnx.graph.inputs import InputSpec
 from corp_onnx.graph.model import from_proto
 from tests import numpy_block
 from tests.builders import WIDTH, Net, residual_block

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from corp_onnx.data.dataset import Dataset, InputSpec, open_data
+from corp_onnx.data.dataset import Dataset, open_data
 from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.data.samples import drawn, held_apart
 from corp_onnx.errors import DataError
+from corp_onnx.graph.inputs import InputSpec
 
 PIXELS = InputSpec("pixels", np.dtype(np.float32), (None, 3, 8, 8))
 ONE = InputSpec("x", np.dtype(np.float32), (None, 4))

@@ -20,7 +20,7 @@ from corp_onnx.calibration.calibrate import gather
 from corp_onnx.commands import Source
 from corp_onnx.errors import PlanError
 from corp_onnx.graph.model import load
-from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.latency.stopwatch import Lane, Stopwatch
 from corp_onnx.pipeline import Settings, prune
 from corp_onnx.plan import uniform
 from corp_onnx.precision import Request

@@ -10,8 +10,8 @@ import onnx
 import pytest
 
 from corp_onnx import example
-from corp_onnx.commands import Source, typed
-from corp_onnx.commands.typed import Typist
+from corp_onnx.commands import Source
+from corp_onnx.commands.typist import Typist
 from corp_onnx.deploy import ort
 from corp_onnx.deploy.records import (
     PRECISIONS,

@@ -12,7 +12,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from corp_onnx.blocks import find_blocks
 from corp_onnx.errors import CorpError, GraphError, OutputError
-from corp_onnx.graph import model as graph
 from tests.builders import HIDDEN, TINY, WIDTH, Net, feeds, mlp, relu
 from tests.full_width import run, squared_error
 
@@ -45,7 +44,7 @@ def save_with_data(proto, path):
 def test_a_model_goes_out_as_it_came_in(name, tmp_path):
     proto = TINY[name](0).proto
     onnx.save(proto, tmp_path / "in.onnx")
-    graph.save(graph.load(tmp_path / "in.onnx"), tmp_path / "out.onnx")
+    save(load(tmp_path / "in.onnx"), tmp_path / "out.onnx")
     again = onnx.load(tmp_path / "out.onnx")
     onnx.checker.check_model(again, full_check=True)
     given = feeds(proto, 2, 5)
@@ -59,8 +58,8 @@ def test_a_model_goes_out_as_it_came_in(name, tmp_path):
 
 
 def test_saving_twice_gives_the_same_file(path, tmp_path):
-    graph.save(graph.load(path), tmp_path / "one.onnx")
-    graph.save(graph.load(tmp_path / "one.onnx"), tmp_path / "two.onnx")
+    save(load(path), tmp_path / "one.onnx")
+    save(load(tmp_path / "one.onnx"), tmp_path / "two.onnx")
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
 
 
@@ -68,14 +67,14 @@ def test_an_input_that_nothing_reads_stays(tmp_path):
     net = Net(0)
     net.input("unused", "batch", 3)
     y = mlp(net, net.x(), relu)
-    model = graph.from_proto(net.build(y))
+    model = from_proto(net.build(y))
     assert [value.name for value in model.proto().graph.input] == ["unused", "x"]
 
 
 def test_external_data_is_read(path, proto, tmp_path):
     save_with_data(proto, tmp_path / "split.onnx")
     assert (tmp_path / "split.onnx").stat().st_size < path.stat().st_size
-    model = graph.load(tmp_path / "split.onnx")
+    model = load(tmp_path / "split.onnx")
     given = feeds(proto, 2, 5)
     assert squared_error(*run(model, given), *run(proto, given)) == 0
 
@@ -83,16 +82,16 @@ def test_external_data_is_read(path, proto, tmp_path):
 def test_models_too_large_for_protobuf_get_a_file_of_weights(path, proto, tmp_path, monkeypatch):
     net = Net(0)
     y = net.linear(net.x(), WIDTH, 200)  # large enough to be moved out
-    monkeypatch.setattr(graph, "LARGEST_PROTOBUF_BYTES", 1000)
-    model = graph.from_proto(net.build(y))
-    graph.save(model, tmp_path / "large.onnx")
+    monkeypatch.setattr("corp_onnx.graph.model.LARGEST_PROTOBUF_BYTES", 1000)
+    model = from_proto(net.build(y))
+    save(model, tmp_path / "large.onnx")
     assert (tmp_path / "large.onnx.data").stat().st_size >= 4 * 200 * WIDTH
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "large.onnx",
         "large.onnx.data",
         "model.onnx",
     ]
-    again = graph.load(tmp_path / "large.onnx")
+    again = load(tmp_path / "large.onnx")
     given = feeds(model.proto(), 2, 5)
     assert squared_error(*run(again, given), *run(model, given)) == 0
 
@@ -102,9 +101,9 @@ def test_models_too_large_for_protobuf_get_a_file_of_weights(path, proto, tmp_pa
 
 def test_a_path_that_does_not_exist(tmp_path):
     with pytest.raises(GraphError, match="does not exist or is not a file"):
-        graph.load(tmp_path / "none.onnx")
+        load(tmp_path / "none.onnx")
     with pytest.raises(GraphError, match="does not exist or is not a file"):
-        graph.load(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_a_path_that_does_not_exist(tmp_path):
 def test_a_file_that_is_something_else(content, tmp_path):
     (tmp_path / "other.onnx").write_bytes(content)
     with pytest.raises(GraphError, match=r"other\.onnx.*export or download it again"):
-        graph.load(tmp_path / "other.onnx")
+        load(tmp_path / "other.onnx")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
@@ -121,7 +120,7 @@ def test_a_truncated_file(path, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content)) - 1])
     with pytest.raises(GraphError, match=f"{path.stat().st_size} bytes.*truncated"):
-        graph.load(path)
+        load(path)
 
 
 def test_sparse_weights_are_said_not_to_be_read(proto):
@@ -132,28 +131,28 @@ def test_sparse_weights_are_said_not_to_be_read(proto):
     proto.graph.sparse_initializer.append(sparse)
     del proto.graph.initializer[0]
     with pytest.raises(GraphError, match=r"sparse tensors \(constant_0\), which are not read"):
-        graph.from_proto(proto)
+        from_proto(proto)
 
 
 def test_a_model_without_a_graph(tmp_path):
     empty = helper.make_model(helper.make_graph([], "empty", [], []))
     onnx.save(empty, tmp_path / "empty.onnx")
     with pytest.raises(GraphError, match="holds no ONNX graph"):
-        graph.load(tmp_path / "empty.onnx")
+        load(tmp_path / "empty.onnx")
 
 
 def test_weights_that_are_missing(proto, tmp_path):
     save_with_data(proto, tmp_path / "split.onnx")
     (tmp_path / "weights").unlink()
     with pytest.raises(GraphError, match="put the external data file back beside the model"):
-        graph.load(tmp_path / "split.onnx")
+        load(tmp_path / "split.onnx")
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_that_draws_random_numbers_is_noted(training):
     net = Net(0)
     y = mlp(net, net.x(), lambda net, y: net("Dropout", relu(net, y), 0.1, np.array(training)))
-    notes = graph.from_proto(net.build(y)).notes
+    notes = from_proto(net.build(y)).notes
     assert [note[:35] for note in notes] == ["the model draws random numbers (Dro"] * training
 
 
@@ -164,7 +163,7 @@ def test_a_file_without_its_weights(proto, tmp_path):
         tensor.ClearField("raw_data")
     onnx.save(stripped, tmp_path / "stripped.onnx")
     with pytest.raises(GraphError, match="stripped of its weights: 2 initializers hold no values"):
-        graph.load(tmp_path / "stripped.onnx")
+        load(tmp_path / "stripped.onnx")
 
 
 def test_weights_that_are_truncated(proto, tmp_path):
@@ -172,7 +171,7 @@ def test_weights_that_are_truncated(proto, tmp_path):
     data = (tmp_path / "weights").read_bytes()
     (tmp_path / "weights").write_bytes(data[:-8])
     with pytest.raises(GraphError, match="weights"):
-        graph.load(tmp_path / "split.onnx")
+        load(tmp_path / "split.onnx")
 
 
 def test_weights_outside_the_folder_of_the_model(proto, tmp_path):
@@ -184,7 +183,7 @@ def test_weights_outside_the_folder_of_the_model(proto, tmp_path):
             entry.value = re.sub("^weights$", "../weights", entry.value)
     (tmp_path / "inner" / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(GraphError, match="keeps weights in another file that cannot be read"):
-        graph.load(tmp_path / "inner" / "model.onnx")
+        load(tmp_path / "inner" / "model.onnx")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_an_opset_that_is_not_known(proto, tmp_path, opset, advice):
     proto.opset_import[0].version = opset
     (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
     with pytest.raises(GraphError, match=rf"uses opset {opset}\D.*{advice}"):
-        graph.load(tmp_path / "model.onnx")
+        load(tmp_path / "model.onnx")
 
 
 # Results that cannot be written
@@ -202,17 +201,17 @@ def test_an_opset_that_is_not_known(proto, tmp_path, opset, advice):
 
 def test_a_result_that_would_replace_a_folder(proto, tmp_path):
     with pytest.raises(OutputError, match="it is a folder; name a file"):
-        graph.save(graph.from_proto(proto), tmp_path)
+        save(from_proto(proto), tmp_path)
 
 
 def test_a_result_in_a_folder_that_does_not_exist(proto, tmp_path):
     with pytest.raises(OutputError, match="none does not exist"):
-        graph.save(graph.from_proto(proto), tmp_path / "none" / "model.onnx")
+        save(from_proto(proto), tmp_path / "none" / "model.onnx")
 
 
 def test_a_result_in_a_folder_that_is_a_file(proto, path):
     with pytest.raises(OutputError, match="does not exist"):
-        graph.save(graph.from_proto(proto), path / "model.onnx")
+        save(from_proto(proto), path / "model.onnx")
 
 
 def test_nothing_is_left_when_writing_fails(proto, path, monkeypatch):
@@ -225,7 +224,7 @@ def test_nothing_is_left_when_writing_fails(proto, path, monkeypatch):
     monkeypatch.setattr(onnx, "save", full)
     for target in (path, path.with_name("new.onnx")):
         with pytest.raises(OutputError, match="No space left on device"):
-            graph.save(graph.from_proto(proto), target)
+            save(from_proto(proto), target)
     assert list(path.parent.iterdir()) == [path]
     assert path.read_bytes() == before
 
@@ -239,30 +238,30 @@ def test_errors_are_those_of_the_package():
 
 
 def test_a_fingerprint_is_that_of_the_content(path, tmp_path):
-    first = graph.load(path).fingerprint
+    first = load(path).fingerprint
     (tmp_path / "copy.onnx").write_bytes(path.read_bytes())
-    assert graph.load(tmp_path / "copy.onnx").fingerprint == first
+    assert load(tmp_path / "copy.onnx").fingerprint == first
     assert first.opset == 18
     assert first.producer == "tiny 1.0"
     assert re.fullmatch("[0-9a-f]{64}", first.sha256)
 
 
 def test_a_fingerprint_changes_with_the_weights(proto, path):
-    first = graph.load(path).fingerprint
+    first = load(path).fingerprint
     (bias,) = (t for t in proto.graph.initializer if tuple(t.dims) == (HIDDEN,))
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + 1e-3, bias.name))
     onnx.save(proto, path)
-    assert graph.load(path).fingerprint.sha256 != first.sha256
-    assert graph.from_proto(proto).fingerprint.sha256 != first.sha256
+    assert load(path).fingerprint.sha256 != first.sha256
+    assert from_proto(proto).fingerprint.sha256 != first.sha256
 
 
 def test_a_fingerprint_changes_with_external_weights(proto, tmp_path):
     save_with_data(proto, tmp_path / "split.onnx")
-    first = graph.load(tmp_path / "split.onnx").fingerprint
+    first = load(tmp_path / "split.onnx").fingerprint
     data = bytearray((tmp_path / "weights").read_bytes())
     data[0] ^= 1
     (tmp_path / "weights").write_bytes(data)
-    assert graph.load(tmp_path / "split.onnx").fingerprint.sha256 != first.sha256
+    assert load(tmp_path / "split.onnx").fingerprint.sha256 != first.sha256
 
 
 # Canonical form
@@ -273,7 +272,7 @@ def test_every_node_gets_a_name_of_its_own(proto, name):
     for node in proto.graph.node:
         node.name = name
     proto.graph.node[2].name = f"{name or 'MatMul'}_0"
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     names = [node.name for node in model.graph.nodes]
     assert len(set(names)) == len(names) == 5
     assert "" not in names
@@ -291,7 +290,7 @@ def test_every_node_gets_a_name_of_its_own(proto, name):
 def test_constants_are_no_nodes(attribute):
     net = Net(0)
     half = net("Constant", **attribute)
-    model = graph.from_proto(net.build(net("Mul", mlp(net, net.x(), relu), half)))
+    model = from_proto(net.build(net("Mul", mlp(net, net.x(), relu), half)))
     assert {node.op for node in model.graph.nodes} == {"MatMul", "Add", "Relu", "Mul"}
     constant = model.graph.tensors()[half]
     assert isinstance(constant, gs.Constant)
@@ -303,7 +302,7 @@ def test_integers_are_no_nodes_either():
     shape = net("Constant", value_ints=[0, -1])
     axis = net("Constant", value_int=2)
     y = net("Reshape", net.x(), shape)
-    model = graph.from_proto(net.build(net("Unsqueeze", y, net("Reshape", axis, [1]))))
+    model = from_proto(net.build(net("Unsqueeze", y, net("Reshape", axis, [1]))))
     tensors = model.graph.tensors()
     assert tensors[shape].values.tolist() == [0, -1]
     assert tensors[axis].values == 2
@@ -314,7 +313,7 @@ def test_a_constant_that_is_an_output_stays_a_node():
     net = Net(0)
     value = net("Constant", value=numpy_helper.from_array(np.ones(3, np.float32)))
     proto = net.build(mlp(net, net.x(), relu), value)
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     (made,) = run(model, feeds(proto, 1, 2))
     assert made[value].tolist() == [1, 1, 1]
 
@@ -324,9 +323,9 @@ def test_functions_of_the_model_are_inlined(from_file, tmp_path):
     proto = with_function()
     if from_file:
         onnx.save(proto, tmp_path / "model.onnx")
-        model = graph.load(tmp_path / "model.onnx")
+        model = load(tmp_path / "model.onnx")
     else:
-        model = graph.from_proto(proto)
+        model = from_proto(proto)
     assert "Twice" not in {node.op for node in model.graph.nodes}
     assert len(find_blocks(model).blocks) == 1
     given = feeds(proto, 2, 5)
@@ -346,7 +345,7 @@ def with_function():
 
 
 def test_tensors_keep_their_names(proto):
-    model = graph.from_proto(proto)
+    model = from_proto(proto)
     names = {name for node in proto.graph.node for name in (*node.input, *node.output)}
     assert set(model.graph.tensors()) == names
 
@@ -356,14 +355,14 @@ def test_outputs_keep_the_shapes_that_the_caller_sees(proto):
     other = proto.graph.value_info.add()
     other.CopyFrom(proto.graph.output[0])
     other.type.tensor_type.shape.dim[0].dim_param = "elsewhere"
-    assert graph.from_proto(proto).proto().graph.output[0] == proto.graph.output[0]
+    assert from_proto(proto).proto().graph.output[0] == proto.graph.output[0]
 
 
 def test_nodes_come_in_an_order_in_which_they_can_run(proto):
     nodes = list(proto.graph.node)[::-1]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-    assert [node.op for node in graph.from_proto(proto).graph.nodes] == [
+    assert [node.op for node in from_proto(proto).graph.nodes] == [
         "MatMul",
         "Add",
         "Relu",

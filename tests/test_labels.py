@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from corp_onnx.data.dataset import InputSpec, open_data
+from corp_onnx.data.dataset import open_data
 from corp_onnx.data.labels import read_labels
 from corp_onnx.errors import DataError
+from corp_onnx.graph.inputs import InputSpec
 
 INPUTS = (InputSpec("x", np.dtype(np.float32), (None, 4)),)
 LABELS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]

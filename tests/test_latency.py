@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corp_onnx.data.dataset import InputSpec
-from corp_onnx.latency import race as latency
+from corp_onnx.graph.inputs import InputSpec
 from corp_onnx.latency.race import Latency, race, timing_inputs, unpaired
 
 
@@ -20,7 +19,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now_ns = 0
         self.order = []
-        monkeypatch.setattr(latency, "perf_counter_ns", lambda: self.now_ns)
+        monkeypatch.setattr("corp_onnx.latency.race.perf_counter_ns", lambda: self.now_ns)
 
     def engine(self, name, times_ms):
         times = iter(times_ms)

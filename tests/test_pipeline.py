@@ -23,7 +23,7 @@ from corp_onnx.pipeline import Settings, prune, sweep
 from corp_onnx.precision import Request
 from corp_onnx.session import open_session
 from corp_onnx.solve import METHODS, Recipe
-from corp_onnx.verify.checking import Gates
+from corp_onnx.verify.checks import Gates
 from tests.builders import HEAD, HIDDEN, TINY, WIDTH, Net
 from tests.inputs import activations
 from tests.tolerances import distance, rounding

@@ -16,9 +16,9 @@ from corp_onnx.solve import METHODS, Recipe, solve
 from corp_onnx.solve.folds import MlpFold, Solution
 from corp_onnx.solved import from_statistics
 from corp_onnx.surgery.operate import operate
-from corp_onnx.verify.checking import Gates, verify
-from corp_onnx.verify.checks import check_promises
+from corp_onnx.verify.checks import Gates, check_promises
 from corp_onnx.verify.promise import Measured, measured_errors
+from corp_onnx.verify.verify import verify
 from tests.builders import TINY, Net, feeds, mlp
 from tests.inputs import activations, sentences
 from tests.tolerances import rounding

@@ -13,7 +13,6 @@ from corp_onnx.calibration.calibrate import gather
 from corp_onnx.graph.model import from_proto
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold, QueryKeyFold, Solution, ValueOutputFold
-from corp_onnx.surgery import operate as surgery
 from corp_onnx.surgery.operate import operate
 from tests.builders import feeds
 from tests.full_width import run, squared_error, turned
@@ -77,8 +76,8 @@ WHOLE = Network((Attention(), Mlp(gate="packed")))
 def uncounted():
     """Counting MACs takes longer than cutting; it is tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(surgery, "evaluate", lambda *_: None)
-        patch.setattr(surgery, "count", lambda *_: None)
+        patch.setattr("corp_onnx.surgery.operate.evaluate", lambda *_: None)
+        patch.setattr("corp_onnx.surgery.operate.count", lambda *_: None)
         yield
 
 

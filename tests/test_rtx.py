@@ -12,7 +12,8 @@ import onnxruntime
 import pytest
 
 from corp_onnx import session
-from corp_onnx.deploy import Build, ShapeRange, rtx
+from corp_onnx.deploy import rtx
+from corp_onnx.deploy.records import Build, ShapeRange
 from corp_onnx.deploy.rtx import TensorRTRTX
 from corp_onnx.deploy.shape_ranges import exactly
 from corp_onnx.errors import BackendUnavailable, GraphError, PlanError

@@ -17,7 +17,7 @@ from corp_onnx.data.dataset import open_data
 from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.graph.model import from_proto, load
 from corp_onnx.plan import Plan, uniform
-from corp_onnx.sequential import fit as sequential
+from corp_onnx.sequential import fit as module
 from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.sequential.fitter import Fitter
 from corp_onnx.session import open_session
@@ -164,7 +164,7 @@ def test_the_dense_stream_is_the_target(monkeypatch):
     name = "pre_norm"
     parts = [[batch_of(name, seed, 64) for seed in seeds] for seeds in ((0, 1), (2, 3))]
     right = error_of(name, fit(name, parts=parts).solution)
-    fitter = sequential._fit
+    fitter = module._fit
 
     def confused(line, segment, plan, given):
         read = line.dense.read
@@ -186,8 +186,8 @@ def test_the_dense_stream_is_the_target(monkeypatch):
         finally:
             monkeypatch.setattr(type(line.dense), "read", tape_read)
 
-    tape_read = sequential.Tape.read
-    monkeypatch.setattr(sequential, "_fit", confused)
+    tape_read = module.Tape.read
+    monkeypatch.setattr(module, "_fit", confused)
     assert error_of(name, fit(name, parts=parts).solution) > 1.01 * right
 
 

@@ -12,8 +12,8 @@ import onnxruntime
 import pytest
 
 from corp_onnx import providers, session
-from corp_onnx.data.dataset import InputSpec
 from corp_onnx.errors import BackendUnavailable
+from corp_onnx.graph.inputs import InputSpec
 from corp_onnx.graph.model import from_proto
 from corp_onnx.providers import CPU, CUDA
 from corp_onnx.session import Runtime, open_session

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from corp_onnx.deploy.records import ShapeRange
-from corp_onnx.deploy.shape_ranges import exactly, fitted, parse_ranges
+from corp_onnx.deploy.shape_ranges import exactly, fitted
 from corp_onnx.errors import PlanError
+from corp_onnx.terminal.shapes import parse_ranges
 
 
 def only(*texts):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from corp_onnx.blocks import find_blocks
-from corp_onnx.blocks.catalog import probed
 from corp_onnx.graph.extracts import extract
 from corp_onnx.graph.macs import count
 from corp_onnx.graph.model import from_proto
 from corp_onnx.graph.shapes import evaluate, usual_facts, usual_sequence
+from corp_onnx.graph.varied import probed
 from corp_onnx.plan import uniform
 from corp_onnx.session import open_session
 from corp_onnx.surgery.operate import operate

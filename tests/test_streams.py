@@ -71,9 +71,7 @@ def test_what_a_last_layer_adds_arrives_in_the_stream_times_its_gain(name):
 
 
 def test_a_gain_that_is_forgotten_is_noticed(monkeypatch):
-    from corp_onnx.sequential import streams
-
-    monkeypatch.setattr(streams, "_per_channel", lambda *_: np.ones(WIDTH))
+    monkeypatch.setattr("corp_onnx.sequential.streams._per_channel", lambda *_: np.ones(WIDTH))
     with pytest.raises(AssertionError):
         assert_is_in_the_stream(OTHERS["layer_scale"])
 

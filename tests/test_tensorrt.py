@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from corp_onnx.deploy import Build, ShapeRange
+from corp_onnx.deploy.records import Build, ShapeRange
 from corp_onnx.deploy.shape_ranges import exactly
 from corp_onnx.deploy.tensorrt import Options, TensorRT, building, write_layer_times
 from corp_onnx.deploy.tensorrt.network import construct

@@ -7,8 +7,8 @@ import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
-from corp_onnx.blocks.catalog import probed
 from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.varied import probed
 from corp_onnx.session import open_session
 from corp_onnx.surgery import tidy
 

@@ -21,7 +21,7 @@ from corp_onnx.latency import conditions
 from corp_onnx.latency.conditions import Conditions
 from corp_onnx.latency.footprint import footprint
 from corp_onnx.latency.race import Latency, Race, Speedup
-from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.latency.stopwatch import Lane, Stopwatch
 from corp_onnx.report import timetable
 from tests.builders import WIDTH, Net
 from tests.fake_target import Abacus, AbacusEngine, Clock

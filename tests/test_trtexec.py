@@ -8,8 +8,8 @@ import re
 import pytest
 
 from corp_onnx import example
-from corp_onnx.deploy.trtexec import read_times
 from corp_onnx.errors import DataError
+from corp_onnx.latency.trtexec import read_times
 
 KEYS = (
     *("startEnqMs", "endEnqMs", "startH2dMs", "endH2dMs", "startComputeMs", "endComputeMs"),

@@ -12,8 +12,8 @@ import pytest
 
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibration.calibrate import gather
-from corp_onnx.data.dataset import InputSpec
 from corp_onnx.errors import DataError, PlanError, VerificationError
+from corp_onnx.graph.inputs import InputSpec
 from corp_onnx.graph.model import from_proto
 from corp_onnx.plan import Cut, Plan, uniform
 from corp_onnx.session import Session, open_session

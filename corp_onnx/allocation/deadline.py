@@ -20,7 +20,7 @@ from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.errors import PlanError
 from corp_onnx.graph.model import Model
 from corp_onnx.latency.race import Race
-from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.latency.stopwatch import Lane, Stopwatch
 from corp_onnx.plan import Plan
 from corp_onnx.precision import Request
 from corp_onnx.solve import Recipe, solve

@@ -20,7 +20,7 @@ from corp_onnx.errors import OutputError
 from corp_onnx.files import whole
 from corp_onnx.graph.model import Model
 from corp_onnx.latency.conditions import cores, devices
-from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.latency.stopwatch import Lane, Stopwatch
 from corp_onnx.plan import least_width
 
 log = logging.getLogger(__name__)

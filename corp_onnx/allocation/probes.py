@@ -13,7 +13,8 @@ from threadpoolctl import threadpool_limits
 from corp_onnx.blocks import Axis, Catalog, axes_of
 from corp_onnx.blocks.records import leader_of
 from corp_onnx.calibration.moments import read_only
-from corp_onnx.calibration.statistics import Batch, Statistics
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.data.batching import Batch
 from corp_onnx.graph.macs import Counts, count
 from corp_onnx.graph.model import Model
 from corp_onnx.graph.shapes import evaluate

@@ -12,8 +12,8 @@ from jaxtyping import Int64
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, element_numbers
 from corp_onnx.blocks.region import Region, line
 from corp_onnx.blocks.view import View
-from corp_onnx.graph import shapes
-from corp_onnx.graph.shapes import Facts
+from corp_onnx.graph import reference
+from corp_onnx.graph.facts import Facts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,4 +175,4 @@ def _moved(
     inputs = {other.name: facts.value(other) for other in node.inputs if other.name}
     inputs[tensor.name] = numbers
     known = {name: value for name, value in inputs.items() if value is not None}
-    return shapes.run(node, known, view.opset) if len(known) == len(inputs) else ()
+    return reference.run(node, known, view.opset) if len(known) == len(inputs) else ()

@@ -30,14 +30,9 @@ from corp_onnx.blocks.view import View, holders_of
 from corp_onnx.graph.macs import Counts, count
 from corp_onnx.graph.model import Model, nodes_of_subgraphs
 from corp_onnx.graph.operators import is_standard
-from corp_onnx.graph.shapes import Facts, evaluate, tensor_count, usual_facts
-from corp_onnx.graph.sizes import Sizes, input_sizes, traced_sequences
-
-PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)), ((1, 5), (1, 7)))
-"""Pairs of (batch, sequence) at which data movement is run; the next where one does not fit.
-
-Last comes a batch of one, which is all that some exporters leave possible.
-"""
+from corp_onnx.graph.shapes import usual_facts
+from corp_onnx.graph.sizes import Sizes
+from corp_onnx.graph.varied import probed
 
 SMALL_SHARE = 0.01
 """Linear layers below this share of all MACs go unmentioned."""
@@ -111,38 +106,6 @@ def view_of(model: Model, sizes: Sizes | None = None) -> tuple[View, tuple[Refus
         elif isinstance(linear, Refusal):
             refusals.append(linear)
     return View(graph, opset, probed(graph, sizes), order, linears, holders), tuple(refusals)
-
-
-def probed(graph: gs.Graph, sizes: Sizes | None = None) -> tuple[Facts, ...]:
-    """Facts at two batch and two sequence sizes: the pair at which most shapes can be inferred.
-
-    A model that runs at one length only is looked at there. Dimensions that the caller gives are
-    those of his data; only their first axis varies.
-    """
-    best: tuple[Facts, ...] = ()
-    for pair in PROBED_SIZES:
-        probes = tuple(evaluate(graph, _probe_sizes(graph, *size, sizes)) for size in pair)
-        if not best or probes[0].filled > best[0].filled:
-            best = probes
-        if all(facts.filled >= tensor_count(graph) for facts in probes):
-            return best
-    for length in traced_sequences(graph):
-        two, three = (_probe_sizes(graph, batch, length, sizes) for batch in (2, 3))
-        first = evaluate(graph, two)
-        if first.filled > best[0].filled:
-            best = first, evaluate(graph, three)
-    return best
-
-
-def _probe_sizes(
-    graph: gs.Graph, batch: int, sequence: int, given: Sizes | None
-) -> dict[str, tuple[int, ...]]:
-    by_place = input_sizes(graph, batch=batch, sequence=sequence)
-    varied = {
-        name: (*(by_place.get(name) or (batch,))[:1], *shape[1:])
-        for name, shape in (given or {}).items()
-    }
-    return input_sizes(graph, batch=batch, sequence=sequence, given=varied)
 
 
 def _attentions(view: View) -> tuple[list[Attention], list[Refusal]]:

@@ -11,7 +11,7 @@ from jaxtyping import Int64
 
 from corp_onnx.blocks.movement import Path
 from corp_onnx.blocks.records import Layout
-from corp_onnx.graph.shapes import Facts
+from corp_onnx.graph.facts import Facts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

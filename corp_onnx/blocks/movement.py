@@ -14,9 +14,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.view import View, producer
-from corp_onnx.graph import shapes
+from corp_onnx.graph import reference
+from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.operators import is_standard
-from corp_onnx.graph.shapes import Facts
 
 PASSING_OPS = frozenset({"Identity", "Cast", "Dropout"})
 MOVING_OPS = frozenset(
@@ -165,7 +165,7 @@ def _apply(node: gs.Node, inputs: Sequence[np.ndarray], opset: int) -> Sequence[
     if node.op in AFFINE_OPS:
         return [_ARITHMETIC[node.op](inputs[0], inputs[1])]
     names = [tensor.name for tensor in node.inputs if tensor.name]
-    return shapes.run(node, dict(zip(names, inputs, strict=True)), opset)
+    return reference.run(node, dict(zip(names, inputs, strict=True)), opset)
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -14,8 +14,8 @@ from corp_onnx.blocks.readers import measured_only, readers_below
 from corp_onnx.blocks.records import Linear, Output, Target
 from corp_onnx.blocks.routes import Traced
 from corp_onnx.blocks.view import View
+from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.operators import SIZE_OPS
-from corp_onnx.graph.shapes import Facts
 
 SCALING_OPS = frozenset({"Mul", "Div"})
 

@@ -17,9 +17,9 @@ from jaxtyping import Int64
 
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Blocked
 from corp_onnx.blocks.view import OPEN_SIZE, View, producer
-from corp_onnx.graph import shapes
+from corp_onnx.graph import reference
+from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.operators import MICROSOFT, STANDARD
-from corp_onnx.graph.shapes import Facts
 
 CHANNELWISE_OPS = frozenset(
     """Abs Add Celu Clip Cos Div Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Log Max Min Mish
@@ -161,7 +161,7 @@ class _Climb:
         if len(counts) < len(tensors) or any(value is None for value in inputs.values()):
             self.reasons.append(f"{_named(node)} moves channels by sizes that depend on the data")
             return
-        moved = shapes.run(node, inputs, self.view.opset)  # type: ignore[arg-type]
+        moved = reference.run(node, inputs, self.view.opset)  # type: ignore[arg-type]
         before = np.full(ends[-1], NOBODY)
         known = [
             (numbers.reshape(-1), self.labels[output.name].reshape(-1))

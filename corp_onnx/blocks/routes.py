@@ -22,7 +22,7 @@ from corp_onnx.blocks.movement import (
 from corp_onnx.blocks.operands import Operand
 from corp_onnx.blocks.records import Layout, Linear, Route
 from corp_onnx.blocks.view import OPEN_SIZE, View
-from corp_onnx.graph.shapes import Facts
+from corp_onnx.graph.facts import Facts
 
 CHANNELS_ATTEND = "holds channels where tokens are expected: channels attend to channels"
 

@@ -10,10 +10,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.records import Linear
-from corp_onnx.graph import shapes
+from corp_onnx.graph import reference
+from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.operators import FOLDED_OPS, SIZE_OPS, is_standard
 from corp_onnx.graph.reference import ROUNDING_OPS
-from corp_onnx.graph.shapes import COMPUTED_OPS, Facts
+from corp_onnx.graph.shapes import COMPUTED_OPS
 
 OPEN_SIZE = "size is not known: it depends on the data, or the model runs at one size only"
 """What is said of a tensor whose shape could not be inferred."""
@@ -108,7 +109,7 @@ def constant_value(tensor: gs.Tensor, opset: int) -> np.ndarray | None:
             return None
         values[source.name] = value
     slot = next(index for index, output in enumerate(node.outputs) if output is tensor)
-    return shapes.run(node, values, opset)[slot]
+    return reference.run(node, values, opset)[slot]
 
 
 def serves_only(start: gs.Node, served: Set[int], asking: Set[int] = frozenset()) -> bool:

@@ -16,7 +16,8 @@ from corp_onnx.calibration.moments import Moments
 from corp_onnx.calibration.resume import Partial
 from corp_onnx.calibration.scarcity import require_enough
 from corp_onnx.calibration.sites import Site, Thinning
-from corp_onnx.calibration.statistics import Batch, Statistics, samples_in
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.data.dataset import Dataset
 from corp_onnx.data.samples import drawn, enriched, held_apart
 from corp_onnx.device import HOST, Device

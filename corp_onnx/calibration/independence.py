@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from corp_onnx.calibration.statistics import Batch, samples_in
+from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.graph.model import Model
 from corp_onnx.session import Runtime, open_session
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from corp_onnx.blocks.records import Mask
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 
 MASKED_BELOW = -1e3
 """A value added to a logit that hides a token: exporters write -10000, -65504, -3.4e38 or -inf."""

@@ -13,7 +13,7 @@ from corp_onnx.blocks.records import Linear, Mask, Output, Route, masks_of
 from corp_onnx.calibration.masks import seen_rows
 from corp_onnx.calibration.moments import Collector, Moments
 from corp_onnx.calibration.sequences import centred, sequence_axis
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.device import HOST, Device
 from corp_onnx.errors import DataError
 

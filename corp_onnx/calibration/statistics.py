@@ -16,17 +16,11 @@ from jaxtyping import Float64
 from numpy.lib import format as npy
 
 from corp_onnx.calibration.moments import Moments
+from corp_onnx.data.batching import Batch
 from corp_onnx.errors import DataError
 from corp_onnx.files import whole
 
-Batch = Mapping[str, np.ndarray]
-
 FORMAT = 2
-
-
-def samples_in(batch: Batch) -> int:
-    """How many there are."""
-    return len(next(iter(batch.values())))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,6 +3,7 @@
 from corp_onnx.commands.bench import Bench
 from corp_onnx.commands.build import Build
 from corp_onnx.commands.calibrate import Calibrate, Merge
+from corp_onnx.commands.demo import Demo
 from corp_onnx.commands.export import Export
 from corp_onnx.commands.imported import Imported, are_times
 from corp_onnx.commands.inspect import Inspect
@@ -16,6 +17,7 @@ __all__ = [
     "Bench",
     "Build",
     "Calibrate",
+    "Demo",
     "Export",
     "Imported",
     "Inspect",

@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from corp_onnx.commands.records import Answer, Progress, Source
-from corp_onnx.commands.typed import Typist
+from corp_onnx.commands.typist import Typist
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.files import require_writable
 from corp_onnx.latency import conditions
 from corp_onnx.latency.footprint import footprint
 from corp_onnx.latency.race import Race
-from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.latency.stopwatch import Lane, Stopwatch
 from corp_onnx.report import timetable
+from corp_onnx.report.page import Json
 from corp_onnx.report.plot import bars
-from corp_onnx.report.results import Json
 from corp_onnx.session import Runtime
 
 

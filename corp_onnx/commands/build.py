@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.text import Text
 
 from corp_onnx.commands.records import Answer, Progress, Source
-from corp_onnx.commands.typed import Typist
+from corp_onnx.commands.typist import Typist
 from corp_onnx.deploy.records import LOG, RECORD, Precision, Target
 from corp_onnx.errors import OutputError
 from corp_onnx.files import require_makeable, whole_folder

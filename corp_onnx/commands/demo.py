@@ -1,4 +1,4 @@
-"""The main job on the bundled model: what a cut costs, and how much of it is repaired."""
+"""`demo`: the main job on the bundled model, what a cut costs, and how much is repaired."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.text import Text
 from corp_onnx import example
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibration.calibrate import calibrate
-from corp_onnx.calibration.statistics import Batch
-from corp_onnx.commands import Answer, Progress, Source
+from corp_onnx.commands.records import Answer, Progress, Source
+from corp_onnx.data.batching import Batch
 from corp_onnx.data.labels import read_labels
 from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.files import made

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from corp_onnx.commands.records import Answer, Progress
 from corp_onnx.deploy.records import Precision
-from corp_onnx.deploy.trtexec import read_times
 from corp_onnx.errors import PlanError
 from corp_onnx.files import require_writable
 from corp_onnx.latency.race import unpaired
+from corp_onnx.latency.trtexec import read_times
 from corp_onnx.report import timetable
 from corp_onnx.report.plot import bars
 

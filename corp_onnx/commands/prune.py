@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from corp_onnx.allocation.budget import Budget
 from corp_onnx.allocation.deadline import Deadline
 from corp_onnx.blocks import Axis
-from corp_onnx.commands.records import Answer, Progress, Source
-from corp_onnx.data.dataset import Dataset
+from corp_onnx.commands.records import Answer, Progress, Source, opener, telling
 from corp_onnx.data.preprocessing import Preprocessing, keep_beside
 from corp_onnx.files import require_writable
-from corp_onnx.graph.model import Model
 from corp_onnx.pipeline import Settings, prune
 from corp_onnx.report.results import pruned_json, pruned_table
-from corp_onnx.session import Runtime, open_session
 from corp_onnx.work import Knowledge
 
 
@@ -54,18 +51,3 @@ class Prune:
             pruned_table(result, str(self.output)),
             0 if result.passed else 1,
         )
-
-
-def opener(source: Source, path: Path, runtime: Runtime | None) -> Callable[[Model], Dataset]:
-    """Opens a source for the model of a file, once its blocks are known."""
-    return lambda model: source.open(path, open_session(model, runtime))
-
-
-def telling(settings: Settings, progress: Progress) -> Settings:
-    """The settings, with progress told."""
-    return replace(
-        settings,
-        on_batch=progress,
-        on_block=lambda _: progress(1, "blocks"),
-        on_variant=lambda variants: progress(variants, "variants timed"),
-    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,9 @@ from rich.console import RenderableType
 
 from corp_onnx.data.dataset import Dataset, open_data
 from corp_onnx.data.preprocessing import Preprocessing
-from corp_onnx.session import Session
+from corp_onnx.graph.model import Model
+from corp_onnx.pipeline import Settings
+from corp_onnx.session import Runtime, Session, open_session
 
 
 class Progress(Protocol):
@@ -52,3 +55,18 @@ class Source:
             seed=self.seed,
             allow_random=self.allow_random,
         )
+
+
+def opener(source: Source, path: Path, runtime: Runtime | None) -> Callable[[Model], Dataset]:
+    """Opens a source for the model of a file, once its blocks are known."""
+    return lambda model: source.open(path, open_session(model, runtime))
+
+
+def telling(settings: Settings, progress: Progress) -> Settings:
+    """The settings, with progress told."""
+    return replace(
+        settings,
+        on_batch=progress,
+        on_block=lambda _: progress(1, "blocks"),
+        on_variant=lambda variants: progress(variants, "variants timed"),
+    )

@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corp_onnx.allocation.budget import Budget
-from corp_onnx.commands.prune import opener, telling
-from corp_onnx.commands.records import Answer, Progress, Source
+from corp_onnx.commands.records import Answer, Progress, Source, opener, telling
 from corp_onnx.data.preprocessing import Preprocessing, keep_beside
 from corp_onnx.deploy.records import Target
 from corp_onnx.files import made, whole
 from corp_onnx.graph.model import described
 from corp_onnx.latency.race import Race
-from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.latency.stopwatch import Lane, Stopwatch
 from corp_onnx.pipeline import Settings, sweep
 from corp_onnx.report import points
+from corp_onnx.report.page import as_json
 from corp_onnx.report.plot import curve
-from corp_onnx.report.results import as_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ from corp_onnx.graph.model import Model, described, load
 from corp_onnx.graph.shapes import usual_facts
 from corp_onnx.report.results import comparison_json, comparison_table
 from corp_onnx.session import Runtime, Session, open_session
-from corp_onnx.verify.checking import Gates
-from corp_onnx.verify.checks import check_gates
+from corp_onnx.verify.checks import Gates, check_gates
 from corp_onnx.verify.comparison import comparable, compare
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from numpy.lib import format as npy
 
-from corp_onnx.data.sources import InputSpec, Layout, RowArray, layout_of
+from corp_onnx.data.stores import Layout, RowArray, layout_of
 from corp_onnx.errors import DataError
+from corp_onnx.graph.inputs import InputSpec
 
 _log = logging.getLogger(__name__)
 

@@ -1,17 +1,25 @@
-"""Which samples are used, and which of them make a batch: those of one shape."""
+"""Batches: which samples are used, and which of them make one: those of one shape."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
 
-from corp_onnx.data.sources import Layout
+from corp_onnx.data.stores import Layout
+
+Batch = Mapping[str, np.ndarray]
+"""Arrays by input name, samples first."""
 
 _log = logging.getLogger(__name__)
+
+
+def samples_in(batch: Batch) -> int:
+    """How many there are."""
+    return len(next(iter(batch.values())))
 
 
 def batched(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Int, Shaped
 
-from corp_onnx.data.sources import Images, Layout
+from corp_onnx.data.stores import Images, Layout
 
 AREAS = (0.4, 1.0)
 """Least and greatest share of a picture's area that a random crop asks for."""

@@ -11,15 +11,21 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from corp_onnx.data import fitting
 from corp_onnx.data.arrays import open_noise, open_npy, open_npz
 from corp_onnx.data.batching import batched, filled, subset
 from corp_onnx.data.crops import Crops
-from corp_onnx.data.fitting import how_to_preprocess, only_input
+from corp_onnx.data.fitting import (
+    fitted,
+    how_to_preprocess,
+    only_input,
+    require_batchable,
+    require_fit,
+)
 from corp_onnx.data.loaders import is_loader, open_loader
 from corp_onnx.data.preprocessing import Preprocessing
-from corp_onnx.data.sources import Images, InputSpec, Layout, Store, open_images
+from corp_onnx.data.stores import Images, Layout, Store, open_images
 from corp_onnx.errors import DataError
+from corp_onnx.graph.inputs import InputSpec
 
 __all__ = ["Dataset", "InputSpec", "open_data"]
 
@@ -202,7 +208,7 @@ class Dataset:
     def _read(self, piece: Int[np.ndarray, " b"]) -> dict[str, Shaped[np.ndarray, "b ..."]]:
         raw = self.store.read(piece)
         return {
-            spec.name: fitting.fitted(
+            spec.name: fitted(
                 spec,
                 raw[spec.name],
                 preprocessing=self.preprocessing,
@@ -242,8 +248,8 @@ def open_data(
     if samples is not None and samples < 1:
         raise DataError(f"at least one sample is needed, not {samples}")
     specs = tuple(inputs)
-    fitting.require_batchable(specs)
-    check = partial(fitting.require_fit, source, inputs=specs, preprocessing=preprocessing)
+    require_batchable(specs)
+    check = partial(require_fit, source, inputs=specs, preprocessing=preprocessing)
     if source == "random":
         store: Store = _open_random(specs, samples=samples, seed=seed, allowed=allow_random)
     elif is_loader(source) and not Path(source).exists():

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 
 from corp_onnx.data.preprocessing import Preprocessing
-from corp_onnx.data.sources import InputSpec, Layout
+from corp_onnx.data.stores import Layout
 from corp_onnx.errors import DataError
+from corp_onnx.graph.inputs import InputSpec
 
 WHOLE = frozenset("biu")
 """NumPy's kinds of truth values and whole numbers."""

@@ -19,7 +19,7 @@ from types import ModuleType
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from corp_onnx.data.sources import Layout, layout_of
+from corp_onnx.data.stores import Layout, layout_of
 from corp_onnx.errors import CorpError, DataError
 
 _log = logging.getLogger(__name__)

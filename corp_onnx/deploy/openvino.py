@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from corp_onnx.data.dataset import InputSpec
 from corp_onnx.deploy.records import PROFILED_RUNS, Build, Precision, options_of
 from corp_onnx.errors import BackendUnavailable, DataError, GraphError, PlanError
 from corp_onnx.files import require_writable
+from corp_onnx.graph.inputs import InputSpec
 from corp_onnx.graph.sizes import Sizes
 
 DEVICE = "CPU"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.catalog import probed
 from corp_onnx.graph.facts import Facts
+from corp_onnx.graph.varied import probed
 
 LAST_BY_DEFAULT = 13
 """The first opset whose Softmax is along the last axis unless told otherwise."""

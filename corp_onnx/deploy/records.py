@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from corp_onnx.data.dataset import InputSpec
 from corp_onnx.errors import DataError, GraphError
+from corp_onnx.graph.inputs import InputSpec
 from corp_onnx.graph.sizes import Sizes
 
 if TYPE_CHECKING:

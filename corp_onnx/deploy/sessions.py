@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from corp_onnx.data.dataset import InputSpec
 from corp_onnx.deploy.records import PROFILED_RUNS
+from corp_onnx.graph.inputs import InputSpec
 from corp_onnx.session import Session
 
 

@@ -1,78 +1,13 @@
-"""Smallest, likeliest and largest dimensions of inputs, from the text of flags."""
+"""Smallest, likeliest and largest dimensions of inputs: one size, or what fits a model."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from corp_onnx.deploy.records import ShapeRange
 from corp_onnx.errors import PlanError
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-_SHAPE = re.compile(
-    r"""(?P<name>[^\s,]+?):                            # names may hold colons: input:0
-        (?P<dims>\[\s*(?:\d+\s*(?:,\s*\d+\s*)*)?\]     # polygraphy: [1,3,224,224]
-            |\d+(?:,\d+)+                             # onnxslim: 1,3,224,224
-            |\d+(?:x\d+)*                             # trtexec: 1x3x224x224
-            |scalar)
-        (?=[,\s]|$)""",
-    re.VERBOSE,
-)
-_SEPARATOR = re.compile(r"[,\s]\s*")
-
-SPELLINGS = "NAME:1x3x224x224, NAME:1,3,224,224 or NAME:[1,3,224,224]"
-
-
-def parse_ranges(
-    smallest: Sequence[str] = (), likeliest: Sequence[str] = (), largest: Sequence[str] = ()
-) -> Mapping[str, ShapeRange]:
-    """The ranges that ``--min-shapes``, ``--opt-shapes`` and ``--max-shapes`` say.
-
-    Each text may name several inputs, with commas or spaces between. An input with only likeliest
-    dimensions gets no others; one without a smallest or largest has its likeliest there.
-
-    Raises:
-        PlanError: If a text is of another form, an input has no likeliest dimensions, or those of
-            an input are of different number or out of order.
-
-    >>> parse_ranges(["x:1x8,y:1x2"], ["x:4x8,y:1x2"], ["x:16x8"])["x"]
-    ShapeRange(smallest=(1, 8), likeliest=(4, 8), largest=(16, 8))
-    """
-    low, middle, high = (
-        parse_shapes(texts, flag)
-        for texts, flag in (
-            (smallest, "--min-shapes"),
-            (likeliest, "--opt-shapes"),
-            (largest, "--max-shapes"),
-        )
-    )
-    for name in (low | high).keys() - middle.keys():
-        raise PlanError(
-            f"{name!r} has --min-shapes or --max-shapes, but nothing says which dimensions are "
-            f"likeliest: give --opt-shapes {name}:... too"
-        )
-    return {
-        name: _range(name, low.get(name, dims), dims, high.get(name, dims))
-        for name, dims in middle.items()
-    }
-
-
-def parse_shapes(texts: Sequence[str], flag: str) -> dict[str, tuple[int, ...]]:
-    """The dimensions that one flag gives, by input; its texts may name several inputs each.
-
-    Raises:
-        PlanError: If a text is of another form, or an input has two sizes.
-
-    >>> parse_shapes(["x:4x8,y:[1,2]"], "--shapes")
-    {'x': (4, 8), 'y': (1, 2)}
-    """
-    found: dict[str, tuple[int, ...]] = {}
-    for text in texts:
-        for name, dims in _parsed(text, flag):
-            if found.setdefault(name, dims) != dims:
-                raise PlanError(f"{flag} gives {name!r} twice, with different sizes")
-    return found
 
 
 def exactly(shapes: Shapes) -> Mapping[str, ShapeRange]:
@@ -110,44 +45,16 @@ def fitted(
     }
 
 
-def _parsed(text: str, flag: str) -> Iterable[tuple[str, tuple[int, ...]]]:
-    place = 0
-    while place < len(text):
-        match = _SHAPE.match(text, place)
-        if match is None:
-            raise PlanError(
-                f"{flag} {text!r} is not of the form {SPELLINGS}; several inputs with "
-                "commas between"
-            )
-        dims = re.findall(r"\d+", match["dims"])
-        yield match["name"], tuple(map(int, dims))
-        separator = _SEPARATOR.match(text, match.end())
-        place = separator.end() if separator else match.end()
-
-
-def _range(
-    name: str, low: tuple[int, ...], middle: tuple[int, ...], high: tuple[int, ...]
-) -> ShapeRange:
-    try:
-        return ShapeRange(low, middle, high)
-    except ValueError as error:
-        raise PlanError(
-            f"the shapes of {name!r}, from {_written(low)} by {_written(middle)} to "
-            f"{_written(high)}, are not in order: give each as many dimensions, none of which "
-            "falls from --min-shapes to --opt-shapes to --max-shapes"
-        ) from error
-
-
 def _fitting(name: str, given: ShapeRange, dims: tuple[int | None, ...]) -> ShapeRange:
     for shape in (given.smallest, given.likeliest, given.largest):
         if len(shape) != len(dims):
             raise PlanError(
-                f"{name} has {len(dims)} dimensions, {_written(dims)}, but {_written(shape)} is "
+                f"{name} has {len(dims)} dimensions, {written(dims)}, but {written(shape)} is "
                 f"given, which has {len(shape)}"
             )
         if any(fixed not in (None, size) for fixed, size in zip(dims, shape, strict=True)):
             raise PlanError(
-                f"{name} is {_written(dims)} in the model; {_written(shape)} changes a dimension "
+                f"{name} is {written(dims)} in the model; {written(shape)} changes a dimension "
                 "that is fixed there: give it as it is, or export it as one that may vary"
             )
     return given
@@ -159,13 +66,14 @@ def _fixed(dims: tuple[int | None, ...]) -> ShapeRange:
 
 
 def _listed(inputs: Mapping[str, tuple[int | None, ...]]) -> str:
-    return ", ".join(f"{name} [{_written(dims)}]" for name, dims in inputs.items())
+    return ", ".join(f"{name} [{written(dims)}]" for name, dims in inputs.items())
 
 
 def _example(inputs: Mapping[str, tuple[int | None, ...]]) -> str:
     first, dims = next(iter(inputs.items()))
-    return f"{first}:{_written(tuple(1 if size is None else size for size in dims))}"
+    return f"{first}:{written(tuple(1 if size is None else size for size in dims))}"
 
 
-def _written(dims: Sequence[int | None]) -> str:
+def written(dims: Sequence[int | None]) -> str:
+    """Dimensions as a message shows them; None is one that may vary."""
     return "x".join("?" if size is None else str(size) for size in dims)

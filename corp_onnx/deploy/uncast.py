@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.catalog import probed
 from corp_onnx.graph.emit import Emitter, replace_readers
 from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.rounding import MOST_SQUARED_ERROR, squared_error
+from corp_onnx.graph.varied import probed
 
 FLOAT = onnx.TensorProto.FLOAT
 NARROW = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}

@@ -13,10 +13,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.graph import nbits
-from corp_onnx.graph.facts import element_type
+from corp_onnx.graph.facts import Facts, element_type
 from corp_onnx.graph.fused import operands_of
 from corp_onnx.graph.operators import MICROSOFT, STANDARD
-from corp_onnx.graph.shapes import Facts
 from corp_onnx.graph.sizes import Sizes
 
 

@@ -15,12 +15,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from corp_onnx.graph.facts import Facts as Facts  # a name of this module too
-from corp_onnx.graph.facts import shape_of, type_of, type_of_constant
+from corp_onnx.graph.facts import Facts, shape_of, type_of, type_of_constant
 from corp_onnx.graph.feasible import runs
 from corp_onnx.graph.fused import has_rule, outputs_of, twin_of
 from corp_onnx.graph.operators import SIZE_OPS, is_standard
-from corp_onnx.graph.reference import run as run  # a name of this module too: `shapes.run`
+from corp_onnx.graph.reference import run
 from corp_onnx.graph.sizes import Sizes, input_sizes, sequences_to_try
 
 log = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""How long engines take: timed turn by turn, under conditions that are on record."""
+"""How long engines take, turn by turn, and how much memory; the conditions are on record."""

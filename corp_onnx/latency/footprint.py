@@ -12,7 +12,7 @@ from corp_onnx.deploy.records import Build, Target
 from corp_onnx.graph.sizes import Sizes
 from corp_onnx.latency.conditions import own_device_bytes
 from corp_onnx.latency.race import timing_inputs
-from corp_onnx.latency.timing import Lane, Stopwatch
+from corp_onnx.latency.stopwatch import Lane, Stopwatch
 
 RUNS = 3
 

@@ -9,7 +9,7 @@ from time import perf_counter_ns
 import numpy as np
 from jaxtyping import Float64
 
-from corp_onnx.data.dataset import InputSpec
+from corp_onnx.graph.inputs import InputSpec
 from corp_onnx.graph.sizes import Sizes
 
 WARMUP = 5

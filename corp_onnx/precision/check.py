@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.errors import VerificationError
 from corp_onnx.graph.model import Model, is_large
 from corp_onnx.precision.records import FORMATS, Draft, Request, Typed

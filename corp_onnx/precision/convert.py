@@ -8,7 +8,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.errors import DataError, PlanError, QuantisedModel
 from corp_onnx.graph.canonical.quantised import QUANTISED_FAMILIES, QUANTISED_OPS
 from corp_onnx.graph.facts import element_type

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from corp_onnx.calibration.statistics import Batch, samples_in
+from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.graph.emit import Emitter
 from corp_onnx.graph.model import Model, nodes_of_subgraphs
 from corp_onnx.precision.norms import fused_norms

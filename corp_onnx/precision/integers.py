@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.calibration.statistics import Batch, samples_in
+from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.errors import PlanError
 from corp_onnx.graph.emit import Emitter
 from corp_onnx.graph.model import Model

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.graph.emit import Emitter
 from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.model import Model

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from corp_onnx.deploy import PRECISIONS, Precision
+from corp_onnx.deploy.records import PRECISIONS, Precision
 from corp_onnx.errors import PlanError
 from corp_onnx.graph.model import Model
 from corp_onnx.verify.comparison import Comparison

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.graph.facts import Facts, element_type
 from corp_onnx.graph.model import Model
 from corp_onnx.graph.operators import is_standard

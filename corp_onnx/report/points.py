@@ -13,7 +13,7 @@ from rich.text import Text
 from corp_onnx.allocation.budget import Budget
 from corp_onnx.latency.race import Race
 from corp_onnx.pipeline import Pruned
-from corp_onnx.report.results import Json, table_of
+from corp_onnx.report.page import Json, table_of
 
 
 def sweep_json(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,22 +13,17 @@ from rich.text import Text
 
 from corp_onnx.allocation.deadline import DeadlineOutcome
 from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
-from corp_onnx.calibration.statistics import Statistics, samples_in
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.data.batching import samples_in
 from corp_onnx.pipeline import Pruned
 from corp_onnx.report.advice import advice
+from corp_onnx.report.page import Json, table_of
 from corp_onnx.report.typed import typed_json, typed_lines
 from corp_onnx.solve.folds import OutputFold
 from corp_onnx.verify.checks import Check
 from corp_onnx.verify.comparison import Comparison
 
-Json = dict[str, Any]
-
 ONE_SHOT = "solved in one shot: every block from statistics of the dense model"
-
-
-def as_json(document: Json) -> str:
-    """A document as text."""
-    return json.dumps(_finite(document), indent=2, allow_nan=False)
 
 
 def catalog_json(catalog: Catalog, notes: Sequence[str] = ()) -> Json:
@@ -276,20 +270,3 @@ def _block_json(block: Block) -> Json:
 def _change(what: str, before: int, after: int, scale: float, unit: str) -> str:
     share = after / before if before else 1.0
     return f"{what} {before / scale:.3f} → {after / scale:.3f} {unit} ({share:.0%})".strip()
-
-
-def table_of(*columns: str) -> Table:
-    """An empty table; all columns but the first hold numbers or short words."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401 (whatever JSON holds)
-    """The same document with null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from corp_onnx.latency.conditions import BUSY, Conditions
 from corp_onnx.latency.race import NOISY, Race
-from corp_onnx.report.results import Json, table_of
+from corp_onnx.report.page import Json, table_of
 
 LABELS = ("model", "target", "precision", "batch")
 """What tells one engine from another; those that vary get a column."""

@@ -1,4 +1,4 @@
-"""Block by block: each is fitted behind those before it, as they were cut, to the dense stream."""
+"""The way along a model: each segment run dense, its blocks fitted, then run as they were cut."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from corp_onnx.blocks import Catalog
 from corp_onnx.calibration.calibrate import gather
 from corp_onnx.calibration.scarcity import require_enough
-from corp_onnx.calibration.statistics import Batch, samples_in
+from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.graph.model import Model
 from corp_onnx.plan import Plan
 from corp_onnx.sequential.fitter import Fitter, Folds
@@ -62,7 +62,7 @@ def fit_in_sequence(
             the others does on each. With one part nothing is refitted.
         recipe: Method and ridge.
         runtime: How models are run.
-        seed: Decides which tokens count, where there are more than `TOKENS_PER_CHANNEL`.
+        seed: Decides which tokens count, where there are more than `fitter.TOKENS_PER_CHANNEL`.
         on_batch: Called after every batch that was read with its number of samples.
         on_block: Called with the id of every block that is done.
 

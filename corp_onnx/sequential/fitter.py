@@ -16,7 +16,8 @@ from corp_onnx.calibration.masks import seen_rows
 from corp_onnx.calibration.moments import Collector, Moments
 from corp_onnx.calibration.scarcity import require_enough
 from corp_onnx.calibration.sites import Site, Thinning, precision_of
-from corp_onnx.calibration.statistics import Batch, Statistics
+from corp_onnx.calibration.statistics import Statistics
+from corp_onnx.data.batching import Batch
 from corp_onnx.errors import DataError
 from corp_onnx.plan import Cut
 from corp_onnx.sequential.line import Line, Part

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from corp_onnx.blocks import Block, Catalog
 from corp_onnx.blocks.records import linears_of, masks_of
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.graph.extracts import extract
 from corp_onnx.graph.model import Model
 from corp_onnx.graph.shapes import evaluate

@@ -12,8 +12,8 @@ from corp_onnx.blocks import Attention, Block, Mlp
 from corp_onnx.blocks.records import Linear
 from corp_onnx.blocks.view import constant_value
 from corp_onnx.calibration.moments import read_only
+from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.model import Model
-from corp_onnx.graph.shapes import Facts
 
 SILENT_OPS = frozenset({"Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 """What changes no number and no order of numbers."""

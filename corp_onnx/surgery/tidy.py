@@ -6,11 +6,11 @@ from collections.abc import Hashable, Sequence
 
 import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.catalog import probed
 from corp_onnx.graph.emit import Emitter
 from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.shapes import evaluate, usual_facts
 from corp_onnx.graph.sizes import input_sizes
+from corp_onnx.graph.varied import probed
 from corp_onnx.surgery.settle import settle
 
 CHOICES = frozenset({"If", "Loop", "Scan"})

@@ -11,11 +11,11 @@ import typer
 from corp_onnx.allocation.deadline import Deadline
 from corp_onnx.commands import Source
 from corp_onnx.deploy.records import PRECISIONS, Precision, Target
-from corp_onnx.deploy.shape_ranges import parse_ranges
 from corp_onnx.deploy.targets import TARGETS, TargetOptions
 from corp_onnx.errors import PlanError
-from corp_onnx.latency.timing import Stopwatch
+from corp_onnx.latency.stopwatch import Stopwatch
 from corp_onnx.session import GraphLevel
+from corp_onnx.terminal.shapes import parse_ranges
 
 TargetName = Annotated[str, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]
 MaybeTarget = Annotated[str | None, typer.Option("--target", help=f"One of {', '.join(TARGETS)}.")]

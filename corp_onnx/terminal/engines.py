@@ -13,7 +13,7 @@ from corp_onnx.deploy.targets import TARGETS, TargetOptions, open_target, requir
 from corp_onnx.errors import PlanError
 from corp_onnx.graph.sizes import DEFAULT_BATCH
 from corp_onnx.latency.race import RUNS, WARMUP
-from corp_onnx.latency.timing import Stopwatch
+from corp_onnx.latency.stopwatch import Stopwatch
 from corp_onnx.terminal import engine_options, options, screen
 
 

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from corp_onnx import commands
-from corp_onnx.commands import Source
 from corp_onnx.device import device_of
 from corp_onnx.terminal import options, screen
 
@@ -39,7 +38,7 @@ def calibrate(
     command = commands.Calibrate(
         model,
         output,
-        Source(data, samples, seed, allow_random),
+        commands.Source(data, samples, seed, allow_random),
         crops,
         options.shard_of(shard),
         resume,

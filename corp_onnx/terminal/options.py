@@ -12,7 +12,6 @@ from corp_onnx.allocation.budget import Budget, Unit
 from corp_onnx.allocation.deadline import Deadline
 from corp_onnx.blocks import Axis
 from corp_onnx.deploy.records import Precision
-from corp_onnx.deploy.shape_ranges import parse_shapes
 from corp_onnx.device import DeviceName
 from corp_onnx.errors import PlanError
 from corp_onnx.graph.sizes import Sizes
@@ -21,6 +20,7 @@ from corp_onnx.providers import CPU, CUDA, EXACT
 from corp_onnx.session import Runtime
 from corp_onnx.solve.ranking import RANKINGS
 from corp_onnx.solve.solver import ELIMINATION, Method
+from corp_onnx.terminal.shapes import parse_shapes
 
 Exporter = Literal["torchscript", "dynamo"]
 ModelFile = Annotated[Path, typer.Argument(help="An ONNX file.", metavar="MODEL")]

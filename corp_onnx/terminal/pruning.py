@@ -8,18 +8,17 @@ from typing import Annotated
 import typer
 
 from corp_onnx import commands
-from corp_onnx.commands import Source
 from corp_onnx.deploy.targets import SYMMETRIC, TargetOptions, open_target
 from corp_onnx.device import device_of
 from corp_onnx.errors import PlanError
 from corp_onnx.graph.model import described
-from corp_onnx.latency.timing import Stopwatch
+from corp_onnx.latency.stopwatch import Stopwatch
 from corp_onnx.pipeline import Settings
 from corp_onnx.plan import DEFAULT_ALIGN
 from corp_onnx.precision import Request
 from corp_onnx.solve import DEFAULT_RIDGE, Recipe
 from corp_onnx.terminal import engine_options, options, screen
-from corp_onnx.verify.checking import Gates
+from corp_onnx.verify.checks import Gates
 
 
 def prune(
@@ -76,7 +75,7 @@ def prune(
         crops,
         request,
     )
-    source = None if data is None else Source(data, samples, seed, allow_random)
+    source = None if data is None else commands.Source(data, samples, seed, allow_random)
     asked = TargetOptions(threads=threads, cache=cache, custom_op_library=custom_op_library)
     timed_on = open_target(place, asked)
     watch = Stopwatch() if latency is None else Stopwatch.of(described(model), sizes, batch)
@@ -122,7 +121,10 @@ def sweep(
         seed,
         crops,
     )
-    source, budgets = Source(data, samples, seed, allow_random), options.budgets_of(macs, params)
+    source, budgets = (
+        commands.Source(data, samples, seed, allow_random),
+        options.budgets_of(macs, params),
+    )
     timed_on = open_target(target, TargetOptions(threads, custom_op_library=custom_op_library))
     command = commands.Sweep(model, folder, source, budgets, settings, timed_on)
     screen.run(command, as_json, log_level)
@@ -153,7 +155,7 @@ def verify(
     command = commands.Verify(
         dense,
         pruned,
-        Source(data, samples, seed, allow_random),
+        commands.Source(data, samples, seed, allow_random),
         labels,
         output,
         Gates(max_error, min_agreement),

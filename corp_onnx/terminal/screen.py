@@ -12,12 +12,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 
-from corp_onnx.commands import Answer
-from corp_onnx.commands.records import Progress as Report
+from corp_onnx.commands import Answer, Progress
 from corp_onnx.errors import PlanError
-from corp_onnx.report import results
+from corp_onnx.report import page
 
 INTERRUPTED = 130
 
@@ -37,11 +37,11 @@ def about(
     """Cut an exported ONNX transformer to half its width, and repair it in closed form."""
 
 
-def show(command: Callable[[Report], Answer], *, as_json: bool, log_level: str) -> int:
+def show(command: Callable[[Progress], Answer], *, as_json: bool, log_level: str) -> int:
     """Carry a command out, and return its exit status."""
     screen = Console(stderr=True)
     _log_to(screen, log_level)
-    bar = Progress(
+    bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed} {task.fields[unit]}"),
@@ -56,7 +56,7 @@ def show(command: Callable[[Report], Answer], *, as_json: bool, log_level: str) 
     except KeyboardInterrupt:
         return complain("interrupted; no file is half-written", INTERRUPTED)
     if as_json:
-        print(results.as_json(answer.document))
+        print(page.as_json(answer.document))
     else:
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # an encoding may lack signs, as on Windows
@@ -65,7 +65,7 @@ def show(command: Callable[[Report], Answer], *, as_json: bool, log_level: str) 
     return answer.status
 
 
-def run(command: Callable[[Report], Answer], as_json: bool, log_level: str) -> None:
+def run(command: Callable[[Progress], Answer], as_json: bool, log_level: str) -> None:
     """Carry a command out, and end with its exit status."""
     raise typer.Exit(show(command, as_json=as_json, log_level=log_level))
 
@@ -78,7 +78,7 @@ def complain(error: object, status: int) -> int:
     return status
 
 
-def _reporter(bar: Progress) -> Report:
+def _reporter(bar: Bar) -> Progress:
     """Counts every unit of work on a line of its own."""
     lines: dict[str, TaskID] = {}
 

@@ -1,4 +1,4 @@
-"""Is the smaller model what was promised?"""
+"""Every check by itself: structure, promises, repair, the user's limits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from corp_onnx.blocks import Catalog, width_of
+from corp_onnx.errors import PlanError
 from corp_onnx.graph.facts import element_type
 from corp_onnx.graph.model import Model, is_large
 from corp_onnx.plan import Plan
@@ -47,6 +48,23 @@ class Verification:
     def passed(self) -> bool:
         """Whether all checks hold."""
         return all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """Limits that the user sets on held-out samples."""
+
+    max_error: float | None = None
+    min_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_error is not None and not self.max_error >= 0:
+            raise PlanError(f"--max-error {self.max_error:g} is no limit; it must be 0 or more")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise PlanError(
+                f"--min-agreement {self.min_agreement:g} is no share of samples; it must be "
+                "between 0 and 1"
+            )
 
 
 def check_structure(plan: Plan, pruned: Model, dense: Model, found: Catalog) -> Check:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float64
 
-from corp_onnx.calibration.statistics import Batch, samples_in
+from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.errors import DataError, PlanError, VerificationError
 from corp_onnx.graph.extracts import exposed
 from corp_onnx.graph.model import Model

@@ -13,7 +13,7 @@ from corp_onnx.blocks.records import Linear, Mask, Route, leader_of, masks_of
 from corp_onnx.calibration.masks import seen_rows
 from corp_onnx.calibration.sequences import centred, sequence_axis
 from corp_onnx.calibration.sites import channels_last, operand
-from corp_onnx.calibration.statistics import Batch
+from corp_onnx.data.batching import Batch
 from corp_onnx.graph.extracts import exposed, extract
 from corp_onnx.graph.model import Model
 from corp_onnx.graph.shapes import evaluate

@@ -180,6 +180,19 @@ def test_the_two_commands_come_first():
     ]
 
 
+def test_the_architecture_lists_every_module():
+    text = (ROOT / "docs" / "concepts" / "architecture.md").read_text(encoding="utf-8")
+    folders, listed = [], set()
+    for indent, name in re.findall(r"^    ((?:  )*)(\S+\.py|\w+/)(?: |$)", text, re.MULTILINE):
+        folders[len(indent) // 2 :] = [name]
+        if name.endswith(".py"):
+            listed.add("".join(folders))
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "corp_onnx").rglob("*.py")}
+    assert listed == {name for name in modules if not name.endswith("/__init__.py")} | {
+        "corp_onnx/__init__.py"
+    }
+
+
 @pytest.mark.parametrize("verb", list(COMMANDS))
 def test_every_command_is_in_the_reference(verb):
     reference = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")

@@ -14,7 +14,6 @@ from pathlib import Path
 from corp_onnx import errors
 from corp_onnx.deploy.records import LOG
 from corp_onnx.deploy.tensorrt.options import Options
-from corp_onnx.errors import GraphError
 
 CHILD = "corp_onnx.deploy.tensorrt.child"
 TAIL = 20
@@ -64,11 +63,11 @@ def _run(request: Path, log: Path) -> int:
         ).returncode
 
 
-def _crash(status: int, log: Path) -> GraphError:
+def _crash(status: int, log: Path) -> errors.GraphError:
     """A signal or an abort is TensorRT's; status 1 is an exception of Python that got out."""
     lines = log.read_text(errors="replace").splitlines()
     said = "\n  ".join(lines[-TAIL:]) or "nothing"
-    return GraphError(
+    return errors.GraphError(
         f"TensorRT's builder {_name(status)}; it said last:\n  {said}\nAll of it is in "
         f"{log.name}, where the engine was to be. {_remedy(status)}"
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from corp_onnx.data.dataset import InputSpec
 from corp_onnx.deploy.records import PROFILED_RUNS, Build
 from corp_onnx.deploy.tensorrt.bindings import (
     new_logger,
@@ -23,6 +22,7 @@ from corp_onnx.deploy.tensorrt.cuda import device
 from corp_onnx.deploy.tensorrt.tensors import Tensors
 from corp_onnx.deploy.tensorrt.work import Work
 from corp_onnx.errors import GraphError
+from corp_onnx.graph.inputs import InputSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from corp_onnx.data.dataset import InputSpec
 from corp_onnx.deploy.tensorrt.bindings import trt
 from corp_onnx.errors import DataError, GraphError
+from corp_onnx.graph.inputs import InputSpec
 
 DTYPES: Mapping[str, np.dtype] = {
     "FLOAT": np.dtype(np.float32),

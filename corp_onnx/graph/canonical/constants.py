@@ -9,9 +9,9 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.graph import reference
 from corp_onnx.graph.emit import replace_readers
-from corp_onnx.graph.facts import element_type
+from corp_onnx.graph.facts import Facts, element_type
 from corp_onnx.graph.operators import is_standard
-from corp_onnx.graph.shapes import Facts, evaluate
+from corp_onnx.graph.shapes import evaluate
 from corp_onnx.graph.sizes import input_sizes
 
 

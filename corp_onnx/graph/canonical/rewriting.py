@@ -9,8 +9,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.graph.emit import Emitter, replace_readers
+from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.operators import SIZE_OPS
-from corp_onnx.graph.shapes import Facts
 
 Outputs = Sequence[gs.Variable]
 """For every output of a node, the tensor that takes its place."""

@@ -21,8 +21,9 @@ from corp_onnx.graph.canonical.products import (
 )
 from corp_onnx.graph.canonical.rewriting import Bench, Rule, instead
 from corp_onnx.graph.emit import Emitter
+from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.operators import MICROSOFT, is_standard
-from corp_onnx.graph.shapes import Facts, evaluate, usual_sequence
+from corp_onnx.graph.shapes import evaluate, usual_sequence
 from corp_onnx.graph.sizes import input_sizes
 
 log = logging.getLogger(__name__)

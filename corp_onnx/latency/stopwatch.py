@@ -1,4 +1,4 @@
-"""Models built for one target and timed there, turn by turn."""
+"""Lanes, each a model and where it runs; a stopwatch builds them and times them in turn."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
-from corp_onnx.data.dataset import InputSpec
 from corp_onnx.deploy.records import Build, Engine, Precision, Target
 from corp_onnx.errors import PlanError
+from corp_onnx.graph.inputs import InputSpec
 from corp_onnx.graph.model import Model, described, write
 from corp_onnx.graph.shapes import usual_sequence
 from corp_onnx.graph.sizes import DEFAULT_BATCH, Sizes, batch_of, input_sizes

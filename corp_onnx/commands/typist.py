@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from corp_onnx.calibration.statistics import Batch
 from corp_onnx.commands.records import Source
+from corp_onnx.data.batching import Batch
 from corp_onnx.data.samples import drawn
 from corp_onnx.deploy.records import Precision, Target
 from corp_onnx.deploy.targets import SYMMETRIC

@@ -1,4 +1,4 @@
-"""The verbs that come before any cut: `demo`, `export` and `inspect`."""
+"""The verbs that one starts with: `demo`, `export` and `inspect`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from corp_onnx import commands
-from corp_onnx.commands.demo import Demo
 from corp_onnx.terminal import options, screen
 
 
@@ -18,7 +17,7 @@ def demo(
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Prune the bundled model on the bundled images and print the evidence."""
-    screen.run(Demo(run_dir), as_json, log_level)
+    screen.run(commands.Demo(run_dir), as_json, log_level)
 
 
 def export(

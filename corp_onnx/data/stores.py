@@ -13,25 +13,9 @@ from PIL import Image
 
 from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.errors import DataError
+from corp_onnx.graph.inputs import InputSpec
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-
-
-@dataclass(frozen=True, slots=True)
-class InputSpec:
-    """One input of a model, or what a source offers for one: name, dtype and shape.
-
-    The first axis of ``shape`` counts samples; None is a dynamic axis.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | None, ...]
-
-    def of_its_width(self, array: Shaped[np.ndarray, "b ..."]) -> Shaped[np.ndarray, "b ..."]:
-        """Floating-point numbers as wide as the input has them; all else as it is."""
-        floats = array.dtype.kind == self.dtype.kind == "f"
-        return array.astype(self.dtype, copy=False) if floats else array
 
 
 Layout = tuple[InputSpec, ...]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from corp_onnx.blocks import Axis, Catalog, find_blocks
 from corp_onnx.blocks.catalog import named_as
-from corp_onnx.calibration.statistics import Batch
-from corp_onnx.errors import PlanError
+from corp_onnx.data.batching import Batch
 from corp_onnx.graph.model import Model
 from corp_onnx.graph.sizes import Sizes
 from corp_onnx.plan import Plan
@@ -20,6 +19,7 @@ from corp_onnx.solved import Solved
 from corp_onnx.surgery.operate import Surgery, operate
 from corp_onnx.verify.checks import (
     Check,
+    Gates,
     Verification,
     check_gates,
     check_promises,
@@ -32,23 +32,6 @@ from corp_onnx.verify.promise import Measured, measured_errors, stream_errors
 
 GROUPS = 4
 """Of samples, each looked at by itself where all of them together break a promise."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gates:
-    """Limits that the user sets on held-out samples."""
-
-    max_error: float | None = None
-    min_agreement: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_error is not None and not self.max_error >= 0:
-            raise PlanError(f"--max-error {self.max_error:g} is no limit; it must be 0 or more")
-        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            raise PlanError(
-                f"--min-agreement {self.min_agreement:g} is no share of samples; it must be "
-                "between 0 and 1"
-            )
 
 
 def verify(
