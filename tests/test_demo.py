@@ -14,7 +14,7 @@ import onnx
 import pytest
 from rich.console import Console
 
-from corp_onnx import cli, example
+from corp_onnx import cli, commands, example
 from corp_onnx.blocks import find_blocks
 from corp_onnx.commands.demo import Demo
 from corp_onnx.graph.model import load
@@ -53,7 +53,7 @@ def ran(folder):
 
     stdout, screen = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout):
-        patch.setattr(cli, "Demo", Kept)
+        patch.setattr(commands, "Demo", Kept)
         assert cli.main(["demo", "--json", "--run-dir", str(folder)]) == 0
     Console(file=screen, width=120).print(answers[0].table)
     return Ran(json.loads(stdout.getvalue()), screen.getvalue())
