@@ -7,7 +7,7 @@ from onnx import TensorProto
 
 from tests.random_choices import Scale
 from tests.random_projections import Part
-from tests.random_writing import Named
+from tests.random_writing import Axes, Named
 
 LONGEST = 32
 """Rows of tables of positions."""

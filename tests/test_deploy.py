@@ -371,8 +371,8 @@ def test_models_are_run_for_a_precision_as_they_are_to_be_run(monkeypatch):
         checked.append(runtime)
         return in_precision(*given, runtime=runtime)
 
-    monkeypatch.setattr(typed, "open_session", open_one)
-    monkeypatch.setattr(typed, "in_precision", convert)
+    monkeypatch.setattr("corp_onnx.commands.typist.open_session", open_one)
+    monkeypatch.setattr("corp_onnx.commands.typist.in_precision", convert)
     runtime = Runtime(threads=1)
     typist = Typist(None, only_timed=True, runtime=runtime)
     assert typist.typed(example.MODEL, open_target("ort-cpu"), "int8")

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from corp_onnx.blocks import find_blocks
 from corp_onnx.errors import CorpError, GraphError, OutputError
+from corp_onnx.graph.model import from_proto, load, save
 from tests.builders import HIDDEN, TINY, WIDTH, Net, feeds, mlp, relu
 from tests.full_width import run, squared_error
 
