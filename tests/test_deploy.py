@@ -172,6 +172,34 @@ def _has_bf16(target):
     return True
 
 
+@pytest.mark.parametrize(
+    ("precision", "enabled"),
+    [
+        ("fp32", set()),
+        ("fp16", {"trt_fp16_enable"}),
+        ("bf16", {"trt_bf16_enable"}),
+        ("int8", {"trt_int8_enable"}),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_what_the_tensorrt_provider_is_told(monkeypatch, tmp_path, precision, enabled, given):
+    """Types, and a cache that is the folder of the build where no other is given."""
+    cache = tmp_path / "cache" if given else tmp_path
+    told = []
+    monkeypatch.setattr(ort, "require_providers", lambda _: None)
+    monkeypatch.setattr(ort, "open_session", lambda _, runtime: told.append(runtime))
+    target = open_target("ort-tensorrt", TargetOptions(cache=cache if given else None))
+    (tmp_path / "TensorrtExecutionProvider_graph_sm90.engine").write_bytes(bytes(1000))
+    build = target.build(example.MODEL, tmp_path, precision)
+    target.load(build)
+    assert len(told) == 2
+    for runtime in told:
+        options = runtime.provider_options["TensorrtExecutionProvider"]
+        assert {name for name in options if name.endswith(("16_enable", "8_enable"))} == enabled
+        assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(cache)
+    assert build.size_bytes == example.MODEL.stat().st_size + 1000
+
+
 def test_the_threads_and_the_graph_level_reach_onnx_runtime(tmp_path):
     sizes = {}
     for level in ("none", "all"):

@@ -52,7 +52,16 @@ WIDE_INSIDE: Mapping[str, tuple[str, ...]] = {"ort-cuda": ("LayerNormalization",
 COMPILING = ("ort-tensorrt", "ort-openvino")
 """Providers that make engines of their own out of graphs."""
 
+ENABLED: Mapping[Precision, str] = {
+    "fp16": "trt_fp16_enable",
+    "bf16": "trt_bf16_enable",
+    "int8": "trt_int8_enable",
+}
+"""What lets the TensorRT provider take a model of these types."""
+
 ENGINE = "model.onnx"
+COMPILED = "TensorrtExecutionProvider_*"
+"""What the TensorRT provider keeps: engines, their shapes, times of kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class OnnxRuntime:
         spinning: Whether idle threads wait busily; not where several engines take turns.
         arena: Whether freed memory is kept for the next run.
         graph_level: How far the graph is rewritten.
-        cache: Folder of engines and timings of the TensorRT provider.
+        cache: Folder of engines and timings of the TensorRT provider; None takes that of the build.
         custom_op_library: Of operators that the model needs.
     """
 
@@ -107,15 +116,15 @@ class OnnxRuntime:
         """Write attention whole, load the model, keep the graph that ONNX Runtime made of it.
 
         Providers that compile graphs cannot write them: there the model itself is kept, and what
-        they compile in their cache.
+        TensorRT compiles of it, or once it sees inputs, in its cache.
         """
         self.require(precision)
         path = folder / ENGINE
         require_writable(path)
         start = perf_counter()
-        self._write(model, path)
+        self._write(model, path, precision)
         seconds = perf_counter() - start
-        files = [path, *folder.glob(f"{ENGINE}.*")]
+        files = [path, *folder.glob(f"{ENGINE}.*"), *folder.glob(COMPILED)]
         build = Build(
             *(self.name, precision, path, seconds, sum(file.stat().st_size for file in files)),
             versions=self.versions(),
@@ -124,25 +133,26 @@ class OnnxRuntime:
         build.write()
         return build
 
-    def _write(self, model: Path, path: Path) -> None:
+    def _write(self, model: Path, path: Path, precision: Precision) -> None:
         proto = _read(model)
+        runtime = self._runtime(self.graph_level, precision, path.parent)
         if proto is not None and self.name in WHOLE and self.graph_level != "none":
             proto = rewritten(proto, self.name)
         if proto is None:
-            open_session(model, self._runtime(self.graph_level))  # says what is wrong
+            open_session(model, runtime)  # says what is wrong
         elif self.name in COMPILING:
             write(proto, path)
-            open_session(path, self._runtime(self.graph_level))
+            open_session(path, runtime)
         else:
-            runtime = replace(self._runtime(self.graph_level), optimised=path)
             with tempfile.TemporaryDirectory(prefix="corp_onnx.") as folder:
                 write(proto, Path(folder) / ENGINE)
-                apart = replace(runtime, optimised_apart=is_large(proto))
-                open_session(Path(folder) / ENGINE, apart)
+                kept = replace(runtime, optimised=path, optimised_apart=is_large(proto))
+                open_session(Path(folder) / ENGINE, kept)
 
     def load(self, build: Build) -> SessionEngine:
         """The optimised graph as it is: it is not optimised again."""
-        runtime = self._runtime(self.graph_level if self.name in COMPILING else "none")
+        graph_level = self.graph_level if self.name in COMPILING else "none"
+        runtime = self._runtime(graph_level, build.precision, build.path.parent)
 
         def profiled(path: Path) -> Session:
             return open_session(build.path, replace(runtime, profile=path))
@@ -150,9 +160,11 @@ class OnnxRuntime:
         session = open_session(build.path, runtime)
         return SessionEngine(session, profiled, DEVICES.get(self.name))
 
-    def _runtime(self, graph_level: GraphLevel) -> Runtime:
+    def _runtime(self, graph_level: GraphLevel, precision: Precision, folder: Path) -> Runtime:
         provider = PROVIDERS[self.name]
-        options = {provider: _tensorrt_options(self.cache)} if self.name == "ort-tensorrt" else {}
+        options = {}
+        if self.name == "ort-tensorrt":
+            options = {provider: _tensorrt_options(self.cache or folder, precision)}
         return Runtime(
             tuple(dict.fromkeys([provider, PROVIDERS["ort-cpu"]])),
             threads=self.threads,
@@ -186,11 +198,11 @@ def rewritten(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     return made
 
 
-def _tensorrt_options(cache: Path | None) -> dict[str, str]:
-    """Where engines and times of kernels are kept, if anywhere."""
-    if cache is None:
-        return {}
+def _tensorrt_options(cache: Path, precision: Precision) -> dict[str, str]:
+    """Which types may be used, and where engines and times of kernels are kept."""
+    types = {ENABLED[precision]: "True"} if precision in ENABLED else {}
     return {
+        **types,
         "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(cache),
         "trt_timing_cache_enable": "True",
