@@ -22,6 +22,7 @@ from PIL import Image
 from corp_onnx import cli
 from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.data.preprocessing import Preprocessing
+from corp_onnx.deploy.ort import LACKING
 from corp_onnx.report.results import ONE_SHOT
 from tests.builders import HEAD, HIDDEN, TINY, Net, mlp
 from tests.conftest import Files
@@ -261,6 +262,21 @@ def test_a_model_with_narrow_inputs_is_written_and_compared_all_the_same(command
     ended = command("verify", files.model, narrow, "--data", files.data, "--json")
     assert 0 < document(ended)["relative_error"] < 1
     assert_refused(command(*asked, "--narrow-io"), "goes with --precision fp16 or bf16")
+
+
+def test_bench_leaves_out_what_a_target_lacks(command, files, monkeypatch):
+    """As long as every target and every precision is there; else it is a mistake."""
+    monkeypatch.setitem(LACKING, "ort-cpu", ("int8",))
+    asked = ("bench", files.model, "--warmup", 0, "--runs", 1, "--json")
+    both = ("--target", "ort-cpu,openvino", "--precision")
+    ended = command(*asked, *both, "fp32,int8")
+    ran = {(run["target"], run["precision"]) for run in json.loads(ended.stdout)["runs"]}
+    assert ran == {("ort-cpu", "fp32"), ("openvino", "fp32"), ("openvino", "int8")}
+    assert "left out: ort-cpu has no kernels for int8" in " ".join(ended.stderr.split())
+
+    assert_refused(command(*asked, *both, "int8"), "ort-cpu has no kernels for int8")
+    alone = ("--target", "ort-cpu", "--precision", "fp32,int8")
+    assert_refused(command(*asked, *alone), "ort-cpu has no kernels for int8")
 
 
 def test_bench_tells_where_the_time_goes(command, files, pruned):

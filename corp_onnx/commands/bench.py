@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.commands.typist import Typist
 from corp_onnx.deploy.records import Precision, Target
+from corp_onnx.errors import PlanError
 from corp_onnx.files import require_writable
 from corp_onnx.latency import conditions
 from corp_onnx.latency.footprint import footprint
@@ -18,6 +20,8 @@ from corp_onnx.report import timetable
 from corp_onnx.report.page import Json
 from corp_onnx.report.plot import bars
 from corp_onnx.session import Runtime
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +47,10 @@ class Bench:
 
     def __call__(self, progress: Progress) -> Answer:
         """One race of all engines at every batch; each is held against the first."""
-        for target in self.targets:
-            for precision in self.precisions:
-                target.require(precision)
+        able = self._able()
         if self.plot is not None:
             require_writable(self.plot, self.models)
-        names, lanes = self._lanes(progress)
+        names, lanes = self._lanes(able, progress)
         batches = self.batches or (Stopwatch.of(lanes[0].reads(), self.stopwatch.sizes).batch,)
         labels = [[_label(*each, b) for each in zip(names, lanes, strict=True)] for b in batches]
         document = self._raced(labels, lanes, batches, progress)
@@ -94,19 +96,40 @@ class Bench:
             profiles = zip(labels, watch.operator_times(lanes), strict=True)
             document["profiles"] = [{**label, "operators_ms": times} for label, times in profiles]
 
-    def _lanes(self, progress: Progress) -> tuple[list[str], list[Lane]]:
+    def _able(self) -> Sequence[tuple[Target, Precision]]:
+        """Every target with every precision that it has.
+
+        Raises:
+            PlanError: If no target has one of the precisions, or one has none of them.
+        """
+        able: list[tuple[Target, Precision]] = []
+        lacking: list[tuple[Target, Precision, PlanError]] = []
+        for target in self.targets:
+            for precision in self.precisions:
+                try:
+                    target.require(precision)
+                    able.append((target, precision))
+                except PlanError as error:
+                    lacking.append((target, precision, error))
+        for target, precision, reason in lacking:
+            if target not in {one for one, _ in able} or precision not in {one for _, one in able}:
+                raise reason
+            log.warning("left out: %s", reason)
+        return able
+
+    def _lanes(
+        self, able: Sequence[tuple[Target, Precision]], progress: Progress
+    ) -> tuple[list[str], list[Lane]]:
         """The names of all models, and where and in which types each of them runs."""
         typist = Typist(
             self.source, only_timed=True, sizes=self.stopwatch.sizes, runtime=self.runtime
         )
         names, lanes = [], []
-        for target in self.targets:
-            for precision in self.precisions:
-                for model in self.models:
-                    names.append(str(model))
-                    typed = typist.typed(model, target, precision)
-                    lanes.append(Lane(typed, target, precision))
-                    progress(1, "models")
+        for target, precision in able:
+            for model in self.models:
+                names.append(str(model))
+                lanes.append(Lane(typist.typed(model, target, precision), target, precision))
+                progress(1, "models")
         return names, lanes
 
 
