@@ -43,6 +43,7 @@ def test_several_inputs_in_one_text_or_more(texts):
         ("input:0:1,3", {"input:0": (1, 3)}),
         ("input:0:[1,3],mask:0:[1]", {"input:0": (1, 3), "mask:0": (1,)}),
         ("input:0:7", {"input:0": (7,)}),
+        ("'input:0':1x3,'x':2", {"input:0": (1, 3), "x": (2,)}),
         ("461:1x3,462:1x2", {"461": (1, 3), "462": (1, 2)}),
         ("461:1,3,462:1,2", {"461": (1, 3), "462": (1, 2)}),
         ("/model/x.1:1x3", {"/model/x.1": (1, 3)}),
@@ -55,7 +56,7 @@ def test_names_may_hold_colons_digits_and_slashes(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["x", "x:", "1x3", "x:1x", "x:axb", "x:-1x3", "x:[1,3", ":1x3", "x:axb,y:2"]
+    "text", ["x", "x:", "1x3", "x:1x", "x:axb", "x:-1x3", "x:[1,3", ":1x3", "x:axb,y:2", "'x:1x3"]
 )
 def test_other_forms_are_refused_with_those_that_there_are(text):
     with pytest.raises(PlanError, match=r"--opt-shapes .* is not of the form NAME:1x3x224x224"):

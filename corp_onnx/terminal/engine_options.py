@@ -37,13 +37,24 @@ Level = Annotated[
 ]
 MinShapes = Annotated[
     list[str] | None,
-    typer.Option("--min-shapes", help="Smallest sizes TensorRT builds for: NAME:1x3x224x224."),
+    typer.Option(
+        *("--min-shapes", "--minShapes", "--trt-min-shapes"),
+        help="Smallest sizes TensorRT builds for: NAME:1x3x224x224.",
+    ),
 ]
 OptShapes = Annotated[
-    list[str] | None, typer.Option("--opt-shapes", help="Sizes TensorRT is tuned for, likewise.")
+    list[str] | None,
+    typer.Option(
+        *("--opt-shapes", "--optShapes", "--trt-opt-shapes"),
+        help="Sizes TensorRT is tuned for, likewise.",
+    ),
 ]
 MaxShapes = Annotated[
-    list[str] | None, typer.Option("--max-shapes", help="Largest sizes TensorRT builds for.")
+    list[str] | None,
+    typer.Option(
+        *("--max-shapes", "--maxShapes", "--trt-max-shapes"),
+        help="Largest sizes TensorRT builds for.",
+    ),
 ]
 Workspace = Annotated[
     float | None,

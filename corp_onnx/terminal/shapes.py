@@ -10,7 +10,7 @@ from corp_onnx.deploy.shape_ranges import written
 from corp_onnx.errors import PlanError
 
 _SHAPE = re.compile(
-    r"""(?P<name>[^\s,]+?):                            # names may hold colons: input:0
+    r"""(?P<quote>'?)(?P<name>[^\s,']+?)(?P=quote):    # trtexec quotes names with colons: 'input:0'
         (?P<dims>\[\s*(?:\d+\s*(?:,\s*\d+\s*)*)?\]     # polygraphy: [1,3,224,224]
             |\d+(?:,\d+)+                             # onnxslim: 1,3,224,224
             |\d+(?:x\d+)*                             # trtexec: 1x3x224x224
