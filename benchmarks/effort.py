@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 MODELS = ("fashion", "dinov2")
 PICTURES, TURNS = 256, 3
-CROPS = (1,)
+OPTIONS = ("", "--crops 1", "--macs 0.6")
+"""Of ``prune``, beside data and method; by default crops fill small sets up."""
 
 MOST_TIMES = 6.0
 MOST_BYTES = 3e9
@@ -34,7 +35,7 @@ CHECKED = "dinov2"
 
 
 def measure(place: Place) -> Outcome:
-    """One plain run (the median of a few), and one pruning for each number of crops."""
+    """One plain run (the median of a few), and one pruning with each of `OPTIONS`."""
     rows: list[Row] = []
     pictures, turns = (16, 1) if place.quick else (PICTURES, TURNS)
     for name in [place.only] if place.only else [CHECKED]:
@@ -51,17 +52,16 @@ def _runs(name: str, model: Path, data: Path, pictures: int, turns: int) -> list
     seconds = float(np.median([run[0] for run in plain]))
     log.info("plain: %s", plain)
     rows = []
-    for crops in CROPS:
+    for options in OPTIONS:
         output = Path(tempfile.gettempdir()) / f"benchmark.{os.getpid()}.onnx"
         try:
             command = ["corp_onnx.cli", "prune", str(model), "-o", str(output)]
-            options = {"--data": data, "--method": "best", "--samples": pictures, "--crops": crops}
-            asked = [str(word) for option in options.items() for word in option]
-            took, peak = _timed([*command, *asked])
+            asked = ["--data", str(data), "--method", "best", "--samples", str(pictures)]
+            took, peak = _timed([*command, *asked, *options.split()])
         finally:
             output.unlink(missing_ok=True)
         rows.append(
-            {"model": name, "crops": crops, "pictures": pictures, "plain_s": seconds}
+            {"model": name, "options": options, "pictures": pictures, "plain_s": seconds}
             | {"plain_turns_s": [round(run[0], 3) for run in plain], "prune_s": took}
             | {"times": took / seconds, "peak_bytes": peak}
             | {"plain_peak_bytes": max(run[1] for run in plain)}
@@ -109,7 +109,7 @@ def _fashion() -> tuple[Path, Path]:
 
 
 def _checks(row: Row) -> list[Check]:
-    name = f"{row['model']}, {row['crops']} crops of {row['pictures']} pictures"
+    name = " ".join(f"{row['model']}, {row['pictures']} pictures {row['options']}".split())
     peak = row["peak_bytes"]
     return [
         Check(

@@ -43,6 +43,7 @@ SEEDS = 2
 CUTS: Mapping[str, dict[Axis, float]] = {
     "50 % of the MLP width": {"mlp": 0.5},
     "50 % of the value width": {"vo": 0.5},
+    "50 % of both widths": {"mlp": 0.5, "vo": 0.5},
 }
 RECIPES = {
     "none": Recipe("none"),

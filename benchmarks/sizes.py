@@ -23,7 +23,7 @@ from corp_onnx.solve.folds import Solution
 
 log = logging.getLogger(__name__)
 
-MODELS = ("fashion", "dinov2", "minilm-l6")
+MODELS = ("fashion-whole", "dinov2", "minilm-l6")
 SEEDS = 1
 SIZES = (32, 64, 128, 256, 512, 1024)
 KIND = "both"

@@ -36,9 +36,10 @@ CUTS: Mapping[str, dict[Axis, float]] = {
     "all three": {"mlp": 0.5, "qk": 0.5, "vo": 0.5},
 }
 CROPS = 1
-"""Of every picture, as ``corp-onnx prune`` makes them by default."""
+"""Of every picture: as many as ``corp-onnx prune`` makes by default of 256 pictures or more."""
 
 FASHION_DRAWN, PICTURES_DRAWN, GLOSSES_DRAWN = 768, 256, 2048
+FASHION_WHOLE = 1024
 GLOSSES_JUDGED = 2000
 """Calibration samples by draw, and texts among which and by which neighbours are sought."""
 
@@ -157,6 +158,12 @@ def fashion(place: Place, seed: int) -> Subject:
     return classifier(place, "Fashion ViT", files, FASHION_DRAWN, seed)
 
 
+def fashion_whole(place: Place, seed: int) -> Subject:
+    """The same with all of its images."""
+    files = (example.MODEL, example.CALIBRATION, example.TEST)
+    return classifier(place, "Fashion ViT", files, FASHION_WHOLE, seed)
+
+
 def dinov2(place: Place, seed: int) -> Subject:
     """The encoder on unseen photographs: those left over by the draw, and those of others."""
     model = _encoder(place)
@@ -179,12 +186,13 @@ def dinov2(place: Place, seed: int) -> Subject:
 
 def dinov2_neighbours(place: Place, seed: int) -> Subject:
     """The encoder by the nearest labelled photograph: two thirds calibrate, and are the gallery."""
-    task, data, model = tasks.photographs(place), tasks.photo_data(place), _encoder(place)
-    first, _ = tasks.photo_parts(place, data)
+    task, data = tasks.photographs(place, seed), tasks.photo_data(place)
+    model = _encoder(place)
+    first, _ = tasks.photo_parts(place, data, seed)
     samples = Data(data.take(first), tasks.PHOTO_BATCH)
     return Subject(
         *("DINOv2 ViT-S encoder, labelled", model, find_blocks(model), samples),
-        *(task.calibration, task.test, task.judges, _whole, ("both",), seed),
+        *(task.calibration, task.test, task.judges, _whole, tuple(CUTS), seed),
     )
 
 
@@ -231,6 +239,7 @@ def classifier(
 MAKERS: Mapping[str, Callable[[Place, int], Subject]] = {
     "fashion": fashion,
     "dinov2": dinov2,
+    "fashion-whole": fashion_whole,
     "dinov2-neighbours": dinov2_neighbours,
     "minilm-l3": minilm_l3,
     "minilm-l6": minilm_l6,

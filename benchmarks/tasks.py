@@ -62,7 +62,7 @@ class Task:
         return {part: sum(map(samples_in, batches)) for part, batches in parts.items()}
 
 
-def photographs(place: Place) -> Task:
+def photographs(place: Place, seed: int = SEED) -> Task:
     """DINOv2 ViT-S on labelled photographs, two thirds of each class to calibrate.
 
     The class of the nearest calibration photograph is the answer. The vector of a photograph is the
@@ -71,7 +71,7 @@ def photographs(place: Place) -> Task:
     model = place.asset("vit_s_focus.onnx")
     data = photo_data(place)
     _, labels = np.unique(data.labels or (), return_inverse=True)
-    parts = photo_parts(place, data)
+    parts = photo_parts(place, data, seed)
     gallery, query = (labels[part] for part in parts)
 
     def nearest(x: np.ndarray, y: np.ndarray) -> float:
@@ -89,10 +89,10 @@ def photo_data(place: Place) -> Dataset:
     return open_data(str(place.asset("photos")), inputs, preprocessing=IMAGENET)
 
 
-def photo_parts(place: Place, data: Dataset) -> tuple[np.ndarray, np.ndarray]:
+def photo_parts(place: Place, data: Dataset, seed: int = SEED) -> tuple[np.ndarray, np.ndarray]:
     """Places of the photographs to calibrate and to test on."""
     classes, labels = np.unique(data.labels or (), return_inverse=True)
-    return _split(labels, len(classes), share=2 / 3, every=4 if place.quick else 1)
+    return _split(labels, len(classes), share=2 / 3, every=4 if place.quick else 1, seed=seed)
 
 
 def glosses(place: Place) -> Task:
@@ -146,10 +146,10 @@ def fashion(place: Place) -> Task:
 
 
 def _split(
-    labels: np.ndarray, classes: int, *, share: float, every: int = 1
+    labels: np.ndarray, classes: int, *, share: float, every: int = 1, seed: int = SEED
 ) -> tuple[np.ndarray, np.ndarray]:
     """Places of the samples to calibrate and to test on: ``share`` and the rest of each class."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     first, second = [], []
     for label in range(classes):
         members = rng.permutation(np.flatnonzero(labels == label))[::every]

@@ -88,8 +88,8 @@ def test_a_model_that_a_benchmark_does_not_measure_is_refused(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_METHODS)
 def test_it_runs_on_the_bundled_model(name, tmp_path):
-    assert "fashion" in BENCHMARKS[name].models
-    place = Place(tmp_path, tmp_path, quick=True, only="fashion", seeds=1)
+    (only,) = (model for model in BENCHMARKS[name].models if model.startswith("fashion"))
+    place = Place(tmp_path, tmp_path, quick=True, only=only, seeds=1)
     outcome = OF_METHODS[name].measure(place)
     assert all(rows for rows in outcome.tables.values())
     assert all(check.passed for check in outcome.checks), outcome.checks
