@@ -132,7 +132,7 @@ TWO_CROPS = "two crops of every picture instead of one"
 VARIANTS: Mapping[str, Variant] = {
     BEST: _with(Recipe("best")),
     "MLP channels ranked by energy instead of eliminated": _with(Recipe("best", ranking="energy")),
-    "queries and keys selected and repaired instead of truncated": _with(
+    "queries, keys and values selected and repaired instead of truncated": _with(
         Recipe("best", truncate=False)
     ),
     "keys as they are instead of less their mean over each sequence": _keys_as_they_are,

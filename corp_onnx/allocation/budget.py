@@ -125,6 +125,8 @@ def least_harm(
     convex curves that add up this is the optimum at every cost that it stops at. The last step
     is taken only as far as it has to be.
 
+    Source: allocation along convex hulls (Shoham & Gersho 1988), there of bits to quantisers.
+
     Args:
         probes: What every axis is worth.
         costs: What it costs.

@@ -54,6 +54,8 @@ def fit_in_sequence(
     Blocks that share their weights with others are solved from the dense model alone, once for
     all of them.
 
+    Source: ours; docs/adr/0008-in-sequence-against-the-dense-stream.md.
+
     Args:
         model: The dense model.
         catalog: Its blocks.

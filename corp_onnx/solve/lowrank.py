@@ -54,6 +54,9 @@ def truncate_query_key(
     coordinate has to survive, since the folded columns are dense anyway. Inverse roots are
     pseudo-inverses, without directions below ``NEGLIGIBLE`` of the largest eigenvalue.
 
+    Source: ours; the best approximation of lower rank (Eckart & Young 1936), measured by what
+    queries and keys really are.
+
     Args:
         query_grams: ``G_q`` of every key head; where several query heads read it, their sum.
         key_grams: ``G_k``; of keys centred within each sequence, because Softmax ignores what is
@@ -97,6 +100,8 @@ def truncate_value_output(
 
     and ``o P (Pᵀ Σ P)⁻¹ Pᵀ Σ W`` is the best rank-``r`` stand-in for ``o W``; the dropped ``s²``
     are its squared error.
+
+    Source: ours; reduced-rank regression (Izenman 1975) of a layer on what it reads.
 
     Args:
         covariances: ``Σ`` of the mixed values ``o`` of every value head; where several heads share

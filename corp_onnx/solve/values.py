@@ -73,6 +73,8 @@ def narrow_values(
         W₀ = W_own + (Pᵀ Σ P + λI)⁻¹ Pᵀ Σ (W - P W_own)        λ = ridge · s(Pᵀ Σ P)
 
     in which other heads help to say what one head lost. Where nothing is lost nothing changes.
+
+    Source: ours, as is `truncate_value_output`.
     """
     places, weight = heads.places, device.asarray(branch.scaled)
     parts = [part.on(device) for part in parts]
