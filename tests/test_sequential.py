@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ from tests.tolerances import rounding
 PARTS, BATCHES, SAMPLES = 2, 2, 12
 ALL = {"mlp": 0.5, "qk": 0.5, "vo": 0.5}
 NOTHING = dict.fromkeys(ALL, 0.0)
+PRODUCTS = {"MatMul", "Gemm", "Conv"}
 UNCHANGED, UNCHANGED_HALF = 1e-9, 1e-5
 """Relative squared error of rounding, in numbers of 24 and of 11 bits."""
 ROUNDING = rounding(width=1000, dtype=np.float32)
@@ -149,6 +151,25 @@ def test_without_a_second_part_nothing_is_refitted(name):
         assert fold.evidence.unseen is None
         weight = nodes[blocks[fold.block].output.linear.node].inputs[1].values
         assert np.allclose(fold.weight, weight, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_product_runs_more_often_than_four_plain_passes_run_it(monkeypatch, name):
+    """Once dense; as cut so far, what the values, then the logits, then the last layer read."""
+    ran = Counter()
+
+    def counted(part, runtime):
+        session = open_session(part, runtime)
+
+        def run_counted(fed):
+            ran.update(node.name for node in part.graph.nodes if node.op in PRODUCTS)
+            return session.run(fed)
+
+        return SimpleNamespace(run=run_counted)
+
+    monkeypatch.setattr("corp_onnx.sequential.line.open_session", counted)
+    fit(name)
+    assert 2 <= max(ran.values()) / (PARTS * BATCHES) <= 4
 
 
 def test_the_refit_helps_where_data_are_plenty():
