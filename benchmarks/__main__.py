@@ -217,7 +217,7 @@ def _run(name: str, place: Place, out: Path, argv: Sequence[str]) -> int:
     if benchmark.apart and place.only is None:
         models = benchmark.models[: 1 if place.quick else None]
         return max([_run(name, replace(place, only=model), out, argv) for model in models])
-    title = f"{name}-{re.sub('[ /]', '-', place.only)}" if place.only else name
+    title = f"{name}-{re.sub('[ /,]+', '-', place.only)}" if place.only else name
     heading = Heading(title, benchmark.about, benchmark.packages, ("benchmarks", *argv))
     return report(heading, lambda: benchmark.measure(place), None if place.quick else out)
 

@@ -86,10 +86,18 @@ def _rows(subject: Subject) -> tuple[list[Row], Plan]:
     return rows, schedule.plan
 
 
-def deadline_at(model: Model, target: str, batch: int, cache: Path | None = None) -> Deadline:
-    """Half of the time on a target, texts being of `TOKENS`."""
+def deadline_at(
+    model: Model,
+    target: str,
+    batch: int,
+    cache: Path | None = None,
+    *,
+    tokens: int = TOKENS,
+    runs: int = RUNS,
+) -> Deadline:
+    """Half of the time on a target, texts being of so many tokens."""
     texts = [tensor.name for tensor in model.graph.inputs if len(tensor.shape) == 2]
-    watch = Stopwatch(batch, dict.fromkeys(texts, (batch, TOKENS)), warmup=3, runs=RUNS)
+    watch = Stopwatch(batch, dict.fromkeys(texts, (batch, tokens)), warmup=3, runs=runs)
     return Deadline(LIMIT, False, open_target(target), watch, cache)
 
 
