@@ -425,6 +425,16 @@ def test_onnx_runtime_has_no_bf16_on_the_processor():
         open_target("ort-cpu").require("bf16")
 
 
+def test_onnx_runtime_says_what_it_does_with_fp16_on_the_processor(caplog):
+    ort.warn_of_width.cache_clear()
+    open_target("ort-cpu").require("fp32")
+    assert not caplog.records
+    for _ in range(2):
+        open_target("ort-cpu").require("fp16")
+    (record,) = caplog.records
+    assert "ort-cpu computes most of fp16 in float32" in record.getMessage()
+
+
 def test_an_unknown_target_is_an_error():
     with pytest.raises(PlanError, match="'abacus' is none of ort-cpu, "):
         open_target("abacus")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -26,6 +28,8 @@ from corp_onnx.graph.model import is_large, write
 from corp_onnx.graph.sizes import Sizes
 from corp_onnx.session import GraphLevel, Runtime, Session, open_session, require_providers, version
 
+log = logging.getLogger(__name__)
+
 PROVIDERS: Mapping[str, str] = {
     "ort-cpu": "CPUExecutionProvider",
     "ort-cuda": "CUDAExecutionProvider",
@@ -36,6 +40,9 @@ PROVIDERS: Mapping[str, str] = {
 
 LACKING: Mapping[str, tuple[Precision, ...]] = {"ort-cpu": ("bf16",)}
 """Types without kernels."""
+
+WIDENED: Mapping[str, tuple[Precision, ...]] = {"ort-cpu": ("fp16",)}
+"""Types that most kernels lack, so that their operators run in float32 between casts."""
 
 WHOLE: Mapping[str, tuple[np.dtype, ...]] = {
     "ort-cpu": FLOAT,
@@ -107,6 +114,8 @@ class OnnxRuntime:
                 f"{self.name} has no kernels for {precision}; choose fp32 or int8 there, or another"
                 " target: openvino computes bf16 on processors that have it"
             )
+        if precision in WIDENED.get(self.name, ()):
+            warn_of_width(self.name, precision)
 
     def sized(self, sizes: Sizes) -> OnnxRuntime:
         """As it is: an engine takes all sizes."""
@@ -174,6 +183,15 @@ class OnnxRuntime:
             arena=self.arena,
             provider_options=options,
         )
+
+
+@functools.cache
+def warn_of_width(name: str, precision: Precision) -> None:
+    """Say once that a target computes in wider types than a model has."""
+    log.warning(
+        "%s computes most of %s in float32, between casts: the file is smaller, not faster",
+        *(name, precision),
+    )
 
 
 def _read(model: Path) -> onnx.ModelProto | None:
