@@ -109,6 +109,23 @@ def test_an_engine_is_timed_at_the_sizes_of_the_models_beside_it(tmp_path):
     assert footprint(both[1], watch.beside(both)).peak_bytes
 
 
+def test_one_disturbed_profile_is_not_what_is_told(monkeypatch, tmp_path, clock):
+    """Engines are profiled in turn, and of each the median counts."""
+    order, calm = [], AbacusEngine.operator_times
+
+    def disturbed(engine, feeds, *, runs=1):
+        order.append(engine)
+        (ms,) = calm(engine, feeds, runs=runs).values()
+        return {"MatMul": 10 * ms if len(order) == 1 else ms}
+
+    monkeypatch.setattr(AbacusEngine, "operator_times", disturbed)
+    lanes = [Lane(short(tmp_path), Abacus(clock, fixed_ns=cost)) for cost in (0, 1000)]
+    one, other = Stopwatch().operator_times(lanes)
+    assert other["MatMul"] - one["MatMul"] == pytest.approx(1e-3)
+    assert order[0] is not order[1]
+    assert order[:2] == order[2:4]
+
+
 def test_an_engine_of_one_batch_beside_a_model_of_any_says_so(tmp_path):
     net = Net(0)
     proto = net.build(net.linear(net.x(), WIDTH, WIDTH))

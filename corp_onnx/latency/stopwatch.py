@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import onnx_graphsurgeon as gs
 
@@ -21,6 +22,9 @@ from corp_onnx.graph.sizes import DEFAULT_BATCH, Sizes, batch_of, input_sizes
 from corp_onnx.latency.race import RUNS, WARMUP, Race, race, timing_inputs
 
 log = logging.getLogger(__name__)
+
+PROFILES = 3
+"""Of every engine."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,15 +160,24 @@ class Stopwatch:
     def operator_times(self, lanes: Sequence[Lane]) -> tuple[Mapping[str, float], ...]:
         """Milliseconds of one inference of every engine, by kind of operator.
 
+        All engines are profiled in turn, again and again; medians tell less of what else the
+        machine does.
+
         Raises:
             CorpError: As `race`.
         """
-        found, watch = [], self.beside(lanes)
-        for lane in lanes:
-            with lane.opened(watch) as (engine, sizes):
-                feeds = timing_inputs(engine.inputs, sizes, seed=self.seed)
-                found.append(engine.operator_times(feeds))
-        return tuple(found)
+        watch = self.beside(lanes)
+        with ExitStack() as opened:
+            engines = [opened.enter_context(lane.opened(watch)) for lane in lanes]
+            feeds = [timing_inputs(one.inputs, sizes, seed=self.seed) for one, sizes in engines]
+            turns = [
+                [one.operator_times(fed) for (one, _), fed in zip(engines, feeds, strict=True)]
+                for _ in range(PROFILES)
+            ]
+        return tuple(
+            {kind: median(times[kind] for times in of_engine) for kind in of_engine[0]}
+            for of_engine in zip(*turns, strict=True)
+        )
 
     def _inference(self, engine: Engine, sizes: Sizes) -> Callable[[], object]:
         """One inference, on inputs made for timing."""
