@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from corp_onnx import example
-from corp_onnx.commands import Source
+from corp_onnx.commands import Bench, Source
 from corp_onnx.commands.typist import Typist
 from corp_onnx.deploy import ort
 from corp_onnx.deploy.records import (
@@ -20,7 +20,9 @@ from corp_onnx.deploy.records import (
     declared_inputs,
     without_weights,
 )
+from corp_onnx.deploy.rtx import TensorRTRTX
 from corp_onnx.deploy.sessions import SessionEngine
+from corp_onnx.deploy.shape_ranges import exactly
 from corp_onnx.deploy.targets import (
     BUILDING,
     FLAGS,
@@ -39,6 +41,7 @@ from corp_onnx.errors import (
     PlanError,
 )
 from corp_onnx.graph.model import write
+from corp_onnx.latency.stopwatch import Stopwatch
 from corp_onnx.precision import in_precision
 from corp_onnx.session import Runtime, open_session
 from tests.builders import WIDTH, Net
@@ -433,6 +436,15 @@ def test_onnx_runtime_says_what_it_does_with_fp16_on_the_processor(caplog):
         open_target("ort-cpu").require("fp16")
     (record,) = caplog.records
     assert "ort-cpu computes most of fp16 in float32" in record.getMessage()
+
+
+def test_targets_with_ranges_of_sizes_may_stand_beside_one_that_lacks_a_precision(monkeypatch):
+    """Their records hold mappings, so they are no members of sets."""
+    ranged = TensorRTRTX(exactly({"x": (1, 2)}))
+    monkeypatch.setattr(TensorRTRTX, "require", lambda *_: None)
+    plain = open_target("ort-cpu")
+    bench = Bench((example.MODEL,), (ranged, plain), ("fp32", "bf16"), (), Stopwatch())
+    assert bench._able() == [(ranged, "fp32"), (ranged, "bf16"), (plain, "fp32")]
 
 
 def test_an_unknown_target_is_an_error():

@@ -111,8 +111,9 @@ class Bench:
                     able.append((target, precision))
                 except PlanError as error:
                     lacking.append((target, precision, error))
+        targets, precisions = [one for one, _ in able], [one for _, one in able]
         for target, precision, reason in lacking:
-            if target not in {one for one, _ in able} or precision not in {one for _, one in able}:
+            if target not in targets or precision not in precisions:
                 raise reason
             log.warning("left out: %s", reason)
         return able
