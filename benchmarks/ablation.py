@@ -18,6 +18,7 @@ from benchmarks.spread import summary
 from benchmarks.subjects import CUTS, Subject, subjects
 from corp_onnx.calibration import sites
 from corp_onnx.plan import Plan, uniform
+from corp_onnx.sequential import fit
 from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.solve import DEFAULT_RIDGE, Recipe, refit, values
 from corp_onnx.solve.folds import Solution
@@ -64,9 +65,11 @@ def _rows(subject: Subject, kinds: Sequence[str]) -> list[Row]:
 
 
 def _says_something(name: str, subject: Subject, kind: str) -> bool:
-    """Crops are of pictures, and heads help each other where values are cut."""
+    """Crops are of pictures, heads help each other where values are cut, classifiers read a token."""
     if name == TWO_CROPS:
         return subject.samples.crops(2) > 1
+    if name == ALIKE:
+        return "top-1" in subject.judges
     return name != HEAD_BY_HEAD or "vo" in CUTS[kind]
 
 
@@ -114,6 +117,11 @@ def _every_head_by_itself(subject: Subject, plan: Plan) -> Solution:
         return in_sequence(subject, plan, Recipe("best"))
 
 
+def _all_tokens_alike(subject: Subject, plan: Plan) -> Solution:
+    with mock.patch.object(fit, "emphasised", lambda *_, **__: {}):
+        return in_sequence(subject, plan, Recipe("best"))
+
+
 @contextmanager
 def fixed_choice(choice: refit.Choice) -> Iterator[None]:
     """While this lasts, a ridge and a step are taken whatever held-out samples say."""
@@ -128,6 +136,7 @@ def fixed_choice(choice: refit.Choice) -> Iterator[None]:
 
 
 HEAD_BY_HEAD = "every head by itself where the refit begins"
+ALIKE = "all tokens alike instead of more weight for those that are read"
 TWO_CROPS = "two crops of every picture instead of one"
 VARIANTS: Mapping[str, Variant] = {
     BEST: _with(Recipe("best")),
@@ -136,6 +145,7 @@ VARIANTS: Mapping[str, Variant] = {
         Recipe("best", truncate=False)
     ),
     "keys as they are instead of less their mean over each sequence": _keys_as_they_are,
+    ALIKE: _all_tokens_alike,
     HEAD_BY_HEAD: _every_head_by_itself,
     "one shot": _one_shot,
     "in sequence, but not refitted": _without_refit,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from corp_onnx.blocks import Catalog
 from corp_onnx.calibration.calibrate import BATCH_SIZE, MOST_SEEN
@@ -14,6 +14,7 @@ from corp_onnx.data.samples import drawn, enriched, held_apart
 from corp_onnx.errors import DataError
 from corp_onnx.graph.model import Model
 from corp_onnx.plan import Plan
+from corp_onnx.sequential.emphasis import Emphasis
 from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.session import Runtime
 from corp_onnx.solve import Recipe, solve
@@ -39,6 +40,8 @@ class Solved:
     samples: int
     source: str
     crops: float
+    emphases: Mapping[str, Emphasis] = field(default_factory=dict)
+    """By block, tokens that counted more than others."""
 
 
 def from_statistics(
@@ -103,4 +106,5 @@ def in_sequence(
         sum(part.samples for part in parts),
         data.source,
         parts[0].crops,
+        fitted.emphases,
     )

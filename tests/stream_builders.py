@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -92,6 +92,47 @@ def stacked(name: str, *, layers: int = 2, seed: int = 0, dtype: type = np.float
     for _ in range(layers):
         x = LAYERS[name](net, x)
     return net.build(net.linear(x, WIDTH, 3))
+
+
+def read_at(places: Sequence[int], *, seed: int = 0):
+    """Pre-norm layers, of whose stream some tokens are classified, as a class token is."""
+    net = Net(seed)
+    x = net.x()
+    for _ in range(2):
+        x = pre_norm(net, x)
+    tokens = net("Gather", layer_norm(net, x), np.array(places), axis=1)
+    return net.build(net.linear(tokens, WIDTH, 5))
+
+
+def class_token(seed: int = 0):
+    """The first token is classified."""
+    return read_at([0], seed=seed)
+
+
+def mean_token(seed: int = 0):
+    """The mean of all tokens is classified."""
+    net = Net(seed)
+    x = net("ReduceMean", layer_norm(net, pre_norm(net, net.x())), [1], keepdims=0)
+    return net.build(net.linear(x, WIDTH, 5))
+
+
+def tokens_first(seed: int = 0):
+    """MLPs over ``[tokens, samples, channels]``, and the first token of every sample."""
+    net = Net(seed)
+    x = net("Transpose", net.x(), perm=[1, 0, 2])
+    for _ in range(2):
+        x = net("Add", x, feed(net, layer_norm(net, x)))
+    return net.build(net.linear(net("Gather", x, np.array(0), axis=0), WIDTH, 5))
+
+
+def mixed_once(mixing: np.ndarray, seed: int = 0):
+    """Between two MLPs token 0 takes over from others as ``mixing`` says; it is what is read."""
+    net = Net(seed)
+    x = net.x()
+    x = net("Add", x, feed(net, x))
+    x = net("Einsum", mixing, x, equation="st,btd->bsd")
+    x = net("Add", x, net("Mul", feed(net, x), 1e-3))
+    return net.build(net("Gather", x, np.array(0), axis=1))
 
 
 def gemm(seed: int = 0):

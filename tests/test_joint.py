@@ -42,6 +42,19 @@ def test_batches_do_not_matter(cuts, seed):
     assert_same(merged([joint_of(*part) for part in parts]), joint_of(f, t))
 
 
+@pytest.mark.parametrize("times", [1, 4])
+def test_a_share_counts_like_repeated_samples(times):
+    f, t = samples()
+    few = slice(0, 10)
+    again = [np.concatenate([x, *[x[few]] * times]) for x in (f, t)]
+    share = 10 * times / len(again[0])
+    mixed = joint_of(f, t).mixed(joint_of(f[few], t[few]), share)
+    assert mixed.count == SAMPLES
+    for field in FIELDS:
+        assert distance(getattr(mixed, field), getattr(joint_of(*again), field)) <= TOLERANCE, field
+        assert distance(getattr(mixed, field), getattr(joint_of(f, t), field)) > 1e-3, field
+
+
 def test_means_that_differ_are_not_averaged_away():
     """The wrong twin of merging: covariances averaged without what lies between the means."""
     f, t = samples()

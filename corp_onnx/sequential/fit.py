@@ -13,6 +13,7 @@ from corp_onnx.calibration.scarcity import require_enough
 from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.graph.model import Model
 from corp_onnx.plan import Plan
+from corp_onnx.sequential.emphasis import Emphasis, emphasised
 from corp_onnx.sequential.fitter import Fitter, Folds
 from corp_onnx.sequential.line import Line
 from corp_onnx.sequential.segments import Segment
@@ -28,6 +29,8 @@ class Fitted:
 
     solution: Solution
     bare: Solution
+    emphases: Mapping[str, Emphasis]
+    """By block, tokens that counted more than others."""
 
 
 def fit_in_sequence(
@@ -86,15 +89,30 @@ def fit_in_sequence(
         line = Line(model, catalog, recipe, runtime, dense, pruned, tuple(of_part), samples, seed)
         given = _solve_shared(line, plan)
         folds, bare = [], []
-        for segment in line.segments(plan):
-            found, unrepaired = _fit(line, segment, plan, given)
+        segments = line.segments(plan)
+        emphases = _emphases(line, segments)
+        for segment in segments:
+            found, unrepaired = _fit(line, segment, plan, given, emphases)
             folds += found
             bare += unrepaired
             for stream in segment.streams:
                 on_block(stream.block)
     fitted = any(fold.block not in given for fold in folds)
     return Fitted(
-        Solution(recipe.method, tuple(folds), in_sequence=fitted), Solution("none", tuple(bare))
+        Solution(recipe.method, tuple(folds), in_sequence=fitted),
+        Solution("none", tuple(bare)),
+        emphases,
+    )
+
+
+def _emphases(line: Line, segments: Sequence[Segment]) -> Mapping[str, Emphasis]:
+    """Tokens that count more, as two batches show that are far apart."""
+    streams = [stream for segment in segments for stream in segment.streams]
+    some = dict.fromkeys((0, len(line.of_part) - 1))
+    return emphasised(
+        *(line.model, streams, [line.dense.read(batch) for batch in some], line.samples),
+        runtime=line.runtime,
+        seed=line.seed,
     )
 
 
@@ -123,7 +141,13 @@ def _solve_shared(line: Line, plan: Plan) -> Mapping[str, Folds]:
     }
 
 
-def _fit(line: Line, segment: Segment, plan: Plan, given: Mapping[str, Folds]) -> Folds:
+def _fit(
+    line: Line,
+    segment: Segment,
+    plan: Plan,
+    given: Mapping[str, Folds],
+    emphases: Mapping[str, Emphasis],
+) -> Folds:
     """The folds of the blocks of a segment; afterwards both tapes are behind it."""
     part = line.part(segment)
     line.advance(line.dense, part, also=tuple(stream.tensor for stream in segment.streams))
@@ -131,7 +155,8 @@ def _fit(line: Line, segment: Segment, plan: Plan, given: Mapping[str, Folds]) -
     bare: list[Fold] = []
     for stream in segment.streams:
         cuts = {cut.axis: cut for cut in plan.cuts if cut.block == stream.block}
-        fitter = Fitter(line, part, stream, line.block(stream.block), folds)
+        block, emphasis = line.block(stream.block), emphases.get(stream.block)
+        fitter = Fitter(line, part, stream, block, folds, emphasis)
         found, unrepaired = given.get(stream.block) or fitter.fit(cuts)
         folds = [*folds, *found]
         bare += unrepaired

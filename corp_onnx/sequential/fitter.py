@@ -20,6 +20,7 @@ from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.data.batching import Batch
 from corp_onnx.errors import DataError
 from corp_onnx.plan import Cut
+from corp_onnx.sequential.emphasis import Emphasis
 from corp_onnx.sequential.line import Line, Part
 from corp_onnx.sequential.streams import Stream
 from corp_onnx.solve import Recipe
@@ -55,6 +56,8 @@ class Fitter:
     block: Block
     before: Sequence[Fold]
     """Of blocks of the same segment that come before it."""
+    emphasis: Emphasis | None = None
+    """Tokens that count more than others."""
 
     def fit(self, cuts: Mapping[Axis, Cut]) -> Folds:
         """All folds of the block."""
@@ -125,28 +128,45 @@ class Fitter:
         """What the last layer reads, with what it should add to the stream, by part of samples."""
         stream, line, linear = self.stream, self.line, self.stream.linear
         assert linear is not None, "a block whose last layer is known"
-        totals = [
-            Collector(
-                (linear.width_in + linear.width_out,), line.recipe.device, precision_of(self.block)
-            )
-            for _ in range(max(line.of_part) + 1)
-        ]
+        width, parts = linear.width_in + linear.width_out, range(max(line.of_part) + 1)
+        precision = precision_of(self.block)
+        every, read = (
+            [Collector((width,), line.recipe.device, precision) for _ in parts] for _ in range(2)
+        )
         mask = [self.block.padding.tensor] if self.block.padding else []
         wanted = (features, linear.output, stream.tensor, *mask)
         part = line.cut(self.part, [*self.before, *folds])
         with self._named(features), np.errstate(over="ignore", invalid="ignore"):
             for batch, tensors in line.run(line.pruned, part, wanted):
                 x = np.moveaxis(tensors[features], linear.axis, -1)
-                rows = self._rows(x, tensors, batch)
                 (dense,) = line.dense.read(batch, [stream.tensor]).values()
-                before = stream.vectors(dense)[rows] - stream.vectors(tensors[stream.tensor])[rows]
-                target = before + stream.gain * stream.vectors(tensors[linear.output])[rows]
-                totals[line.of_part[batch]].add(
-                    np.concatenate(
-                        [x.reshape(-1, x.shape[-1])[rows], target], axis=1, dtype=np.float32
-                    )
-                )
-            return [Joint.of(total.moments(), linear.width_in) for total in totals]
+                seen, of_part = self._seen(x, tensors), line.of_part[batch]
+                rows = self._enough_of(seen, x, batch)
+                every[of_part].add(self._features_and_target(x, dense, tensors, rows))
+                if self.emphasis is not None:
+                    rows = self.emphasis.rows(stream.last(dense).shape[:-1], seen)
+                    read[of_part].add(self._features_and_target(x, dense, tensors, rows))
+            return [self._joint(*sums) for sums in zip(every, read, strict=True)]
+
+    def _features_and_target(
+        self, x: np.ndarray, dense: np.ndarray, tensors: Batch, rows: np.ndarray
+    ) -> np.ndarray:
+        """``[f, t]`` of some tokens."""
+        stream, linear = self.stream, self.stream.linear
+        assert linear is not None, "a block whose last layer is known"
+        before = stream.vectors(dense)[rows] - stream.vectors(tensors[stream.tensor])[rows]
+        target = before + stream.gain * stream.vectors(tensors[linear.output])[rows]
+        features = x.reshape(-1, x.shape[-1])[rows]
+        return np.concatenate([features, target], axis=1, dtype=np.float32)
+
+    def _joint(self, every: Collector, read: Collector) -> Joint:
+        """Of all tokens, those that are read with more weight."""
+        linear, few = self.stream.linear, read.moments()
+        assert linear is not None, "a block whose last layer is known"
+        whole = Joint.of(every.moments(), linear.width_in)
+        if self.emphasis is None or few.count == 0:
+            return whole
+        return whole.mixed(Joint.of(few, linear.width_in), self.emphasis.share)
 
     @contextmanager
     def _named(self, features: str) -> Iterator[None]:
@@ -156,10 +176,14 @@ class Fitter:
         except DataError as error:
             raise DataError(f"at {features} of {self.block.id}: {error}") from error
 
-    def _rows(self, tokens: np.ndarray, tensors: Batch, batch: int) -> np.ndarray:
-        """Which tokens count: no padding, and of many only so many as are needed."""
+    def _seen(self, tokens: np.ndarray, tensors: Batch) -> np.ndarray:
+        """Which tokens are no padding."""
         numbers = np.arange(int(np.prod(tokens.shape[:-1])))
-        seen = numbers[seen_rows(self.block.padding, tokens, tensors)]
+        seen: np.ndarray = numbers[seen_rows(self.block.padding, tokens, tensors)]
+        return seen
+
+    def _enough_of(self, seen: np.ndarray, tokens: np.ndarray, batch: int) -> np.ndarray:
+        """Of many only so many as are needed."""
         wanted = POSITIONS_PER_CHANNEL if tokens.ndim > SEQUENCE_NDIM else TOKENS_PER_CHANNEL
         enough = wanted * tokens.shape[-1] / len(self.line.of_part)
         step = max(1, int(len(seen) // enough))

@@ -69,8 +69,15 @@ class Joint:
         return Joint(self.count, *map(device.asarray, arrays))
 
     def __add__(self, other: Joint) -> Joint:
-        """Of both sets of samples (Chan, Golub & LeVeque 1979)."""
-        share = other.count / (self.count + other.count)
+        """Of both sets of samples."""
+        count = self.count + other.count
+        return replace(self.mixed(other, other.count / count), count=count)
+
+    def mixed(self, other: Joint, share: float) -> Joint:
+        """Of both, with so large a share for the other, by Chan, Golub & LeVeque 1979.
+
+        The count stays: this is another weighting of samples that were counted already.
+        """
         step, target_step = other.mean - self.mean, other.target_mean - self.target_mean
         between = share * (1.0 - share)
 
@@ -78,7 +85,7 @@ class Joint:
             return (1.0 - share) * one + share * two + between * apart
 
         return Joint(
-            self.count + other.count,
+            self.count,
             self.mean + share * step,
             self.target_mean + share * target_step,
             merged(self.within, other.within, step[:, None] * step[None, :]),

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
 from corp_onnx.blocks import Attention, Axis, Block, Catalog, Mlp, axes_of
-from corp_onnx.blocks.records import Linear, Mask, Route, leader_of, masks_of
+from corp_onnx.blocks.records import Linear, leader_of, masks_of
 from corp_onnx.calibration.masks import seen_rows
-from corp_onnx.calibration.sequences import centred, sequence_axis
-from corp_onnx.calibration.sites import channels_last, operand
 from corp_onnx.data.batching import Batch
 from corp_onnx.graph.extracts import exposed, extract
 from corp_onnx.graph.model import Model
 from corp_onnx.graph.shapes import evaluate
+from corp_onnx.sequential.emphasis import Emphasis
 from corp_onnx.sequential.streams import last_layer, stream_behind
 from corp_onnx.session import Runtime, open_session
-from corp_onnx.solve.affine import share
 from corp_onnx.solve.folds import Solution
+from corp_onnx.verify.meters import LogitMeter, Meter, OutputMeter, StreamMeter
 
-ROUNDING = 1e-6
-"""Relative error that float32 alone makes: an output that never varies has nothing else."""
-
+NONE: Mapping[str, Emphasis] = MappingProxyType({})
 
 Measured = dict[tuple[str, str | None], float]
 """Relative squared error by block and axis; None for a layer that was only fitted anew."""
@@ -97,6 +93,8 @@ def stream_errors(
     solution: Solution,
     batches: Iterable[Batch],
     runtime: Runtime | None = None,
+    *,
+    emphases: Mapping[str, Emphasis] = NONE,
 ) -> Measured:
     """How far the stream behind every block is from the dense one, over what the block adds to it.
 
@@ -104,7 +102,7 @@ def stream_errors(
     is ``Σ‖X - x - y‖²`` over the variation of ``X - x``: what fitting in sequence predicts. Blocks
     that share their weights are not fitted in sequence and left out, and so are MLPs whose last
     layer is the first of another that is cut. Of blocks that join one stream only the last is
-    measured: when it was fitted, the others were as they are.
+    measured: when it was fitted, the others were as they are. Tokens count as they did there.
     """
     facts = evaluate(dense.graph, catalog.sizes)
     blocks = {block.id: block for block in catalog.blocks if not block.twins}
@@ -124,18 +122,17 @@ def stream_errors(
     masks = [mask.tensor for stream in streams if (mask := blocks[stream.block].padding)]
     whole = open_session(exposed(dense, [*ends, *masks]), runtime)
     small = open_session(exposed(pruned, ends), runtime)
-    meters = {stream.block: _OutputMeter() for stream in streams}
+    meters = {stream.block: StreamMeter(emphases.get(stream.block)) for stream in streams}
     for batch in batches:
         before, after = whole.run(batch), small.run(batch)
         for stream in streams:
             assert stream.linear is not None, f"the last layer of {stream.block} was fitted"
             wanted = stream.vectors(before[stream.tensor])
-            rows = seen_rows(
-                blocks[stream.block].padding, stream.last(before[stream.tensor]), before
-            )
+            tokens = stream.last(before[stream.tensor])
+            rows = np.arange(len(wanted))[seen_rows(blocks[stream.block].padding, tokens, before)]
             found = stream.vectors(after[stream.tensor])
             branch = stream.gain * stream.vectors(after[stream.linear.output])
-            meters[stream.block].compare((wanted - found + branch)[rows], branch[rows])
+            meters[stream.block].compare(wanted - found + branch, branch, rows, tokens.shape[:-1])
     return {(name, fitted[name]): meter.error() for name, meter in meters.items()}
 
 
@@ -175,94 +172,10 @@ def _narrows_output(block: Mlp, other: Block) -> bool:
     return isinstance(other, Mlp) and other.down.width_out != block.down.width_out
 
 
-@runtime_checkable
-class _Meter(Protocol):
-    """Compares a block, or several of the same weights, before and after, batch by batch."""
-
-    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None: ...
-
-    def error(self) -> float: ...
-
-
-@dataclass(slots=True)
-class _OutputMeter:
-    """``Σ‖ŷ - y‖² / Σ‖y - mean(y)‖²`` over the outputs ``y`` of the last layer of a block."""
-
-    lost: float = 0.0
-    energy: float = 0.0
-    count: int = 0
-    total: np.ndarray | float = 0.0
-
-    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
-        dense, pruned = (_output(one, batch) for one, batch in ((block, before), (other, after)))
-        rows = seen_rows(block.padding, dense, before)
-        self.compare(_vectors(dense)[rows], _vectors(pruned)[rows])
-
-    def compare(self, y: np.ndarray, z: np.ndarray) -> None:
-        self.lost += float(np.square(z - y, dtype=np.float64).sum())
-        self.energy += float(np.square(y, dtype=np.float64).sum())
-        self.total = self.total + y.sum(axis=0, dtype=np.float64)
-        self.count += len(y)
-
-    def error(self) -> float:
-        if self.lost <= ROUNDING**2 * self.energy:
-            return 0.0
-        spread = self.energy - float(np.square(self.total).sum()) / max(self.count, 1)
-        return share(self.lost, spread)
-
-
-@dataclass(slots=True)
-class _LogitMeter:
-    """``‖Q Kᵀ - Q̂ K̂ᵀ‖² / ‖Q Kᵀ‖²`` over all pairs of tokens, from Grams of every head."""
-
-    key_heads: np.ndarray
-    without_row_constants: bool
-    grams: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
-        for role, route, narrow, mask in _operands(block, other):
-            tensor = channels_last(route, before[route.linear.output])
-            rows = seen_rows(mask, tensor, before)
-            x = operand(route, tensor)[rows].astype(np.float64)
-            small = channels_last(narrow, after[narrow.linear.output])
-            y = operand(narrow, small)[rows].astype(np.float64)
-            if self.without_row_constants and role == "k":
-                axis = sequence_axis(route)
-                x, y = (centred(heads, rows, tensor.shape[:-1], axis) for heads in (x, y))
-            for name, (a, b) in {"xx": (x, x), "yx": (y, x), "yy": (y, y)}.items():
-                product = np.einsum("nhi,nhj->hij", a, b, optimize=True)
-                self.grams[role + name] = self.grams.get(role + name, 0.0) + product
-
-    def error(self) -> float:
-        dense, cross, pruned = (
-            float(np.vdot(self.grams[f"q{kind}"], self.grams[f"k{kind}"][self.key_heads]))
-            for kind in ("xx", "yx", "yy")
-        )
-        return share(max(dense - 2 * cross + pruned, 0.0), dense)
-
-
-def _meter(block: Block, axis: Axis, without_row_constants: bool) -> _Meter:
+def _meter(block: Block, axis: Axis, without_row_constants: bool) -> Meter:
     if isinstance(block, Attention) and axis == "qk":
-        return _LogitMeter(block.key_heads, without_row_constants)
-    return _OutputMeter()
-
-
-def _output(block: Block, tensors: Batch) -> np.ndarray:
-    """What a block gives back, channels last."""
-    linear = last_layer(block)
-    assert linear is not None, f"{block.id} has a last layer"
-    return np.moveaxis(tensors[linear.output], linear.axis, -1)
-
-
-def _operands(block: Block, other: Block) -> list[tuple[str, Route, Route, Mask | None]]:
-    """Query and key of both blocks, and which of their tokens are padding."""
-    assert isinstance(block, Attention), "an MLP has its own meter"
-    assert isinstance(other, Attention), "both catalogs list the same blocks"
-    routes = [
-        ("q", block.query, other.query, block.padding),
-        ("k", block.key, other.key, block.key_padding),
-    ]
-    return [(role, a, b, mask) for role, a, b, mask in routes if a is not None and b is not None]
+        return LogitMeter(block.key_heads, without_row_constants)
+    return OutputMeter()
 
 
 def _entries(block: Block, axes: Collection[Axis]) -> list[str]:
@@ -286,7 +199,3 @@ def _reads(block: Block, axes: Collection[Axis]) -> list[str]:
     linear = last_layer(block)
     assert linear is not None, f"{block.id} has a last layer"
     return [linear.output, *masks_of(block)]
-
-
-def _vectors(tensor: np.ndarray) -> np.ndarray:
-    return tensor.reshape(-1, tensor.shape[-1]).astype(np.float64)

@@ -14,7 +14,6 @@ from corp_onnx.graph.model import Model
 from corp_onnx.graph.sizes import Sizes
 from corp_onnx.plan import Plan
 from corp_onnx.session import Runtime, open_session
-from corp_onnx.solve.folds import Solution
 from corp_onnx.solved import Solved
 from corp_onnx.surgery.operate import Surgery, operate
 from corp_onnx.verify.checks import (
@@ -81,7 +80,7 @@ def _promises(
     """
 
     def measured(samples: Sequence[Batch]) -> Measured:
-        return _measured(model, catalog, pruned, found, solved.solution, samples, sizes, runtime)
+        return _measured(model, catalog, pruned, found, solved, samples, sizes, runtime)
 
     check = check_promises(solved.solution, measured(solved.seen))
     groups = [solved.seen[at::GROUPS] for at in range(GROUPS)]
@@ -106,12 +105,13 @@ def _measured(
     catalog: Catalog,
     pruned: Model,
     found: Catalog,
-    solution: Solution,
+    solved: Solved,
     samples: Sequence[Batch],
     sizes: Sizes | None,
     runtime: Runtime | None,
 ) -> Measured:
     """What every fold of a solution really does, on samples that it was solved from."""
+    solution = solved.solution
 
     def measure(
         smaller: Model, blocks: Catalog, axes: tuple[Axis, ...], *, behind_pruned: bool = False
@@ -130,7 +130,9 @@ def _measured(
 
     if solution.in_sequence:
         logits = measure(pruned, found, ("qk",), behind_pruned=True)
-        return logits | stream_errors(model, catalog, pruned, solution, samples, runtime)
+        return logits | stream_errors(
+            *(model, catalog, pruned, solution, samples, runtime), emphases=solved.emphases
+        )
     measured = measure(pruned, found, ("mlp", "qk"))
     values = tuple(fold for fold in solution.folds if fold.axis == "vo")
     if not values:

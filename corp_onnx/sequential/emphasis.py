@@ -1,0 +1,232 @@
+"""The tokens that a model's output is read from, and how much an error in them matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from corp_onnx.data.batching import Batch, samples_in
+from corp_onnx.graph.extracts import exposed, extract
+from corp_onnx.graph.model import Model
+from corp_onnx.sequential.streams import Stream
+from corp_onnx.session import Runtime, Session, open_session
+
+PROBED = 4
+"""Samples on which it is seen what a disturbance does."""
+
+DISTURBANCE = 0.1
+"""Of a stream, as a share of how much the branch that joins it varies, channel by channel."""
+
+UNMOVED = 1e-10
+"""Relative squared change of the output below which it is rounding."""
+
+GLANCES = 3
+"""Tokens that are tried first: if all of them move the output, it is read from everywhere."""
+
+FEW = 4
+"""Emphasised are tokens of which there are at most one in so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Emphasis:
+    """Tokens at the same few places of every sequence, which count more than they would by number.
+
+    Attributes:
+        axis: Of the stream ``[b, t, o]`` or ``[t, b, o]``, the one that counts tokens.
+        places: Where they are along it.
+        weight: What all of them count together, over what all tokens count.
+    """
+
+    axis: int
+    places: tuple[int, ...]
+    weight: float
+
+    @property
+    def share(self) -> float:
+        """Of the whole weight, what they count beside all tokens."""
+        return self.weight / (1.0 + self.weight)
+
+    def rows(self, shape: Sequence[int], seen: Int64[np.ndarray, " s"]) -> Int64[np.ndarray, " r"]:
+        """Of the tokens that are seen, in a tensor with these token axes, those at the places."""
+        if len(shape) <= self.axis:
+            return seen[:0]
+        numbers = np.moveaxis(np.arange(np.prod(shape)).reshape(shape), self.axis, 0)
+        places = [place for place in self.places if place < len(numbers)]
+        rows: np.ndarray = np.intersect1d(seen, numbers[places])
+        return rows
+
+
+def emphasised(
+    model: Model,
+    streams: Sequence[Stream],
+    batches: Iterable[Batch],
+    samples: int,
+    *,
+    runtime: Runtime | None = None,
+    seed: int = 0,
+) -> Mapping[str, Emphasis]:
+    r"""How much the tokens that the output is read from count in the fit of every block.
+
+    A classifier that reads a class token alone makes nothing of an error in the others but by what
+    later attentions take over from them. With ``s_R`` what a small random disturbance of the stream
+    in the tokens read does to the output, ``s_O`` what one as strong does in all others, and ``d``
+    the width of what the layer reads::
+
+        weight = min(s_R / s_O, samples · |R| / d)
+
+    The first makes a sum over tokens of what the error of the output is: ``Σ_t s_t ‖e_t‖²``. The
+    second keeps a fit from trusting a token of which there are few: all of them count at most as
+    much as they are tokens for every channel.
+
+    Nothing is emphasised where the output is read from every token, or in one batch from other
+    places than in the next.
+
+    Source: ours; docs/adr/0013-tokens-that-are-read-count-more.md.
+
+    Args:
+        model: The dense model.
+        streams: Behind its blocks, in the order of the graph.
+        batches: Some calibration batches.
+        samples: How many samples there are to fit to.
+        runtime: How models are run.
+        seed: Of the disturbance.
+
+    Returns:
+        By block.
+    """
+    weights: Mapping[str, float] = {}
+    known: _Places | None = None
+    for batch in batches:
+        probe = _Probe.of(model, streams, _few(model, batch), runtime, seed)
+        places = probe.places_read()
+        if places is None or known not in {None, places}:
+            return {}
+        if known is None:
+            known, weights = places, dict(probe.weights(places))
+    assert known is not None, "there are batches"
+    tokens = samples * len(known.at)
+    width = {stream.block: stream.linear.width_in for stream in streams if stream.linear}
+    return {
+        block: Emphasis(known.axis, known.at, min(weight, tokens / width[block]))
+        for block, weight in weights.items()
+    }
+
+
+def _few(model: Model, batch: Batch) -> Batch:
+    """Some of the samples, if the model takes any number of them."""
+    fixed = any(tensor.shape and isinstance(tensor.shape[0], int) for tensor in model.graph.inputs)
+    return batch if fixed else {name: tensor[:PROBED] for name, tensor in batch.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Some tokens of every sequence, along one axis."""
+
+    axis: int
+    at: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Probe:
+    """A batch, what flows through the dense model for it, and streams of tokens in there."""
+
+    model: Model
+    streams: Sequence[Stream]
+    batch: Batch
+    dense: Batch
+    outputs: Sequence[str]
+    runtime: Runtime | None
+    seed: int
+
+    @staticmethod
+    def of(
+        model: Model, streams: Sequence[Stream], batch: Batch, runtime: Runtime | None, seed: int
+    ) -> _Probe:
+        ends = [name for stream in streams for name in stream.ends]
+        outputs = [tensor.name for tensor in model.graph.outputs]
+        dense = open_session(exposed(model, [*ends, *outputs]), runtime).run(batch)
+        numbers = [name for name in outputs if np.issubdtype(dense[name].dtype, np.floating)]
+        return _Probe(model, streams, batch, dense, numbers, runtime, seed)
+
+    def places_read(self) -> _Places | None:
+        """The few tokens that the output is read from, behind the last stream."""
+        stream, samples = self.streams[-1], samples_in(self.batch)
+        shape = self.dense[stream.tensor].shape
+        if not (self.outputs and self._is_of_tokens(stream) and samples in shape[:2]):
+            return None
+        axis, tail = 1 if shape[0] == samples else 0, self.tail(stream)
+        size = shape[axis]
+        glances = np.random.default_rng(self.seed).permutation(size)[:GLANCES]
+        if all(tail.moved(axis, glances[at : at + 1]) > UNMOVED for at in range(len(glances))):
+            return None
+        places = tuple(tail.read(axis, np.arange(size)))
+        return _Places(axis, places) if 0 < len(places) <= size / FEW else None
+
+    def weights(self, read: _Places) -> Iterator[tuple[str, float]]:
+        """Of every stream of these tokens, ``s_R / s_O``."""
+        tokens = self.dense[self.streams[-1].tensor].shape[:-1]
+        others = np.setdiff1d(np.arange(tokens[read.axis]), read.at)
+        for stream in self.streams:
+            if self._is_of_tokens(stream) and self.dense[stream.tensor].shape[:-1] == tokens:
+                tail = self.tail(stream)
+                own, apart = (tail.moved(read.axis, at) for at in (np.array(read.at), others))
+                yield stream.block, own / apart if apart > UNMOVED * own else np.inf
+
+    def tail(self, stream: Stream) -> _Tail:
+        """The model behind a stream."""
+        assert stream.linear is not None, "a stream of tokens"
+        part = extract(self.model, [stream.tensor], self.outputs, self.dense)
+        tensor, branch = self.dense[stream.tensor], self.dense[stream.linear.output]
+        spread = (stream.gain * stream.vectors(branch)).std(axis=0)
+        noise = np.random.default_rng(self.seed).standard_normal(tensor.shape)
+        return _Tail(
+            open_session(part, self.runtime),
+            {**self.batch, stream.tensor: tensor},
+            stream.tensor,
+            (DISTURBANCE * spread * noise).astype(tensor.dtype),
+            {name: self.dense[name].astype(np.float64) for name in self.outputs},
+        )
+
+    def _is_of_tokens(self, stream: Stream) -> bool:
+        """Whether it has samples, tokens and channels, in this order or the first two swapped."""
+        rank = self.dense[stream.tensor].ndim
+        return rank == 3 and stream.linear is not None and stream.linear.axis % rank == rank - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tail:
+    """What is behind a stream, ready to see what a disturbance of some tokens does."""
+
+    session: Session
+    inputs: Batch
+    tensor: str
+    noise: Float[np.ndarray, "..."]
+    dense: Batch
+
+    def read(self, axis: int, places: Int64[np.ndarray, " n"]) -> Iterator[int]:
+        """Those of some neighbours that the output depends on, by halving."""
+        if self.moved(axis, places) <= UNMOVED:
+            return
+        if len(places) == 1:
+            yield int(places[0])
+            return
+        for half in np.array_split(places, 2):
+            yield from self.read(axis, half)
+
+    def moved(self, axis: int, places: Int64[np.ndarray, " n"]) -> float:
+        """By how much the outputs move, relative and squared, when tokens are disturbed."""
+        noise = np.zeros_like(self.noise)
+        at = (slice(None),) * axis + (places,)
+        noise[at] = self.noise[at]
+        found = self.session.run({**self.inputs, self.tensor: self.inputs[self.tensor] + noise})
+        return sum(_moved(found[name], dense) for name, dense in self.dense.items())
+
+
+def _moved(found: np.ndarray, dense: Float[np.ndarray, "..."]) -> float:
+    """Relative squared difference, of what is finite."""
+    finite = np.isfinite(dense) & np.isfinite(found)
+    energy = float(np.square(dense[finite]).sum())
+    return float(np.square(found[finite] - dense[finite]).sum()) / energy if energy else 0.0

@@ -1,0 +1,152 @@
+"""Errors of blocks, summed up batch by batch: outputs, streams, logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from corp_onnx.blocks import Attention, Block
+from corp_onnx.blocks.records import Mask, Route
+from corp_onnx.calibration.masks import seen_rows
+from corp_onnx.calibration.sequences import centred, sequence_axis
+from corp_onnx.calibration.sites import channels_last, operand
+from corp_onnx.data.batching import Batch
+from corp_onnx.sequential.emphasis import Emphasis
+from corp_onnx.sequential.streams import last_layer
+from corp_onnx.solve.affine import share
+
+ROUNDING = 1e-6
+"""Relative error that float32 alone makes: an output that never varies has nothing else."""
+
+
+@runtime_checkable
+class Meter(Protocol):
+    """Compares a block, or several of the same weights, before and after, batch by batch."""
+
+    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
+        """Add a batch: what flows through the dense block and through the other."""
+        ...
+
+    def error(self) -> float:
+        """The relative squared error."""
+        ...
+
+
+@dataclass(slots=True)
+class OutputMeter:
+    """``Σ‖ŷ - y‖² / Σ‖y - mean(y)‖²`` over the outputs ``y`` of the last layer of a block."""
+
+    lost: float = 0.0
+    energy: float = 0.0
+    count: int = 0
+    total: np.ndarray | float = 0.0
+
+    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
+        """Add what the last layer gives in both."""
+        dense, pruned = (_output(one, batch) for one, batch in ((block, before), (other, after)))
+        rows = seen_rows(block.padding, dense, before)
+        self.compare(_vectors(dense)[rows], _vectors(pruned)[rows])
+
+    def compare(self, y: np.ndarray, z: np.ndarray) -> None:
+        """Add vectors ``z`` that should be ``y``, both ``[n, o]``."""
+        self.lost += float(np.square(z - y, dtype=np.float64).sum())
+        self.energy += float(np.square(y, dtype=np.float64).sum())
+        self.total = self.total + y.sum(axis=0, dtype=np.float64)
+        self.count += len(y)
+
+    def mixed(self, other: OutputMeter, share: float) -> OutputMeter:
+        """Of the means of both, with so large a share for the other."""
+        mine, its = (1.0 - share) / self.count, share / other.count
+        return OutputMeter(
+            mine * self.lost + its * other.lost,
+            mine * self.energy + its * other.energy,
+            1,
+            mine * self.total + its * other.total,
+        )
+
+    def error(self) -> float:
+        """The relative squared error of what was added."""
+        if self.lost <= ROUNDING**2 * self.energy:
+            return 0.0
+        spread = self.energy - float(np.square(self.total).sum()) / max(self.count, 1)
+        return share(self.lost, spread)
+
+
+@dataclass(slots=True)
+class StreamMeter:
+    """The same of all tokens, and of those that count more."""
+
+    emphasis: Emphasis | None
+    every: OutputMeter = field(default_factory=OutputMeter)
+    read: OutputMeter = field(default_factory=OutputMeter)
+
+    def compare(
+        self, y: np.ndarray, z: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]
+    ) -> None:
+        """Add the ``rows`` of tokens of some shape."""
+        self.every.compare(y[rows], z[rows])
+        if self.emphasis is not None:
+            few = self.emphasis.rows(shape, rows)
+            self.read.compare(y[few], z[few])
+
+    def error(self) -> float:
+        """The relative squared error, tokens that count more with their weight."""
+        if self.emphasis is None or not self.read.count:
+            return self.every.error()
+        return self.every.mixed(self.read, self.emphasis.share).error()
+
+
+@dataclass(slots=True)
+class LogitMeter:
+    """``‖Q Kᵀ - Q̂ K̂ᵀ‖² / ‖Q Kᵀ‖²`` over all pairs of tokens, from Grams of every head."""
+
+    key_heads: np.ndarray
+    without_row_constants: bool
+    grams: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
+        """Add queries and keys of both."""
+        for role, route, narrow, mask in _operands(block, other):
+            tensor = channels_last(route, before[route.linear.output])
+            rows = seen_rows(mask, tensor, before)
+            x = operand(route, tensor)[rows].astype(np.float64)
+            small = channels_last(narrow, after[narrow.linear.output])
+            y = operand(narrow, small)[rows].astype(np.float64)
+            if self.without_row_constants and role == "k":
+                axis = sequence_axis(route)
+                x, y = (centred(heads, rows, tensor.shape[:-1], axis) for heads in (x, y))
+            for name, (a, b) in {"xx": (x, x), "yx": (y, x), "yy": (y, y)}.items():
+                product = np.einsum("nhi,nhj->hij", a, b, optimize=True)
+                self.grams[role + name] = self.grams.get(role + name, 0.0) + product
+
+    def error(self) -> float:
+        """The relative squared error over all pairs of tokens that were added."""
+        dense, cross, pruned = (
+            float(np.vdot(self.grams[f"q{kind}"], self.grams[f"k{kind}"][self.key_heads]))
+            for kind in ("xx", "yx", "yy")
+        )
+        return share(max(dense - 2 * cross + pruned, 0.0), dense)
+
+
+def _output(block: Block, tensors: Batch) -> np.ndarray:
+    """What a block gives back, channels last."""
+    linear = last_layer(block)
+    assert linear is not None, f"{block.id} has a last layer"
+    return np.moveaxis(tensors[linear.output], linear.axis, -1)
+
+
+def _operands(block: Block, other: Block) -> list[tuple[str, Route, Route, Mask | None]]:
+    """Query and key of both blocks, and which of their tokens are padding."""
+    assert isinstance(block, Attention), "an MLP has its own meter"
+    assert isinstance(other, Attention), "both catalogs list the same blocks"
+    routes = [
+        ("q", block.query, other.query, block.padding),
+        ("k", block.key, other.key, block.key_padding),
+    ]
+    return [(role, a, b, mask) for role, a, b, mask in routes if a is not None and b is not None]
+
+
+def _vectors(tensor: np.ndarray) -> np.ndarray:
+    return tensor.reshape(-1, tensor.shape[-1]).astype(np.float64)

@@ -1,0 +1,133 @@
+"""Which tokens an output is read from, and how much they count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from corp_onnx.blocks import find_blocks
+from corp_onnx.graph.model import from_proto
+from corp_onnx.graph.shapes import evaluate
+from corp_onnx.plan import uniform
+from corp_onnx.sequential import fit as fitting
+from corp_onnx.sequential.emphasis import Emphasis, emphasised
+from corp_onnx.sequential.streams import stream_behind
+from corp_onnx.solve import Recipe
+from corp_onnx.surgery.operate import operate
+from tests import stream_builders
+from tests.full_width import run, squared_error
+from tests.inputs import activations
+
+SAMPLES, TOKENS = 6, 12
+PLENTY = 100_000
+"""Samples of which none of these models has too few."""
+
+
+def found(proto, *, samples=PLENTY, lengths=(TOKENS, TOKENS)):
+    model = from_proto(proto)
+    catalog = find_blocks(model)
+    facts = evaluate(model.graph, catalog.sizes)
+    streams = [stream_behind(model, facts, block) for block in catalog.blocks]
+    batches = [{"x": activations(SAMPLES, tokens, at)} for at, tokens in enumerate(lengths)]
+    return streams, emphasised(model, streams, batches, samples)
+
+
+@pytest.mark.parametrize("places", [(0,), (5,), (0, 1), (2, 7, 11)])
+def test_places_that_are_read_are_found(places):
+    streams, weights = found(stream_builders.read_at(places))
+    assert set(weights) == {stream.block for stream in streams}
+    assert {each.places for each in weights.values()} == {places}
+    assert {each.axis for each in weights.values()} == {1}
+
+
+def test_tokens_may_come_first():
+    _, weights = found(stream_builders.tokens_first())
+    assert {(each.axis, each.places) for each in weights.values()} == {(0, (0,))}
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [
+        stream_builders.stacked("pre_norm"),
+        stream_builders.mean_token(),
+        stream_builders.read_at(range(TOKENS // 2)),
+        stream_builders.convolutions(),
+    ],
+    ids=["every token", "mean", "half of the tokens", "map"],
+)
+def test_nothing_counts_more_where_the_output_is_read_from_everywhere(proto):
+    model = from_proto(proto)
+    if model.graph.inputs[0].shape[1:] != ["tokens", stream_builders.WIDTH]:
+        catalog = find_blocks(model)
+        facts = evaluate(model.graph, catalog.sizes)
+        streams = [stream_behind(model, facts, block) for block in catalog.blocks]
+        x = np.ones((SAMPLES, stream_builders.WIDTH, 3, 4), np.float32)
+        assert emphasised(model, streams, [{"x": x}], PLENTY) == {}
+    else:
+        assert found(proto)[1] == {}
+
+
+def test_nothing_counts_more_where_the_place_depends_on_the_length():
+    last = stream_builders.read_at([-1])
+    assert found(last, lengths=(TOKENS, TOKENS - 2))[1] == {}
+    assert found(last)[1] != {}
+
+
+def test_the_weight_is_what_a_disturbance_does_to_the_output():
+    """Token 0 keeps itself and takes a part of all others: ``s_R / s_O`` follows from these."""
+    mixing = np.eye(TOKENS)
+    mixing[0] = 0.3
+    streams, weights = found(stream_builders.mixed_once(mixing))
+    first, second = (weights[stream.block].weight for stream in streams)
+    expected = 0.3**2 / (11 * 0.3**2)
+    assert expected / 2 < first < 2 * expected
+    mixing[0, 0] = 3.0
+    (first, _), (other, last) = (
+        (first, second),
+        (each.weight for each in found(stream_builders.mixed_once(mixing))[1].values()),
+    )
+    assert other / first == pytest.approx(100, rel=0.2)
+    assert last == second == PLENTY / streams[1].linear.width_in
+
+
+def test_few_samples_hold_the_weight_back():
+    streams, weights = found(stream_builders.read_at([0, 1]), samples=3)
+    _, free = found(stream_builders.read_at([0, 1]))
+    assert all(weights[block].weight <= free[block].weight for block in free)
+    for stream in streams:
+        assert weights[stream.block].weight <= 3 * 2 / stream.linear.width_in
+    assert weights[streams[-1].block].weight == 3 * 2 / streams[-1].linear.width_in
+
+
+@pytest.mark.parametrize(("axis", "expected"), [(1, [3, 6]), (0, [0, 2])])
+def test_rows_are_those_of_tokens_that_are_seen(axis, expected):
+    seen = np.array([0, 1, 2, 3, 4, 6])
+    assert list(Emphasis(axis, (0, 9), 1.0).rows((3, 3), seen)) == (
+        [0, *expected] if axis == 1 else [0, 1, 2]
+    )
+
+
+SIZES = (64, 64, 200)
+
+
+def with_class_token(samples, seed):
+    """The first token is of another kind than the others."""
+    x = activations(samples, TOKENS, seed)
+    x[:, 0] = np.roll(x[:, 0], 3, axis=-1)
+    return x
+
+
+def test_a_model_is_nearer_where_tokens_that_are_read_count_more(monkeypatch):
+    model = from_proto(stream_builders.class_token())
+    catalog = find_blocks(model)
+    plan = uniform(catalog, {"mlp": 0.5, "qk": 0.5, "vo": 0.5}, align=1)
+    *parts, (given,) = ([{"x": with_class_token(samples, at)}] for at, samples in enumerate(SIZES))
+    (dense,) = run(model, given)
+
+    def error():
+        solution = fitting.fit_in_sequence(model, catalog, plan, parts, Recipe()).solution
+        return squared_error(run(operate(model, catalog, solution).model, given)[0], dense)
+
+    weighed = error()
+    monkeypatch.setattr(fitting, "emphasised", lambda *_, **__: {})
+    assert weighed < 0.9 * error()
