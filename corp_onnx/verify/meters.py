@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -34,14 +33,15 @@ class Meter(Protocol):
         ...
 
 
-@dataclass(slots=True)
 class OutputMeter:
     """``Σ‖ŷ - y‖² / Σ‖y - mean(y)‖²`` over the outputs ``y`` of the last layer of a block."""
 
-    lost: float = 0.0
-    energy: float = 0.0
-    count: int = 0
-    total: np.ndarray | float = 0.0
+    __slots__ = ("_count", "_energy", "_lost", "_total")
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._count, self._lost, self._energy = 0, 0.0, 0.0
+        self._total: np.ndarray | float = 0.0
 
     def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
         """Add what the last layer gives in both."""
@@ -51,60 +51,67 @@ class OutputMeter:
 
     def compare(self, y: np.ndarray, z: np.ndarray) -> None:
         """Add vectors ``z`` that should be ``y``, both ``[n, o]``."""
-        self.lost += float(np.square(z - y, dtype=np.float64).sum())
-        self.energy += float(np.square(y, dtype=np.float64).sum())
-        self.total = self.total + y.sum(axis=0, dtype=np.float64)
-        self.count += len(y)
+        self._lost += float(np.square(z - y, dtype=np.float64).sum())
+        self._energy += float(np.square(y, dtype=np.float64).sum())
+        self._total = self._total + y.sum(axis=0, dtype=np.float64)
+        self._count += len(y)
 
     def mixed(self, other: OutputMeter, share: float) -> OutputMeter:
         """Of the means of both, with so large a share for the other."""
-        mine, its = (1.0 - share) / self.count, share / other.count
-        return OutputMeter(
-            mine * self.lost + its * other.lost,
-            mine * self.energy + its * other.energy,
-            1,
-            mine * self.total + its * other.total,
-        )
+        both, mine, its = OutputMeter(), (1.0 - share) / self._count, share / other._count
+        both._count = 1
+        both._lost = mine * self._lost + its * other._lost
+        both._energy = mine * self._energy + its * other._energy
+        both._total = mine * self._total + its * other._total
+        return both
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added."""
+        return self._count == 0
 
     def error(self) -> float:
         """The relative squared error of what was added."""
-        if self.lost <= ROUNDING**2 * self.energy:
+        if self._lost <= ROUNDING**2 * self._energy:
             return 0.0
-        spread = self.energy - float(np.square(self.total).sum()) / max(self.count, 1)
-        return share(self.lost, spread)
+        spread = self._energy - float(np.square(self._total).sum()) / max(self._count, 1)
+        return share(self._lost, spread)
 
 
-@dataclass(slots=True)
 class StreamMeter:
     """The same of all tokens, and of those that count more."""
 
-    emphasis: Emphasis | None
-    every: OutputMeter = field(default_factory=OutputMeter)
-    read: OutputMeter = field(default_factory=OutputMeter)
+    __slots__ = ("_emphasis", "_every", "_read")
+
+    def __init__(self, emphasis: Emphasis | None) -> None:
+        """Start with nothing."""
+        self._emphasis, self._every, self._read = emphasis, OutputMeter(), OutputMeter()
 
     def compare(
         self, y: np.ndarray, z: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]
     ) -> None:
         """Add the ``rows`` of tokens of some shape."""
-        self.every.compare(y[rows], z[rows])
-        if self.emphasis is not None:
-            few = self.emphasis.rows(shape, rows)
-            self.read.compare(y[few], z[few])
+        self._every.compare(y[rows], z[rows])
+        if self._emphasis is not None:
+            few = self._emphasis.rows(shape, rows)
+            self._read.compare(y[few], z[few])
 
     def error(self) -> float:
         """The relative squared error, tokens that count more with their weight."""
-        if self.emphasis is None or not self.read.count:
-            return self.every.error()
-        return self.every.mixed(self.read, self.emphasis.share).error()
+        if self._emphasis is None or self._read.is_empty:
+            return self._every.error()
+        return self._every.mixed(self._read, self._emphasis.share).error()
 
 
-@dataclass(slots=True)
 class LogitMeter:
     """``‖Q Kᵀ - Q̂ K̂ᵀ‖² / ‖Q Kᵀ‖²`` over all pairs of tokens, from Grams of every head."""
 
-    key_heads: np.ndarray
-    without_row_constants: bool
-    grams: dict[str, np.ndarray] = field(default_factory=dict)
+    __slots__ = ("_grams", "_key_heads", "_without_row_constants")
+
+    def __init__(self, key_heads: np.ndarray, without_row_constants: bool) -> None:
+        """Start with nothing."""
+        self._key_heads, self._without_row_constants = key_heads, without_row_constants
+        self._grams: dict[str, np.ndarray] = {}
 
     def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
         """Add queries and keys of both."""
@@ -114,17 +121,17 @@ class LogitMeter:
             x = operand(route, tensor)[rows].astype(np.float64)
             small = channels_last(narrow, after[narrow.linear.output])
             y = operand(narrow, small)[rows].astype(np.float64)
-            if self.without_row_constants and role == "k":
+            if self._without_row_constants and role == "k":
                 axis = sequence_axis(route)
                 x, y = (centred(heads, rows, tensor.shape[:-1], axis) for heads in (x, y))
             for name, (a, b) in {"xx": (x, x), "yx": (y, x), "yy": (y, y)}.items():
                 product = np.einsum("nhi,nhj->hij", a, b, optimize=True)
-                self.grams[role + name] = self.grams.get(role + name, 0.0) + product
+                self._grams[role + name] = self._grams.get(role + name, 0.0) + product
 
     def error(self) -> float:
         """The relative squared error over all pairs of tokens that were added."""
         dense, cross, pruned = (
-            float(np.vdot(self.grams[f"q{kind}"], self.grams[f"k{kind}"][self.key_heads]))
+            float(np.vdot(self._grams[f"q{kind}"], self._grams[f"k{kind}"][self._key_heads]))
             for kind in ("xx", "yx", "yy")
         )
         return share(max(dense - 2 * cross + pruned, 0.0), dense)
