@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,11 +15,14 @@ from corp_onnx.graph.model import Model
 from corp_onnx.sequential.streams import Stream
 from corp_onnx.session import Runtime, Session, open_session
 
+log = logging.getLogger(__name__)
+
 PROBED = 4
 """Samples on which it is seen what a disturbance does."""
 
-DISTURBANCE = 0.1
-"""Of a stream, as a share of how much the branch that joins it varies, channel by channel."""
+SLIGHT, STRONG = 0.1, 10.0
+"""Disturbances of a stream, over how much the branch that joins it varies, channel by channel: to
+see how far the output moves, and whether it does."""
 
 UNMOVED = 1e-10
 """Relative squared change of the output below which it is rounding."""
@@ -97,20 +101,22 @@ def emphasised(
     Returns:
         By block.
     """
-    weights: Mapping[str, float] = {}
-    known: _Places | None = None
-    for batch in batches:
-        probe = _Probe.of(model, streams, _few(model, batch), runtime, seed)
-        places = probe.places_read()
-        if places is None or known not in {None, places}:
+    if not streams:
+        return {}
+    some = [_few(model, batch) for batch in batches]
+    places: _Places | None = None
+    for batch in some:
+        found = _Probe.of(model, streams[-1:], batch, runtime, seed).places_read()
+        if found is None or places not in {None, found}:
             return {}
-        if known is None:
-            known, weights = places, dict(probe.weights(places))
-    assert known is not None, "there are batches"
-    tokens = samples * len(known.at)
+        places = found
+    assert places is not None, "there are batches"
+    weights = dict(_Probe.of(model, streams, some[0], runtime, seed).weights(places))
+    log.info("the output is read from tokens %s alone; they count %s", places.at, weights)
+    tokens = samples * len(places.at)
     width = {stream.block: stream.linear.width_in for stream in streams if stream.linear}
     return {
-        block: Emphasis(known.axis, known.at, min(weight, tokens / width[block]))
+        block: Emphasis(places.axis, places.at, min(weight, tokens / width[block]))
         for block, weight in weights.items()
     }
 
@@ -160,9 +166,9 @@ class _Probe:
         axis, tail = 1 if shape[0] == samples else 0, self.tail(stream)
         size = shape[axis]
         glances = np.random.default_rng(self.seed).permutation(size)[:GLANCES]
-        if all(tail.moved(axis, glances[at : at + 1]) > UNMOVED for at in range(len(glances))):
+        if all(tail.reads(axis, glances[at : at + 1]) for at in range(len(glances))):
             return None
-        places = tuple(tail.read(axis, np.arange(size)))
+        places = tuple(tail.places(axis, np.arange(size)))
         return _Places(axis, places) if 0 < len(places) <= size / FEW else None
 
     def weights(self, read: _Places) -> Iterator[tuple[str, float]]:
@@ -173,7 +179,8 @@ class _Probe:
             if self._is_of_tokens(stream) and self.dense[stream.tensor].shape[:-1] == tokens:
                 tail = self.tail(stream)
                 own, apart = (tail.moved(read.axis, at) for at in (np.array(read.at), others))
-                yield stream.block, own / apart if apart > UNMOVED * own else np.inf
+                if own > 0.0:
+                    yield stream.block, own / apart if apart > UNMOVED * own else np.inf
 
     def tail(self, stream: Stream) -> _Tail:
         """The model behind a stream."""
@@ -186,7 +193,7 @@ class _Probe:
             open_session(part, self.runtime),
             {**self.batch, stream.tensor: tensor},
             stream.tensor,
-            (DISTURBANCE * spread * noise).astype(tensor.dtype),
+            spread * noise,
             {name: self.dense[name].astype(np.float64) for name in self.outputs},
         )
 
@@ -206,22 +213,26 @@ class _Tail:
     noise: Float[np.ndarray, "..."]
     dense: Batch
 
-    def read(self, axis: int, places: Int64[np.ndarray, " n"]) -> Iterator[int]:
+    def places(self, axis: int, among: Int64[np.ndarray, " n"]) -> Iterator[int]:
         """Those of some neighbours that the output depends on, by halving."""
-        if self.moved(axis, places) <= UNMOVED:
+        if not self.reads(axis, among):
             return
-        if len(places) == 1:
-            yield int(places[0])
+        if len(among) == 1:
+            yield int(among[0])
             return
-        for half in np.array_split(places, 2):
-            yield from self.read(axis, half)
+        for half in np.array_split(among, 2):
+            yield from self.places(axis, half)
 
-    def moved(self, axis: int, places: Int64[np.ndarray, " n"]) -> float:
+    def reads(self, axis: int, places: Int64[np.ndarray, " n"]) -> bool:
+        """Whether the output depends on any of some tokens."""
+        return self.moved(axis, places, STRONG) > UNMOVED
+
+    def moved(self, axis: int, places: Int64[np.ndarray, " n"], strength: float = SLIGHT) -> float:
         """By how much the outputs move, relative and squared, when tokens are disturbed."""
-        noise = np.zeros_like(self.noise)
+        stream = self.inputs[self.tensor].copy()
         at = (slice(None),) * axis + (places,)
-        noise[at] = self.noise[at]
-        found = self.session.run({**self.inputs, self.tensor: self.inputs[self.tensor] + noise})
+        stream[at] += (strength * self.noise[at]).astype(stream.dtype)
+        found = self.session.run({**self.inputs, self.tensor: stream})
         return sum(_moved(found[name], dense) for name, dense in self.dense.items())
 
 
