@@ -109,6 +109,13 @@ def class_token(seed: int = 0):
     return read_at([0], seed=seed)
 
 
+def features_and_class(seed: int = 0):
+    """Two outputs: the features of all tokens, and the first of them once more."""
+    net = Net(seed)
+    x = layer_norm(net, pre_norm(net, pre_norm(net, net.x())))
+    return net.build(x, net("Gather", x, np.array(0), axis=1))
+
+
 def mean_token(seed: int = 0):
     """The mean of all tokens is classified."""
     net = Net(seed)

@@ -90,6 +90,15 @@ def test_the_weight_is_what_a_disturbance_does_to_the_output():
     assert last == second == PLENTY / streams[1].linear.width_in
 
 
+def test_one_of_two_outputs_may_be_read_from_a_few():
+    _, weights = found(stream_builders.features_and_class())
+    _, alone = found(stream_builders.class_token())
+    assert {each.places for each in weights.values()} == {(0,)}
+    last = list(weights)[-1]
+    assert 0.5 < weights[last].weight < 2
+    assert alone[last].weight > 1000
+
+
 def test_few_samples_hold_the_weight_back():
     streams, weights = found(stream_builders.read_at([0, 1]), samples=3)
     _, free = found(stream_builders.read_at([0, 1]))

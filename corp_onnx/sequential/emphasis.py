@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -85,8 +85,8 @@ def emphasised(
     second keeps a fit from trusting a token of which there are few: all of them count at most as
     much as they are tokens for every channel.
 
-    Nothing is emphasised where the output is read from every token, or in one batch from other
-    places than in the next.
+    Nothing is emphasised where every output is read from every token, or one of them in one batch
+    from other places than in the next. Of several outputs the relative errors are added up.
 
     Source: ours; docs/adr/0013-tokens-that-are-read-count-more.md.
 
@@ -158,18 +158,15 @@ class _Probe:
         return _Probe(model, streams, batch, dense, numbers, runtime, seed)
 
     def places_read(self) -> _Places | None:
-        """The few tokens that the output is read from, behind the last stream."""
+        """The tokens behind the last stream that outputs are read from which read but a few."""
         stream, samples = self.streams[-1], samples_in(self.batch)
         shape = self.dense[stream.tensor].shape
-        if not (self.outputs and self._is_of_tokens(stream) and samples in shape[:2]):
+        if not (self._is_of_tokens(stream) and samples in shape[:2]):
             return None
         axis, tail = 1 if shape[0] == samples else 0, self.tail(stream)
-        size = shape[axis]
-        glances = np.random.default_rng(self.seed).permutation(size)[:GLANCES]
-        if all(tail.reads(axis, glances[at : at + 1]) for at in range(len(glances))):
-            return None
-        places = tuple(tail.places(axis, np.arange(size)))
-        return _Places(axis, places) if 0 < len(places) <= size / FEW else None
+        of_outputs = (tail.alone(name).few(axis, self.seed) for name in self.outputs)
+        places = sorted({place for few in of_outputs for place in few})
+        return _Places(axis, tuple(places)) if places else None
 
     def weights(self, read: _Places) -> Iterator[tuple[str, float]]:
         """Of every stream of these tokens, ``s_R / s_O``."""
@@ -212,6 +209,19 @@ class _Tail:
     tensor: str
     noise: Float[np.ndarray, "..."]
     dense: Batch
+
+    def alone(self, output: str) -> _Tail:
+        """With one output."""
+        return replace(self, dense={output: self.dense[output]})
+
+    def few(self, axis: int, seed: int) -> tuple[int, ...]:
+        """The places of the tokens that the output depends on, if these are few."""
+        size = self.noise.shape[axis]
+        glances = np.random.default_rng(seed).permutation(size)[:GLANCES]
+        if all(self.reads(axis, glances[at : at + 1]) for at in range(len(glances))):
+            return ()
+        places = tuple(self.places(axis, np.arange(size)))
+        return places if len(places) <= size / FEW else ()
 
     def places(self, axis: int, among: Int64[np.ndarray, " n"]) -> Iterator[int]:
         """Those of some neighbours that the output depends on, by halving."""
