@@ -14,7 +14,8 @@ from corp_onnx.sequential.emphasis import Emphasis, emphasised
 from corp_onnx.sequential.streams import stream_behind
 from corp_onnx.solve import Recipe
 from corp_onnx.surgery.operate import operate
-from tests import stream_builders
+from tests import stream_builders, zoo_models
+from tests.builders import WIDTH
 from tests.full_width import run, squared_error
 from tests.inputs import activations
 
@@ -23,13 +24,17 @@ PLENTY = 100_000
 """Samples of which none of these models has too few."""
 
 
-def found(proto, *, samples=PLENTY, lengths=(TOKENS, TOKENS)):
+def weighed(proto, batches, samples=PLENTY):
     model = from_proto(proto)
     catalog = find_blocks(model)
     facts = evaluate(model.graph, catalog.sizes)
     streams = [stream_behind(model, facts, block) for block in catalog.blocks]
-    batches = [{"x": activations(SAMPLES, tokens, at)} for at, tokens in enumerate(lengths)]
     return streams, emphasised(model, streams, batches, samples)
+
+
+def found(proto, *, samples=PLENTY, lengths=(TOKENS, TOKENS)):
+    batches = [{"x": activations(SAMPLES, tokens, at)} for at, tokens in enumerate(lengths)]
+    return weighed(proto, batches, samples)
 
 
 @pytest.mark.parametrize("places", [(0,), (5,), (0, 1), (2, 7, 11)])
@@ -51,20 +56,16 @@ def test_tokens_may_come_first():
         stream_builders.stacked("pre_norm"),
         stream_builders.mean_token(),
         stream_builders.read_at(range(TOKENS // 2)),
-        stream_builders.convolutions(),
     ],
-    ids=["every token", "mean", "half of the tokens", "map"],
+    ids=["every token", "mean", "half of the tokens"],
 )
 def test_nothing_counts_more_where_the_output_is_read_from_everywhere(proto):
-    model = from_proto(proto)
-    if model.graph.inputs[0].shape[1:] != ["tokens", stream_builders.WIDTH]:
-        catalog = find_blocks(model)
-        facts = evaluate(model.graph, catalog.sizes)
-        streams = [stream_behind(model, facts, block) for block in catalog.blocks]
-        x = np.ones((SAMPLES, stream_builders.WIDTH, 3, 4), np.float32)
-        assert emphasised(model, streams, [{"x": x}], PLENTY) == {}
-    else:
-        assert found(proto)[1] == {}
+    assert found(proto)[1] == {}
+
+
+def test_nothing_counts_more_in_a_map():
+    x = np.ones((SAMPLES, WIDTH, 3, 4), np.float32)
+    assert weighed(stream_builders.convolutions(), [{"x": x}])[1] == {}
 
 
 def test_nothing_counts_more_where_the_place_depends_on_the_length():
@@ -97,6 +98,29 @@ def test_one_of_two_outputs_may_be_read_from_a_few():
     last = list(weights)[-1]
     assert 0.5 < weights[last].weight < 2
     assert alone[last].weight > 1000
+
+
+READ = {
+    "timm_deit": (0,),
+    "timm_deit_eager": (0,),
+    "timm_dinov2_registers": (0,),
+    "torchvision_vit": (0,),
+    "hf_clip_vision": (0,),
+    "hf_bert_sdpa": None,
+    "timm_eva02": None,
+    "timm_swin": None,
+}
+"""By module of the zoo, the tokens that an output is read from; None for all of them."""
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in zoo_models.NAMES if zoo_models.module_of(name) in READ]
+)
+def test_every_exporter_s_class_token_is_found(name):
+    batches = [zoo_models.feeds(name, 3, seed=seed) for seed in (0, 1)]
+    _, weights = weighed(zoo_models.load(name), batches)
+    places = READ[zoo_models.module_of(name)]
+    assert {each.places for each in weights.values()} == ({places} if places else set())
 
 
 def test_few_samples_hold_the_weight_back():
