@@ -110,10 +110,11 @@ def class_token(seed: int = 0):
 
 
 def features_and_class(seed: int = 0):
-    """Two outputs: the features of all tokens, and the first of them once more."""
+    """Features of all tokens, the first of them once more, and an input as it came."""
     net = Net(seed)
-    x = layer_norm(net, pre_norm(net, pre_norm(net, net.x())))
-    return net.build(x, net("Gather", x, np.array(0), axis=1))
+    given = net.x()
+    x = layer_norm(net, pre_norm(net, pre_norm(net, given)))
+    return net.build(x, net("Gather", x, np.array(0), axis=1), net("Gather", given, 3, axis=1))
 
 
 def mean_token(seed: int = 0):

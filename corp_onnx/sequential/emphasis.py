@@ -154,17 +154,26 @@ class _Probe:
         ends = [name for stream in streams for name in stream.ends]
         outputs = [tensor.name for tensor in model.graph.outputs]
         dense = open_session(exposed(model, [*ends, *outputs]), runtime).run(batch)
-        numbers = [name for name in outputs if np.issubdtype(dense[name].dtype, np.floating)]
+        behind = _made_of(model, streams[-1].tensor)
+        numbers = [
+            name
+            for name in outputs
+            if name in behind and np.issubdtype(dense[name].dtype, np.floating)
+        ]
         return _Probe(model, streams, batch, dense, numbers, runtime, seed)
 
     def places_read(self) -> _Places | None:
-        """The tokens behind the last stream that outputs are read from which read but a few."""
+        """The tokens behind the last stream that outputs are read from which read but a few.
+
+        An output with a row for every token is taken to be read from all of them.
+        """
         stream, samples = self.streams[-1], samples_in(self.batch)
         shape = self.dense[stream.tensor].shape
-        if not (self._is_of_tokens(stream) and samples in shape[:2]):
+        asked = [name for name in self.outputs if self.dense[name].shape[:2] != shape[:2]]
+        if not (asked and self._is_of_tokens(stream) and samples in shape[:2]):
             return None
-        axis, tail = 1 if shape[0] == samples else 0, self.tail(stream)
-        of_outputs = (tail.alone(name).few(axis, self.seed) for name in self.outputs)
+        axis, tail = 1 if shape[0] == samples else 0, replace(self, outputs=asked).tail(stream)
+        of_outputs = (tail.alone(name).few(axis, self.seed) for name in asked)
         places = sorted({place for few in of_outputs for place in few})
         return _Places(axis, tuple(places)) if places else None
 
@@ -198,6 +207,17 @@ class _Probe:
         """Whether it has samples, tokens and channels, in this order or the first two swapped."""
         rank = self.dense[stream.tensor].ndim
         return rank == 3 and stream.linear is not None and stream.linear.axis % rank == rank - 1
+
+
+def _made_of(model: Model, name: str) -> set[str]:
+    """The names of all that follows from a tensor."""
+    found: set[str] = set()
+    stack = [model.graph.tensors()[name]]
+    while stack:
+        made = [tensor for node in stack.pop().outputs for tensor in node.outputs]
+        stack += [tensor for tensor in made if tensor.name not in found]
+        found |= {tensor.name for tensor in made}
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
