@@ -106,19 +106,21 @@ def emphasised(
     some = [_few(model, batch) for batch in batches]
     places: _Places | None = None
     for batch in some:
-        found = _Probe.of(model, streams[-1:], batch, runtime, seed).places_read()
-        if found is None or places not in {None, found}:
+        read = _Probe.of(model, streams[-1:], batch, runtime, seed).places_read()
+        if read is None or places not in {None, read}:
             return {}
-        places = found
+        places = read
     assert places is not None, "there are batches"
     weights = dict(_Probe.of(model, streams, some[0], runtime, seed).weights(places))
-    log.info("the output is read from tokens %s alone; they count %s", places.at, weights)
     tokens = samples * len(places.at)
     width = {stream.block: stream.linear.width_in for stream in streams if stream.linear}
-    return {
+    found = {
         block: Emphasis(places.axis, places.at, min(weight, tokens / width[block]))
         for block, weight in weights.items()
     }
+    for block, emphasis in found.items():
+        log.info("%s: tokens %s count %.2f times all", block, places.at, emphasis.weight)
+    return found
 
 
 def _few(model: Model, batch: Batch) -> Batch:
