@@ -272,11 +272,18 @@ def _scatter(x: Float[Array, "n *h d"], mean: Float64[Array, "*h d"]) -> Float[A
 def _centred(
     rows: Float[Array, "*h n d"], mean: Float64[Array, "*h 1 d"]
 ) -> Float[Array, "*h n d"]:
-    """Subtracted in float64, kept in the precision of the rows; with NumPy never whole in both."""
+    """In the precision of the rows, as if subtracted in float64.
+
+    With NumPy in two steps, the mean as the rows would hold it and what that leaves of it: the
+    first is exact for whatever is near the mean, and neither needs the rows in float64.
+    """
     xp = array_namespace(rows, mean)
     dtype = xp.result_type(rows, xp.float32)
     if is_numpy_array(rows):
-        return np.subtract(rows, mean, out=np.empty(rows.shape, dtype), casting="same_kind")
+        coarse = mean.astype(dtype)
+        centred: np.ndarray = np.subtract(rows, coarse, dtype=dtype)
+        centred -= (mean - coarse).astype(dtype)
+        return centred
     return xp.astype(rows - mean, dtype)
 
 

@@ -154,10 +154,11 @@ class Fitter:
         """``[f, t]`` of some tokens."""
         stream, linear = self.stream, self.stream.linear
         assert linear is not None, "a block whose last layer is known"
-        before = stream.vectors(dense)[rows] - stream.vectors(tensors[stream.tensor])[rows]
-        target = before + stream.gain * stream.vectors(tensors[linear.output])[rows]
-        features = x.reshape(-1, x.shape[-1])[rows]
-        return np.concatenate([features, target], axis=1, dtype=np.float32)
+        features = x.reshape(-1, x.shape[-1])
+        some = rows if len(rows) < len(features) else slice(None)  # a view
+        before = stream.vectors(dense)[some] - stream.vectors(tensors[stream.tensor])[some]
+        target = before + stream.gain * stream.vectors(tensors[linear.output])[some]
+        return np.concatenate([features[some], target], axis=1, dtype=np.float32)
 
     def _joint(self, every: Collector, read: Collector) -> Joint:
         """Of all tokens, those that are read with more weight."""
