@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -9,9 +11,11 @@ from corp_onnx.blocks import find_blocks
 from corp_onnx.graph.model import from_proto
 from corp_onnx.graph.shapes import evaluate
 from corp_onnx.plan import uniform
+from corp_onnx.sequential import emphasis
 from corp_onnx.sequential import fit as fitting
 from corp_onnx.sequential.emphasis import Emphasis, emphasised
 from corp_onnx.sequential.streams import stream_behind
+from corp_onnx.session import open_session
 from corp_onnx.solve import Recipe
 from corp_onnx.surgery.operate import operate
 from tests import stream_builders, zoo_models
@@ -121,6 +125,27 @@ def test_every_exporter_s_class_token_is_found(name):
     _, weights = weighed(zoo_models.load(name), batches)
     places = READ[zoo_models.module_of(name)]
     assert {each.places for each in weights.values()} == ({places} if places else set())
+
+
+@pytest.mark.parametrize(("samples", "probed"), [(PLENTY, 4), (20, 2), (3, 1)])
+def test_it_takes_half_a_pass_at_most(monkeypatch, samples, probed):
+    """Four streams, each run twice, and half of the model on average."""
+    sizes = set()
+
+    def counted(model, runtime):
+        session = open_session(model, runtime)
+
+        def run_counted(fed):
+            sizes.update(map(len, fed.values()))
+            return session.run(fed)
+
+        return SimpleNamespace(run=run_counted)
+
+    monkeypatch.setattr(emphasis, "open_session", counted)
+    streams, weights = found(stream_builders.class_token(), samples=samples)
+    assert weights
+    assert len(streams) == 4
+    assert sizes == {probed}
 
 
 def test_few_samples_hold_the_weight_back():

@@ -17,8 +17,9 @@ from corp_onnx.session import Runtime, Session, open_session
 
 log = logging.getLogger(__name__)
 
-PROBED = 4
-"""Samples on which it is seen what a disturbance does."""
+PROBED, PASSES = 4, 0.5
+"""Samples on which it is seen what a disturbance does: fewer, if together that took longer than so
+many passes over all samples."""
 
 SLIGHT, STRONG = 0.1, 10.0
 """Disturbances of a stream, over how much the branch that joins it varies, channel by channel: to
@@ -103,7 +104,7 @@ def emphasised(
     """
     if not streams:
         return {}
-    some = [_few(model, batch) for batch in batches]
+    some = [_few(model, batch, int(PASSES * samples / len(streams))) for batch in batches]
     places: _Places | None = None
     for batch in some:
         read = _Probe.of(model, streams[-1:], batch, runtime, seed).places_read()
@@ -123,10 +124,11 @@ def emphasised(
     return found
 
 
-def _few(model: Model, batch: Batch) -> Batch:
+def _few(model: Model, batch: Batch, most: int) -> Batch:
     """Some of the samples, if the model takes any number of them."""
     fixed = any(tensor.shape and isinstance(tensor.shape[0], int) for tensor in model.graph.inputs)
-    return batch if fixed else {name: tensor[:PROBED] for name, tensor in batch.items()}
+    count = samples_in(batch) if fixed else max(1, min(PROBED, most))
+    return {name: tensor[:count] for name, tensor in batch.items()}
 
 
 @dataclass(frozen=True, slots=True)
