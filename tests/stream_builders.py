@@ -124,6 +124,20 @@ def mean_token(seed: int = 0):
     return net.build(net.linear(x, WIDTH, 5))
 
 
+def mean_of_seen(seed: int = 0):
+    """The mean of all tokens that are no padding is classified, as sentence encoders do it."""
+    net = Net(seed)
+    x, seen = net.x(), net.input("seen", "batch", "tokens")
+    mask = net("Mul", net("Sub", 1.0, net("Unsqueeze", seen, [1, 2])), -1e4)
+    operands = [split_heads(net, y) for y in projections(net, layer_norm(net, x))]
+    mixed = mix(net, *operands, lambda net, logits: net("Add", logits, mask))
+    x = net("Add", x, merge_heads(net, mixed))
+    x = layer_norm(net, net("Add", x, feed(net, layer_norm(net, x))))
+    weight = net("Unsqueeze", seen, [2])
+    total = net("ReduceSum", net("Mul", x, weight), [1], keepdims=0)
+    return net.build(net("Div", total, net("ReduceSum", weight, [1], keepdims=0)))
+
+
 def tokens_first(seed: int = 0):
     """MLPs over ``[tokens, samples, channels]``, and the first token of every sample."""
     net = Net(seed)

@@ -28,12 +28,13 @@ PLENTY = 100_000
 """Samples of which none of these models has too few."""
 
 
-def weighed(proto, batches, samples=PLENTY):
+def weighed(proto, batches, samples=PLENTY, padded=True):
     model = from_proto(proto)
     catalog = find_blocks(model)
     facts = evaluate(model.graph, catalog.sizes)
     streams = [stream_behind(model, facts, block) for block in catalog.blocks]
-    return streams, emphasised(model, streams, batches, samples)
+    padding = catalog.blocks[-1].padding if padded else None
+    return streams, emphasised(model, streams, batches, samples, padding=padding)
 
 
 def found(proto, *, samples=PLENTY, lengths=(TOKENS, TOKENS)):
@@ -67,6 +68,18 @@ def test_nothing_counts_more_where_the_output_is_read_from_everywhere(proto):
     assert found(proto)[1] == {}
 
 
+def test_padding_that_is_not_read_makes_no_token_count_more():
+    seen = np.zeros((SAMPLES, 4 * TOKENS), np.float32)
+    seen[:, :5] = 1.0
+    batches = [{"x": activations(SAMPLES, 4 * TOKENS, at), "seen": seen} for at in (0, 1)]
+    assert weighed(stream_builders.mean_of_seen(), batches)[1] == {}
+    assert weighed(stream_builders.mean_of_seen(), batches, padded=False)[1] != {}
+
+
+def test_as_many_classes_as_tokens_are_no_tokens():
+    assert found(stream_builders.features_and_class(), lengths=(WIDTH, WIDTH))[1] != {}
+
+
 def test_nothing_counts_more_in_a_map():
     x = np.ones((SAMPLES, WIDTH, 3, 4), np.float32)
     assert weighed(stream_builders.convolutions(), [{"x": x}])[1] == {}
@@ -87,10 +100,7 @@ def test_the_weight_is_what_a_disturbance_does_to_the_output():
     expected = 0.3**2 / (11 * 0.3**2)
     assert expected / 2 < first < 2 * expected
     mixing[0, 0] = 3.0
-    (first, _), (other, last) = (
-        (first, second),
-        (each.weight for each in found(stream_builders.mixed_once(mixing))[1].values()),
-    )
+    other, last = (each.weight for each in found(stream_builders.mixed_once(mixing))[1].values())
     assert other / first == pytest.approx(100, rel=0.2)
     assert last == second == PLENTY / streams[1].linear.width_in
 

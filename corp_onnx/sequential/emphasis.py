@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, Int64
 
+from corp_onnx.blocks.records import Mask
+from corp_onnx.calibration.masks import seen_rows
 from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.graph.extracts import exposed, extract
 from corp_onnx.graph.model import Model
@@ -70,6 +72,7 @@ def emphasised(
     batches: Iterable[Batch],
     samples: int,
     *,
+    padding: Mask | None = None,
     runtime: Runtime | None = None,
     seed: int = 0,
 ) -> Mapping[str, Emphasis]:
@@ -96,6 +99,8 @@ def emphasised(
         streams: Behind its blocks, in the order of the graph.
         batches: Some calibration batches.
         samples: How many samples there are to fit to.
+        padding: What says which tokens of the last stream are none: the output reads no padding,
+            and yet may be read from everywhere.
         runtime: How models are run.
         seed: Of the disturbance.
 
@@ -107,7 +112,7 @@ def emphasised(
     some = [_few(model, batch, int(PASSES * samples / len(streams))) for batch in batches]
     places: _Places | None = None
     for batch in some:
-        read = _Probe.of(model, streams[-1:], batch, runtime, seed).places_read()
+        read = _Probe.of(model, streams[-1:], batch, runtime, seed, padding).places_read(padding)
         if read is None or places not in {None, read}:
             return {}
         places = read
@@ -153,9 +158,15 @@ class _Probe:
 
     @staticmethod
     def of(
-        model: Model, streams: Sequence[Stream], batch: Batch, runtime: Runtime | None, seed: int
+        model: Model,
+        streams: Sequence[Stream],
+        batch: Batch,
+        runtime: Runtime | None,
+        seed: int,
+        padding: Mask | None = None,
     ) -> _Probe:
         ends = [name for stream in streams for name in stream.ends]
+        ends += [padding.tensor] if padding else []
         outputs = [tensor.name for tensor in model.graph.outputs]
         dense = open_session(exposed(model, [*ends, *outputs]), runtime).run(batch)
         behind = _made_of(model, streams[-1].tensor)
@@ -166,18 +177,23 @@ class _Probe:
         ]
         return _Probe(model, streams, batch, dense, numbers, runtime, seed)
 
-    def places_read(self) -> _Places | None:
+    def places_read(self, padding: Mask | None) -> _Places | None:
         """The tokens behind the last stream that outputs are read from which read but a few.
 
-        An output with a row for every token is taken to be read from all of them.
+        An output with a row for every token is taken to be read from all of them. Of padding
+        nothing is asked: tokens are tried that no sample has it in place of.
         """
         stream, samples = self.streams[-1], samples_in(self.batch)
-        shape = self.dense[stream.tensor].shape
-        asked = [name for name in self.outputs if self.dense[name].shape[:2] != shape[:2]]
+        tokens = self.dense[stream.tensor]
+        shape = tokens.shape
+        asked = [name for name in self.outputs if self.dense[name].shape[:-1] != shape[:-1]]
         if not (asked and self._is_of_tokens(stream) and samples in shape[:2]):
             return None
         axis, tail = 1 if shape[0] == samples else 0, replace(self, outputs=asked).tail(stream)
-        of_outputs = (tail.alone(name).few(axis, self.seed) for name in asked)
+        seen = np.zeros(shape[:-1], bool)
+        seen.reshape(-1)[seen_rows(padding, tokens, self.dense)] = True
+        common = np.flatnonzero(seen.all(axis=1 - axis))
+        of_outputs = (tail.alone(name).few(axis, common, self.seed) for name in asked)
         places = sorted({place for few in of_outputs for place in few})
         return _Places(axis, tuple(places)) if places else None
 
@@ -238,14 +254,13 @@ class _Tail:
         """With one output."""
         return replace(self, dense={output: self.dense[output]})
 
-    def few(self, axis: int, seed: int) -> tuple[int, ...]:
-        """The places of the tokens that the output depends on, if these are few."""
-        size = self.noise.shape[axis]
-        glances = np.random.default_rng(seed).permutation(size)[:GLANCES]
+    def few(self, axis: int, among: Int64[np.ndarray, " n"], seed: int) -> tuple[int, ...]:
+        """The places, among some, of the tokens that the output depends on, if these are few."""
+        glances = np.random.default_rng(seed).permutation(among)[:GLANCES]
         if all(self.reads(axis, glances[at : at + 1]) for at in range(len(glances))):
             return ()
-        places = tuple(self.places(axis, np.arange(size)))
-        return places if len(places) <= size / FEW else ()
+        places = tuple(self.places(axis, among))
+        return places if len(places) <= len(among) / FEW else ()
 
     def places(self, axis: int, among: Int64[np.ndarray, " n"]) -> Iterator[int]:
         """Those of some neighbours that the output depends on, by halving."""

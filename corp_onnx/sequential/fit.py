@@ -109,8 +109,10 @@ def _emphases(line: Line, segments: Sequence[Segment]) -> Mapping[str, Emphasis]
     """Tokens that count more, as two batches show that are far apart."""
     streams = [stream for segment in segments for stream in segment.streams]
     some = dict.fromkeys((0, len(line.of_part) - 1))
+    last = line.block(streams[-1].block) if streams else None
     return emphasised(
         *(line.model, streams, [line.dense.read(batch) for batch in some], line.samples),
+        padding=last.padding if last else None,
         runtime=line.runtime,
         seed=line.seed,
     )
