@@ -20,31 +20,35 @@ CUDA: tuple[str, ...] = ("CUDAExecutionProvider", *CPU)
 EXACT: Mapping[str, Mapping[str, str]] = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """Options for statistics, which need all digits of float32; TF32, the default there, has three."""
 
-DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
-"""Both hold one package, in one folder."""
+DISTRIBUTIONS = (
+    "onnxruntime",
+    *(f"onnxruntime-{kind}" for kind in ("gpu", "openvino", "directml", "qnn", "rocm", "training")),
+)
+"""All hold one package, in one folder."""
 
-TAKE_GPU = "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install 'corp_onnx[gpu]'`"
 MISSING = (
     "ONNX Runtime is not installed; install it with `pip install 'corp_onnx[cpu]'`, or on a "
     "machine with an NVIDIA GPU with `pip install 'corp_onnx[gpu]'`"
 )
-CONFLICT = (
-    "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; run "
-    f"{TAKE_GPU} (or [cpu])"
-)
 
 
 @functools.cache
-def in_conflict() -> bool:
-    """Whether both distributions are installed; looked up once."""
-    return all(map(_is_installed, DISTRIBUTIONS))
+def conflict() -> str:
+    """What is wrong where several distributions are installed, and how to mend it; else nothing."""
+    found = _installed()
+    if len(found) < 2:
+        return ""
+    return (
+        f"{' and '.join(found)} are installed together and overwrite each other's files; run "
+        f"{_take_gpu(found)} (or [cpu])"
+    )
 
 
 @functools.cache
 def warn_of_conflict() -> None:
-    """Say once that what runs may be either of two, where both are installed."""
-    if in_conflict():
-        _log.warning("%s", CONFLICT)
+    """Say once that what runs may be any of several, where several are installed."""
+    if conflict():
+        _log.warning("%s", conflict())
 
 
 def require_available(ort: ModuleType, names: Sequence[str]) -> None:
@@ -59,7 +63,7 @@ def require_available(ort: ModuleType, names: Sequence[str]) -> None:
         return
     advice = "choose one of these with --providers or --target"
     if CUDA[0] in missing:
-        advice += f", or, for a CUDA device: {CONFLICT if in_conflict() else TAKE_GPU}"
+        advice += f", or, for a CUDA device: {conflict() or _take_gpu(_installed())}"
     raise BackendUnavailable(
         f"execution provider {', '.join(missing)} is not in the installed ONNX Runtime, which has "
         f"{', '.join(available)}; {advice}"
@@ -89,6 +93,17 @@ def require_started(names: Sequence[str], started: Sequence[str]) -> None:
             "instead; check driver and libraries (`nvidia-smi`; the gpu extra brings CUDA 13 and "
             "cuDNN 9, --log-level info says what was not found), or choose with --providers"
         )
+
+
+def _installed() -> list[str]:
+    """The distributions of ONNX Runtime."""
+    return [name for name in DISTRIBUTIONS if _is_installed(name)]
+
+
+def _take_gpu(found: Sequence[str]) -> str:
+    """How to have the distribution with CUDA instead of those that are installed."""
+    named = " ".join(found) or DISTRIBUTIONS[0]
+    return f"`pip uninstall -y {named}`, then `pip install 'corp_onnx[gpu]'`"
 
 
 def _is_installed(distribution: str) -> bool:

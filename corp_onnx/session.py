@@ -19,10 +19,9 @@ from corp_onnx.graph.inputs import InputSpec
 from corp_onnx.graph.model import Model, serialized, write
 from corp_onnx.graph.widened import in_float32, is_bfloat16
 from corp_onnx.providers import (
-    CONFLICT,
     CPU,
     MISSING,
-    in_conflict,
+    conflict,
     load_libraries,
     require_available,
     require_started,
@@ -234,7 +233,7 @@ def _onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendUnavailable(CONFLICT if in_conflict() else MISSING) from error
+        raise BackendUnavailable(conflict() or MISSING) from error
     warn_of_conflict()
     return onnxruntime  # type: ignore[no-any-return]
 

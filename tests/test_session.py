@@ -20,13 +20,18 @@ from corp_onnx.session import Runtime, open_session
 from corp_onnx.terminal import options
 from tests.builders import Net
 
-MENDED = "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install 'corp_onnx[gpu]'`"
+BOTH = ("onnxruntime", "onnxruntime-gpu")
+
+
+def mended(*names):
+    """What is advised."""
+    return f"`pip uninstall -y {' '.join(names)}`, then `pip install 'corp_onnx[gpu]'`"
 
 
 @pytest.fixture
 def installed(monkeypatch):
     """Pretend that just these distributions are installed."""
-    cached = (providers.in_conflict, providers.warn_of_conflict)
+    cached = (providers.conflict, providers.warn_of_conflict)
     looked_up = []
 
     def pretend(*names):
@@ -50,14 +55,17 @@ def warnings(caplog):
     return [record.message for record in caplog.records if record.levelno == logging.WARNING]
 
 
-def test_two_distributions_are_a_conflict_that_is_told_once(installed, caplog, files):
-    looked_up = installed("onnxruntime", "onnxruntime-gpu")
+@pytest.mark.parametrize(
+    "names", [BOTH, ("onnxruntime", "onnxruntime-openvino"), (*BOTH, "onnxruntime-directml")]
+)
+def test_several_distributions_are_a_conflict_that_is_told_once(installed, caplog, files, names):
+    looked_up = installed(*names)
     for _ in range(3):
         open_session(files.model)
     (told,) = warnings(caplog)
-    assert "onnxruntime and onnxruntime-gpu are both installed" in told
-    assert MENDED in told
-    assert sorted(looked_up) == ["onnxruntime", "onnxruntime-gpu"]
+    assert f"{' and '.join(names)} are installed together" in told
+    assert mended(*names) in told
+    assert sorted(looked_up) == sorted(providers.DISTRIBUTIONS)
 
 
 @pytest.mark.parametrize("only", ["onnxruntime", "onnxruntime-gpu"])
@@ -68,17 +76,21 @@ def test_one_distribution_is_none(installed, caplog, files, only):
 
 
 def test_the_conflict_is_on_standard_error_and_the_document_whole(installed, command, files):
-    installed("onnxruntime", "onnxruntime-gpu")
+    installed(*BOTH)
     ended = command("bench", files.model, "--runs", 1, "--warmup", 0, "--json")
     assert ended.status == 0
-    assert "both installed" in ended.message
-    assert "both installed" not in ended.stdout
+    assert "installed together" in ended.message
+    assert "installed together" not in ended.stdout
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
-    [(("onnxruntime",), MENDED), (("onnxruntime", "onnxruntime-gpu"), f"files; run {MENDED}")],
-    ids=["the CPU's alone", "both"],
+    [
+        (("onnxruntime",), mended("onnxruntime")),
+        (BOTH, f"files; run {mended(*BOTH)}"),
+        ((), mended("onnxruntime")),
+    ],
+    ids=["the CPU's alone", "both", "one of another name"],
 )
 def test_cuda_without_its_distribution_says_which_commands_to_run(installed, files, names, words):
     installed(*names)
@@ -99,9 +111,9 @@ def test_another_provider_is_none_of_that(installed, files):
 def test_a_package_that_cannot_be_imported_is_missing_or_in_conflict(
     installed, monkeypatch, files, both
 ):
-    installed(*(("onnxruntime", "onnxruntime-gpu") if both else ()))
+    installed(*(BOTH if both else ()))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    words = "are both installed" if both else "is not installed"
+    words = "are installed together" if both else "is not installed"
     with pytest.raises(BackendUnavailable, match=words):
         open_session(files.model)
 
