@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
-from corp_onnx.blocks import Catalog, axes_of, find_blocks
+from corp_onnx.blocks import Axis, Catalog, axes_of, find_blocks
 from corp_onnx.calibration.calibrate import gather
 from corp_onnx.graph.model import Model, from_proto
 from corp_onnx.plan import uniform
@@ -19,8 +19,9 @@ from corp_onnx.surgery.operate import operate
 from corp_onnx.verify.checks import Gates, check_promises
 from corp_onnx.verify.promise import Measured, measured_errors
 from corp_onnx.verify.verify import verify
-from tests.builders import TINY, Net, feeds, mlp
+from tests.builders import TINY, WIDTH, Net, feeds, mlp
 from tests.inputs import activations, sentences
+from tests.stream_builders import attend
 from tests.tolerances import rounding
 
 ROUNDING = rounding(width=200, dtype=np.float32)
@@ -61,9 +62,11 @@ class Case:
     catalog: Catalog
     batches: list[dict[str, np.ndarray]]
 
-    def solution(self, method: str, share: float = 0.5) -> Solution:
+    def solution(
+        self, method: str, share: float = 0.5, axes: Sequence[Axis] = ("mlp", "qk")
+    ) -> Solution:
         statistics = gather(self.model, self.catalog, self.batches)
-        plan = uniform(self.catalog, {"mlp": share, "qk": share}, align=1)
+        plan = uniform(self.catalog, dict.fromkeys(axes, share), align=1)
         return solve(self.model, self.catalog, plan, statistics, Recipe(method))
 
     def measured(self, pruned: Model, *, without_row_constants: bool = False) -> Measured:
@@ -124,6 +127,22 @@ def test_nothing_removed_is_nothing_lost(case, name):
 def test_mlps_that_share_a_layer_are_not_measured(case):
     made = case("mlp_chain")
     assert made.measured(operate(made.model, made.catalog, made.solution("corp")).model) == {}
+
+
+def test_an_mlp_that_begins_in_an_output_projection_is_not_measured():
+    """With narrower values that layer cannot take what it takes in the dense model."""
+    net = Net(0)
+    x = net.x()
+    model = from_proto(net.build(net("Add", x, net.linear(attend(net, x), WIDTH, WIDTH))))
+    made = Case(model, find_blocks(model), [{"x": activations(4)}])
+    solution = made.solution("corp", axes=("mlp", "qk", "vo"))
+    assert [(fold.block, fold.axis) for fold in solution.folds] == [
+        ("attention.0", "qk"),
+        ("attention.0", "vo"),
+        ("mlp.0", "mlp"),
+    ]
+    measured = made.measured(operate(model, made.catalog, solution).model)
+    assert set(measured) == {("attention.0", "qk")}
 
 
 def test_padding_counts_in_no_measurement(case):

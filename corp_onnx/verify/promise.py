@@ -142,9 +142,9 @@ def _measurable(
     """Blocks before and after that have something to measure and take dense inputs."""
     pairs = list(zip(dense.blocks, pruned.blocks, strict=True))
     narrower = {
-        block.hidden
+        linear.input
         for block, other in pairs
-        if isinstance(block, Mlp) and other.width != block.width
+        if (linear := last_layer(block)) and linear.width_in != _width_in(other)
     }
     return [
         (block, other)
@@ -165,6 +165,12 @@ def _entered(catalog: Catalog, solution: Solution) -> set[Linear]:
 def _kind(block: Block, axes: Collection[Axis]) -> Axis:
     """What is measured of a block."""
     return next(axis for axis in axes_of(block) if axis in axes)
+
+
+def _width_in(block: Block) -> int | None:
+    """How many channels the last layer of a block reads."""
+    linear = last_layer(block)
+    return linear and linear.width_in
 
 
 def _narrows_output(block: Mlp, other: Block) -> bool:
