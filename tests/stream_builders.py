@@ -20,6 +20,8 @@ from tests.builders import (
     mlp,
     projections,
     relu,
+    scaled,
+    softmax,
     split_heads,
 )
 
@@ -75,6 +77,18 @@ def chained(net: Net, x: str) -> str:
     return net("Add", x, net.linear(y, 15, WIDTH))
 
 
+def differential(net: Net, x: str) -> str:
+    """Two kinds of probabilities mix one set of values, as in a differential transformer."""
+    y = layer_norm(net, x)
+    query, key, value = (split_heads(net, part) for part in projections(net, y))
+    other = [split_heads(net, net.linear(y, WIDTH, HEADS * HEAD)) for _ in range(2)]
+    swapped = [net("Transpose", keys, perm=[0, 1, 3, 2]) for keys in (key, other[1])]
+    products = (net("MatMul", *pair) for pair in zip((query, other[0]), swapped, strict=True))
+    first, second = (softmax(net, scaled(net, logits)) for logits in products)
+    joined = net("Sub", first, net("Mul", second, net.random(1, HEADS, 1, 1)))
+    return net("Add", x, merge_heads(net, net("MatMul", joined, value)))
+
+
 LAYERS: Mapping[str, Callable[[Net, str], str]] = {
     "pre_norm": pre_norm,
     "layer_scale": layer_scale,
@@ -82,6 +96,7 @@ LAYERS: Mapping[str, Callable[[Net, str], str]] = {
     "parallel": parallel,
     "parallel_packed": parallel_packed,
     "chained": chained,
+    "differential": differential,
 }
 
 

@@ -48,7 +48,7 @@ NAMES = [
     *("chained", "gemm", "no_last_layer"),
     *("convolutions", "text_encoder", "transformer", "mlp_chain", "mlp_tied", "tied_attention"),
     *("sizes_read", "mixed_sizes_read", "without_output", "cross_attention", "half"),
-    "class_token",
+    *("class_token", "differential"),
 ]
 
 

@@ -34,7 +34,7 @@ def maker(model, stream):
 OTHERS = {
     "gemm": stream_builders.gemm(),
     "convolutions": stream_builders.convolutions(),
-    **{name: stacked(name) for name in LAYERS if name != "chained"},
+    **{name: stacked(name) for name in LAYERS if name not in {"chained", "differential"}},
 }
 
 

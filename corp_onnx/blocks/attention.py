@@ -69,12 +69,11 @@ def attention_of(view: View, parts: Parts, block_id: str) -> Attention | Refusal
 def unshared(blocks: Sequence[Attention]) -> list[Attention]:
     """The same blocks, less the axes whose projection another block has a part of as well.
 
-    Where one product mixes values by the probabilities of several, values are those of the first.
+    Where one product mixes values by the probabilities of several, values are those of the last:
+    in sequence they are cut when all that mixes them has been.
     """
-    first: dict[str, str] = {}
-    for block in blocks:
-        first.setdefault(block.products[-1], block.id)
-    blocks = [_without_values(block, first[block.products[-1]]) for block in blocks]
+    last = {block.products[-1]: block.id for block in blocks}
+    blocks = [_without_values(block, last[block.products[-1]]) for block in blocks]
     owners: dict[str, set[str]] = {}
     for block in blocks:
         for route in block.fragments:

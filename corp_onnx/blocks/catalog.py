@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.attention import attention_of, unshared
-from corp_onnx.blocks.blockers import sources_of
 from corp_onnx.blocks.foreign import weights_inside, why_fused
+from corp_onnx.blocks.leftovers import SMALL_SHARE, in_bodies, leftovers
 from corp_onnx.blocks.linear import match_linear
 from corp_onnx.blocks.logits import Anchor, match_softmax
-from corp_onnx.blocks.mlp import match_mlp, why_not_hidden
+from corp_onnx.blocks.mlp import match_mlp
 from corp_onnx.blocks.padding import with_padding
 from corp_onnx.blocks.parts import Parts, match_attention, match_multi_head, match_operator
 from corp_onnx.blocks.records import (
@@ -34,9 +34,6 @@ from corp_onnx.graph.shapes import usual_facts
 from corp_onnx.graph.sizes import Sizes
 from corp_onnx.graph.varied import probed
 
-SMALL_SHARE = 0.01
-"""Linear layers below this share of all MACs go unmentioned."""
-
 
 def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
     """Every block of a model, and a refusal for every Softmax and large linear layer outside.
@@ -56,11 +53,11 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
     taken = {linear.node for block in blocks for linear in linears_of(block)}
     refusals += [item for item in (*hidden, *unmatched) if item.node not in taken]
     said = taken | {item.node for item in refusals}
-    refusals += _large_leftovers(view, counts, said, _left_whole(view, attentions))
+    refusals += leftovers(view, counts, attentions, said)
     inside = weights_inside(model.graph, counts.params, SMALL_SHARE)
     said |= {linear.node for linear in view.linears.values()}
     refusals += [item for item in inside if item.node not in said]
-    refusals += _in_bodies(view)
+    refusals += in_bodies(view)
     return Catalog(
         blocks,
         tuple(refusals),
@@ -68,6 +65,7 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
         counts.total,
         counts.params,
         {block.id: macs for block, macs in _macs_of(blocks, counts)},
+        counts.uncounted,
     )
 
 
@@ -160,46 +158,6 @@ def _in_order(view: View, blocks: Sequence[Block]) -> tuple[Block, ...]:
         key=lambda block: place[block.down.node if isinstance(block, Mlp) else block.anchor],
     )
     return with_padding(view.graph.nodes, ordered)
-
-
-def _left_whole(view: View, attentions: Sequence[Attention]) -> dict[str, str]:
-    """Why layers that make queries, keys or values are in no block, by the output of the layer."""
-    nodes = {node.name: node for node in view.graph.nodes}
-    return {
-        source: f"it is part of {block.id}, where {' and '.join(block.refused)} cannot be cut"
-        for block in attentions
-        if block.refused
-        for product in block.products
-        for operand in nodes[product].inputs
-        for source in sources_of(view, operand)
-    }
-
-
-def _large_leftovers(
-    view: View, counts: Counts, said: set[str], reasons: Mapping[str, str]
-) -> list[Refusal]:
-    """A refusal for every linear layer of more than a hundredth of all MACs that is in no block."""
-    nodes = {node.name: node for node in view.graph.nodes}
-    return [
-        Refusal(
-            linear.node,
-            "Linear",
-            reasons.get(output) or why_not_hidden(view, linear, nodes[linear.node].inputs[0]),
-        )
-        for output, linear in view.linears.items()
-        if linear.node not in said
-        and counts.by_node.get(linear.node, 0) > SMALL_SHARE * counts.total
-    ]
-
-
-def _in_bodies(view: View) -> Iterator[Refusal]:
-    for node in nodes_of_subgraphs(view.graph):
-        if "Attention" in node.op or node.op in {"Softmax", "MatMul", "Gemm", "MatMulNBits"}:
-            holder = view.holders[id(node)]
-            reason = (
-                f"it lies inside the body of {holder.op} ({holder.name}), which is left as it is"
-            )
-            yield Refusal(node.name, node.op, reason)
 
 
 def _macs_of(blocks: Sequence[Block], counts: Counts) -> Iterator[tuple[Block, int]]:

@@ -263,6 +263,8 @@ class Catalog:
     params: int
     macs_by_block: Mapping[str, int]
     """Of a block's linear layers and, in attention, of both products."""
+    uncounted: tuple[str, ...] = ()
+    """Nodes that multiply and are in none of these numbers: their sizes are not known."""
 
     @property
     def macs_prunable(self) -> int:
@@ -292,8 +294,5 @@ def linears_of(block: Block) -> tuple[Linear, ...]:
     """The linear layers of a block: those that feed its axes and the one that they end in."""
     if isinstance(block, Mlp):
         return tuple(dict.fromkeys((*(source.linear for source in block.sources), block.down)))
-    routes = (block.query, block.key, block.value)
-    found = [route.linear for route in routes if route is not None]
-    if block.output is not None:
-        found.append(block.output.linear)
-    return tuple(dict.fromkeys(found))
+    parts = (block.query, block.key, block.value, block.output)
+    return tuple(dict.fromkeys(part.linear for part in parts if part is not None))

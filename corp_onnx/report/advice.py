@@ -1,8 +1,8 @@
-"""What the gap between seen and unseen samples says about the calibration data, in numbers."""
+"""What a user should know of the data and of the numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -51,4 +51,15 @@ def advice(solution: Solution, samples: int) -> tuple[str, ...]:
         f"that it has, and {worst} by {found[worst] / 2.0:.0%}: {samples} calibration inputs are "
         f"few, or too alike. About {wanted} of equal variety, or fewer from more sources, would "
         f"bring that to {GOOD_GAP:.0%}",
+    )
+
+
+def uncounted(nodes: Sequence[str]) -> tuple[str, ...]:
+    """That MACs leave nodes out, if they do."""
+    if not nodes:
+        return ()
+    several = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+    return (
+        f"MACs leave out {nodes[0]}{several}: how much they multiply depends on the data, or is "
+        "not known, so shares of MACs are of the rest",
     )

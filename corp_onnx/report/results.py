@@ -16,7 +16,7 @@ from corp_onnx.blocks import Attention, Block, Catalog, Mlp, axes_of
 from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.data.batching import samples_in
 from corp_onnx.pipeline import Pruned
-from corp_onnx.report.advice import advice
+from corp_onnx.report.advice import advice, uncounted
 from corp_onnx.report.page import Json, table_of
 from corp_onnx.report.typed import typed_json, typed_lines
 from corp_onnx.solve.folds import OutputFold
@@ -38,7 +38,7 @@ def catalog_json(catalog: Catalog, notes: Sequence[str] = ()) -> Json:
         "macs": catalog.macs,
         "params": catalog.params,
         "macs_prunable": catalog.macs_prunable,
-        "notes": list(notes),
+        "notes": [*notes, *uncounted(catalog.uncounted)],
     }
 
 
@@ -70,7 +70,7 @@ def catalog_table(catalog: Catalog, notes: Sequence[str] = ()) -> RenderableType
             f"that can be cut; {catalog.params / 1e6:.2f} M parameters"
         )
     )
-    return Group(*parts, *map(Text, notes))
+    return Group(*parts, *map(Text, [*notes, *uncounted(catalog.uncounted)]))
 
 
 def statistics_json(statistics: Statistics, output: str) -> Json:
@@ -137,10 +137,14 @@ def pruned_json(result: Pruned, output: str) -> Json:
         "held_out": comparison_json(result.verification.comparison),
         "precision": result.typed and typed_json(result.typed, result.typed_checks),
         "passed": result.passed,
-        "notes": list(result.surgery.model.notes),
+        "notes": _notes(result),
         "advice": list(advice(result.solved.solution, result.solved.samples)),
         "output": output,
     } | ({} if result.deadline is None else {"latency": latency_json(result.deadline)})
+
+
+def _notes(result: Pruned) -> list[str]:
+    return [*result.surgery.model.notes, *uncounted(result.surgery.dense.uncounted)]
 
 
 def latency_json(outcome: DeadlineOutcome) -> Json:
@@ -179,7 +183,7 @@ def pruned_table(result: Pruned, output: str) -> RenderableType:
         *([] if result.solved.solution.in_sequence else [Text(ONE_SHOT)]),
         *map(Text, typed_lines(result.typed) if result.typed else ()),
         Text(spent),
-        *map(Text, result.surgery.model.notes),
+        *map(Text, _notes(result)),
         *map(Text, advice(result.solved.solution, result.solved.samples)),
         Text(f"written to {output}"),
     )
