@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from corp_onnx.report.advice import advice, gaps
+from corp_onnx.report.advice import advice, gaps, uncounted
 from corp_onnx.solve.folds import Evidence, MlpFold, OutputFold, QueryKeyFold, Solution
 
 
@@ -57,3 +57,10 @@ def test_gaps_are_by_block_and_axis():
     logits = QueryKeyFold("attention.0", nothing[None], nothing[None], Evidence(0.1, 1.0, 0.1))
     found = gaps(solution(logits, output, fold("mlp.0", 0.2, 0.25)))
     assert found == {"attention.0": pytest.approx(1.0), "mlp.0 mlp": pytest.approx(0.25)}
+
+
+def test_what_no_count_holds_is_told():
+    assert uncounted(()) == ()
+    (one,), (several,) = uncounted(["/up/MatMul"]), uncounted(["/up/MatMul", "b", "c"])
+    assert "leave out /up/MatMul:" in one
+    assert "leave out /up/MatMul and 2 more:" in several

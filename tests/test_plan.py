@@ -156,7 +156,7 @@ def test_refusals_are_named_with_operator_and_node():
     net = Net(0)
     model = from_proto(net.build(net("Softmax", net.linear(net.x(), WIDTH, 3), axis=-1)))
     message = refused(model, {"mlp": 0.5})
-    assert "Softmax 'Softmax_2': its probabilities enter no product with values" in message
+    assert "Softmax 'Softmax_2': no product of its probabilities with values" in message
 
 
 def test_many_reasons_are_cut_short_and_counted():

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from corp_onnx.blocks import Attention, axes_of, find_blocks
 from corp_onnx.errors import QuantisedModel
 from corp_onnx.graph.model import from_proto, load
+from corp_onnx.report.results import catalog_json
 from tests.builders import (
     HEAD,
     HEADS,
@@ -494,7 +495,35 @@ def test_large_layers_in_no_block_are_mentioned_and_small_ones_are_not():
     first = net("Gather", y, np.int64(0), axis=1)
     (refusal,) = catalog_of(net, wide, net.linear(first, WIDTH, 2)).refusals
     assert refusal.op == "Linear"
-    assert "end in no other linear layer" in refusal.reason
+    assert "outputs are the hidden channels of no other layer" in refusal.reason
+
+
+def test_weights_that_the_data_pick_are_mentioned():
+    """As those of experts are: a router gives every token its matrix."""
+    net = Net(0)
+    router = net("ArgMax", net.linear(net.x(), WIDTH, 2), axis=2, keepdims=0)
+    experts = net.const(net.random(2, WIDTH, WIDTH))
+    picked = net("Transpose", net("Gather", experts, router, axis=0), perm=[0, 1, 3, 2])
+    y = net("MatMul", net("Unsqueeze", "x", [2]), picked)
+    (reason,) = reasons_of(net, net("Squeeze", y, [2]))["MatMul"]
+    assert f"picked from {experts!r} at run time (Gather Gather_" in reason
+
+
+def test_products_of_unknown_size_are_mentioned_and_told_to_be_in_no_count():
+    """Rows that the data pick, as those that an expert gets: nobody knows how many they are."""
+    net = Net(0)
+    y = mlp(net, net.x("tokens", WIDTH), relu)
+    chosen = net("Squeeze", net("NonZero", net("ReduceMax", y, [1], keepdims=0)), [0])
+    rows = net("Gather", y, chosen, axis=0)
+    alone = net.linear(net("Softplus", rows), WIDTH, WIDTH)
+    catalog = catalog_of(net, y, alone)
+    assert len(catalog.blocks) == 1
+    (refusal,) = catalog.refusals
+    assert refusal.op == "Linear"
+    assert catalog.uncounted == (refusal.node,)
+    assert catalog.macs == catalog.macs_prunable
+    (note,) = catalog_json(catalog)["notes"]
+    assert refusal.node in note
 
 
 # Whole models
@@ -597,10 +626,12 @@ def test_an_output_projection_that_leaves_tokens_out_keeps_its_values():
     assert "leaves tokens out" in refused["vo"]
 
 
-def test_a_product_of_two_constants_is_mentioned_by_nobody():
+def test_a_product_of_two_constants_is_mentioned_as_one():
     net = Net(0)
     table = net("MatMul", net.random(WIDTH, WIDTH), net.weight(WIDTH, WIDTH))
     y = net("Add", mlp(net, net.x(), relu), net("Tanh", net("Slice", table, [0], [1], [0])))
     catalog = catalog_of(net, y)
     assert len(catalog.blocks) == 1
-    assert catalog.refusals == ()
+    (refusal,) = catalog.refusals
+    assert refusal.op == "MatMul"
+    assert "multiplies constants alone" in refusal.reason

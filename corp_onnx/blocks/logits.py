@@ -101,7 +101,7 @@ def match_mixing(view: View, tensor: gs.Tensor) -> Mixing | str:
     sums = [node for node in view.readers(tensor) if node.op == "Einsum"]
     if sums:
         return f"its probabilities enter a sum that is no product of matrices ({sums[0].name})"
-    return "its probabilities enter no product with values (a classifier's Softmax, for instance)"
+    return "no product of its probabilities with values was found (a classifier's Softmax has none)"
 
 
 def _mixings(view: View, tensor: gs.Tensor, seen: set[str]) -> Iterator[Mixing]:

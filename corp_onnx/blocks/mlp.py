@@ -27,6 +27,9 @@ from corp_onnx.blocks.region import (
 )
 from corp_onnx.blocks.view import View, constant_value, serves_only
 
+_DONE = {"Concat": "joins several tensors", "Gather": "looks rows up", "Pad": "adds rows"}
+"""What operators do that mix no channels, and yet end the way to a layer."""
+
 
 def match_mlp(view: View, down: Linear, hidden: gs.Tensor, block_id: str) -> Mlp | Refusal | None:
     """The MLP whose down projection is ``down``; None if its input is no hidden axis."""
@@ -109,15 +112,17 @@ def _lasting(view: View, regions: Sequence[Region], down: Linear) -> list[Branch
 
 def why_not_hidden(view: View, linear: Linear, tensor: gs.Tensor) -> str:
     """What stands above a linear layer that is no down projection, for the catalog."""
-    found = explore(view, view.probes[0], tensor, linear.axis)
-    node = found.node if isinstance(found, Blocked) else None
-    above = (
-        f"follows from {tensor.name!r}, which no layer computes"
-        if node is None
-        else f"comes through {node.op} ({node.name}), which "
-        + ("joins several tensors" if node.op == "Concat" else "mixes channels")
-    )
-    return f"its input {above}, and its {linear.width_out} outputs end in no other linear layer"
+    explored = (explore(view, facts, tensor, linear.axis) for facts in view.probes)
+    ends = (each for each in explored if isinstance(each, Blocked))
+    found = next(ends, Blocked(None, tensor.name))
+    if found.reason:
+        above = found.reason
+    elif found.node is None:
+        above = f"its input follows from {found.tensor!r}, which no layer computes"
+    else:
+        does = _DONE.get(found.node.op, "mixes channels")
+        above = f"its input comes through {found.node.op} ({found.node.name}), which {does}"
+    return f"{above}, and its {linear.width_out} outputs are the hidden channels of no other layer"
 
 
 def _other_reader(

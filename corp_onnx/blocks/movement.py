@@ -53,6 +53,8 @@ class Blocked:
 
     node: gs.Node | None
     tensor: str
+    reason: str | None = None
+    """Why nothing could be followed further, where it is known."""
 
 
 def climb(view: View, target: gs.Tensor) -> Path | Blocked:

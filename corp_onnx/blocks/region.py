@@ -84,10 +84,11 @@ def explore(view: View, facts: Facts, hidden: gs.Tensor, axis: int) -> Region | 
     climb.reach(hidden, spread(np.arange(shape[axis]), axis % len(shape), shape))
     while climb.pending and climb.blocked is None:
         climb.through(climb.next())
+    reason = climb.reasons[0] if climb.reasons else None
     if climb.blocked is not None or not climb.sources:
-        return climb.blocked or Blocked(None, hidden.name)
-    if climb.reasons:
-        return climb.reasons[0]
+        return climb.blocked or Blocked(None, hidden.name, reason)
+    if reason:
+        return reason
     nodes = tuple(view.in_order(climb.nodes))
     return Region(nodes, tuple(climb.sources.values()), climb.labels)
 
