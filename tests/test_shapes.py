@@ -19,6 +19,7 @@ from corp_onnx.graph.shapes import (
     usual_sequence,
 )
 from corp_onnx.graph.sizes import input_sizes
+from corp_onnx.graph.varied import probed
 from tests import zoo_models
 from tests.builders import HEAD, HEADS, TINY, WIDTH, Net, feeds, mlp, relu, sizes_of
 from tests.full_width import run
@@ -254,6 +255,23 @@ def test_what_depends_on_the_data_stays_open():
     facts = evaluate(made, {"x": (1, 5, WIDTH)})
     assert places not in facts.shapes
     assert facts.shape(made.outputs[1]) == (1, 5, WIDTH)
+
+
+@pytest.mark.parametrize(("batch", "times"), [(2, 1), ("batch", 3)])
+def test_a_graph_is_walked_once_for_every_choice_of_sizes(monkeypatch, batch, times):
+    """However often something stays open, for which other sizes are tried."""
+    walked = []
+    monkeypatch.setattr(
+        shapes, "evaluate", lambda graph, sizes: walked.append(sizes) or evaluate(graph, sizes)
+    )
+    net = Net(0)
+    made = graph_of(net, net("NonZero", net.x(batch, 5, WIDTH)), net("Relu", "x"))
+    probed(made)
+    assert len(walked) == times
+    assert len({sizes["x"] for sizes in walked}) == times
+    walked.clear()
+    usual_facts(made)
+    assert len(walked) == 1
 
 
 def test_what_follows_from_an_unknown_operator_stays_open():

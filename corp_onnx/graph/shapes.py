@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -59,9 +59,9 @@ def usual_sequence(graph: gs.Graph, given: Sizes | None = None) -> int:
 
 def _usual(graph: gs.Graph, given: Sizes | None) -> tuple[int, Facts]:
     known: dict[int, Facts] = {}
+    evaluated = evaluator(graph)
     for sequence in sequences_to_try(graph):
-        sizes = input_sizes(graph, sequence=sequence, given=given)
-        known[sequence] = evaluate(graph, sizes)
+        known[sequence] = evaluated(input_sizes(graph, sequence=sequence, given=given))
         if known[sequence].filled >= tensor_count(graph):
             break
     best = max(known, key=lambda sequence: known[sequence].filled)  # of equals the first
@@ -71,6 +71,19 @@ def _usual(graph: gs.Graph, given: Sizes | None) -> tuple[int, Facts]:
 def tensor_count(graph: gs.Graph) -> int:
     """How many tensors a graph computes or takes in."""
     return len(graph.inputs) + sum(bool(t.name) for node in graph.nodes for t in node.outputs)
+
+
+def evaluator(graph: gs.Graph) -> Callable[[Sizes], Facts]:
+    """`evaluate` for one graph, whose inputs may leave no choice of sizes: once for each."""
+    known: dict[tuple[tuple[str, tuple[int, ...]], ...], Facts] = {}
+
+    def evaluated(sizes: Sizes) -> Facts:
+        key = tuple(sizes.items())
+        if key not in known:
+            known[key] = evaluate(graph, sizes)
+        return known[key]
+
+    return evaluated
 
 
 def evaluate(graph: gs.Graph, sizes: Sizes) -> Facts:

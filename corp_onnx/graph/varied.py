@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from corp_onnx.graph.facts import Facts
-from corp_onnx.graph.shapes import evaluate, tensor_count
+from corp_onnx.graph.shapes import evaluator, tensor_count
 from corp_onnx.graph.sizes import Sizes, input_sizes, traced_sequences
 
 PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)), ((1, 5), (1, 7)))
@@ -22,17 +22,18 @@ def probed(graph: gs.Graph, sizes: Sizes | None = None) -> tuple[Facts, ...]:
     those of his data; only their first axis varies.
     """
     best: tuple[Facts, ...] = ()
+    evaluated = evaluator(graph)
     for pair in PROBED_SIZES:
-        probes = tuple(evaluate(graph, _probe_sizes(graph, *size, sizes)) for size in pair)
+        probes = tuple(evaluated(_probe_sizes(graph, *size, sizes)) for size in pair)
         if not best or probes[0].filled > best[0].filled:
             best = probes
         if all(facts.filled >= tensor_count(graph) for facts in probes):
             return best
     for length in traced_sequences(graph):
         two, three = (_probe_sizes(graph, batch, length, sizes) for batch in (2, 3))
-        first = evaluate(graph, two)
+        first = evaluated(two)
         if first.filled > best[0].filled:
-            best = first, evaluate(graph, three)
+            best = first, evaluated(three)
     return best
 
 
