@@ -248,6 +248,9 @@ def test_random_needs_leave_and_then_is_reproducible():
     assert set(np.unique(joined(draw[0], 4, "ids"))) <= {0, 1}
     with pytest.raises(DataError, match="leaves some of its input 'input_ids' open"):
         open_data("random", TEXT, allow_random=True)
+    sizes = {spec.name: (1, 7) for spec in TEXT}
+    data = open_data("random", TEXT, samples=5, allow_random=True, sizes=sizes)
+    assert {array.shape for array in data.arrays().values()} == {(5, 7)}
 
 
 # Order, subsets, splits

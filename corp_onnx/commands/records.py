@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from corp_onnx.data.dataset import Dataset, open_data
 from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.graph.model import Model
+from corp_onnx.graph.sizes import Sizes
 from corp_onnx.pipeline import Settings
 from corp_onnx.session import Runtime, Session, open_session
 
@@ -40,6 +41,8 @@ class Source:
     samples: int | None = None
     seed: int = 0
     allow_random: bool = False
+    sizes: Sizes = field(default_factory=dict)
+    """Of random inputs, where the model leaves them open."""
 
     def files(self) -> tuple[Path, ...]:
         """What is read, if it is a file."""
@@ -54,6 +57,7 @@ class Source:
             samples=self.samples,
             seed=self.seed,
             allow_random=self.allow_random,
+            sizes=self.sizes,
         )
 
 

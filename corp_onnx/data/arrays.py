@@ -8,7 +8,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -20,6 +20,13 @@ from numpy.lib import format as npy
 from corp_onnx.data.stores import Layout, RowArray, layout_of
 from corp_onnx.errors import DataError
 from corp_onnx.graph.inputs import InputSpec
+from corp_onnx.graph.sizes import Sizes
+
+NO_DATA = (
+    "random numbers are no calibration data: their channels have none of the correlations that the "
+    "repair is computed from, so the statistics describe no input the model will ever see; give "
+    "real inputs, or --allow-random if only the mechanics are of interest"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -107,20 +114,27 @@ def open_npz(path: Path) -> Arrays:
     return _arrays(str(path), arrays)
 
 
-def open_noise(specs: Layout, *, samples: int, seed: int) -> Arrays:
+def open_noise(specs: Layout, *, samples: int, seed: int, sizes: Sizes) -> Arrays:
     """Random samples: standard normal numbers, and zeros and ones for integers.
+
+    Args:
+        specs: The inputs of the model.
+        samples: How many.
+        seed: Of the numbers.
+        sizes: Dimensions of inputs, for those that the model leaves open.
 
     Raises:
         DataError: If a shape is not known but for its first axis.
     """
-    for spec in specs:
+    known = [replace(spec, shape=sizes.get(spec.name, spec.shape)) for spec in specs]
+    for spec in known:
         if None in spec.shape[1:]:
             raise DataError(
                 f"random samples need sizes, and the model leaves some of its input {spec.name!r} "
-                "open; write a .npz with random arrays of the shape you want"
+                "open; say which with --shapes, or write a .npz with random arrays"
             )
     rng = np.random.default_rng(seed)
-    return _arrays("random", {spec.name: _noise(rng, samples, spec) for spec in specs})
+    return _arrays("random", {spec.name: _noise(rng, samples, spec) for spec in known})
 
 
 def _arrays(where: str, arrays: Mapping[str, RowArray]) -> Arrays:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from corp_onnx.data.arrays import open_noise, open_npy, open_npz
+from corp_onnx.data.arrays import NO_DATA, open_noise, open_npy, open_npz
 from corp_onnx.data.batching import batched, filled, subset
 from corp_onnx.data.crops import Crops
 from corp_onnx.data.fitting import (
@@ -26,6 +26,7 @@ from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.data.stores import Images, Layout, Store, open_images
 from corp_onnx.errors import DataError
 from corp_onnx.graph.inputs import InputSpec
+from corp_onnx.graph.sizes import Sizes
 
 __all__ = ["Dataset", "InputSpec", "open_data"]
 
@@ -226,6 +227,7 @@ def open_data(
     samples: int | None = None,
     seed: int = 0,
     allow_random: bool = False,
+    sizes: Sizes | None = None,
 ) -> Dataset:
     """Open the data that a user named, and check that they fit the model.
 
@@ -238,6 +240,7 @@ def open_data(
         samples: Use a random subset of this many, where there are more.
         seed: Of the subset, and of random data.
         allow_random: Let ``random`` stand for random numbers.
+        sizes: Dimensions of these, where the model leaves them open.
 
     Returns:
         At least one sample, and at least one full batch for a model with a fixed batch size.
@@ -251,7 +254,10 @@ def open_data(
     require_batchable(specs)
     check = partial(require_fit, source, inputs=specs, preprocessing=preprocessing)
     if source == "random":
-        store: Store = _open_random(specs, samples=samples, seed=seed, allowed=allow_random)
+        if not allow_random:
+            raise DataError(NO_DATA)
+        count = samples or RANDOM_SAMPLES
+        store: Store = open_noise(specs, samples=count, seed=seed, sizes=sizes or {})
     elif is_loader(source) and not Path(source).exists():
         store = open_loader(source, check=check, samples=samples, seed=seed)
     else:
@@ -261,16 +267,6 @@ def open_data(
     dataset = Dataset(store, specs, indices, source, preprocessing)
     dataset._pieces(1)  # raises if a fixed batch size is never filled
     return dataset
-
-
-def _open_random(specs: Layout, *, samples: int | None, seed: int, allowed: bool) -> Store:
-    if not allowed:
-        raise DataError(
-            "random numbers are no calibration data: their channels have none of the correlations "
-            "that the repair is computed from, so the statistics describe no input the model will "
-            "ever see; give real inputs, or --allow-random if only the mechanics are of interest"
-        )
-    return open_noise(specs, samples=samples or RANDOM_SAMPLES, seed=seed)
 
 
 def _open_path(source: str, specs: Layout, preprocessing: Preprocessing | None) -> Store:

@@ -35,14 +35,15 @@ def calibrate(
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Gather statistics once; `prune --stats` then tries any ratio in seconds."""
+    sizes = options.sizes_of(shapes)
     command = commands.Calibrate(
         model,
         output,
-        commands.Source(data, samples, seed, allow_random),
+        commands.Source(data, samples, seed, allow_random, sizes),
         crops,
         options.shard_of(shard),
         resume,
-        options.sizes_of(shapes),
+        sizes,
         options.runtime_of(providers, threads, custom_op_library, device),
         device_of(device),
     )

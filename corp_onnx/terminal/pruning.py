@@ -75,7 +75,9 @@ def prune(
         crops,
         request,
     )
-    source = None if data is None else commands.Source(data, samples, seed, allow_random)
+    source = None
+    if data is not None:
+        source = commands.Source(data, samples, seed, allow_random, sizes)
     asked = TargetOptions(threads=threads, cache=cache, custom_op_library=custom_op_library)
     timed_on = open_target(place, asked)
     watch = Stopwatch() if latency is None else Stopwatch.of(described(model), sizes, batch)
@@ -112,19 +114,18 @@ def sweep(
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Error, MACs and latency over several budgets; picks the smallest that keeps your limits."""
+    sizes = options.sizes_of(shapes)
     settings = Settings(
         align,
         Recipe(method, None, ridge, device=device_of(device)),
         Gates(max_error, min_agreement),
-        options.sizes_of(shapes),
+        sizes,
         options.runtime_of(providers, threads, custom_op_library, device),
         seed,
         crops,
     )
-    source, budgets = (
-        commands.Source(data, samples, seed, allow_random),
-        options.budgets_of(macs, params),
-    )
+    source = commands.Source(data, samples, seed, allow_random, sizes)
+    budgets = options.budgets_of(macs, params)
     timed_on = open_target(target, TargetOptions(threads, custom_op_library=custom_op_library))
     command = commands.Sweep(model, folder, source, budgets, settings, timed_on)
     screen.run(command, as_json, log_level)

@@ -170,7 +170,7 @@ def _kind(block: Block, axes: Collection[Axis]) -> Axis:
 def _width_in(block: Block) -> int | None:
     """How many channels the last layer of a block reads."""
     linear = last_layer(block)
-    return linear and linear.width_in
+    return None if linear is None else linear.width_in
 
 
 def _narrows_output(block: Mlp, other: Block) -> bool:
