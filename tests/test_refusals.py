@@ -509,6 +509,20 @@ def test_weights_that_the_data_pick_are_mentioned():
     assert f"picked from {experts!r} at run time (Gather Gather_" in reason
 
 
+def test_queries_that_the_data_pick_are_no_weight():
+    """Embeddings that attend as they are: the product is that of an attention."""
+    net = Net(0)
+    net.x()
+    rows = net.const(net.random(8, SIZE))
+    ids = net.input("ids", "batch", "tokens", dtype=np.int64)
+    query = split_heads(net, net("Gather", rows, ids, axis=0))
+    _, key, value = (split_heads(net, y) for y in projections(net))
+    catalog = catalog_of(net, merge_heads(net, mix(net, query, key, value)))
+    (block,) = catalog.blocks
+    assert axes_of(block) == ("vo",)
+    assert "MatMul" not in by_operator(catalog)
+
+
 def test_products_of_unknown_size_are_mentioned_and_told_to_be_in_no_count():
     """Rows that the data pick, as those that an expert gets: nobody knows how many they are."""
     net = Net(0)

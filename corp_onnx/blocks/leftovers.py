@@ -31,6 +31,7 @@ def leftovers(
         attentions: Those that were found: what is left whole of them has its reason there.
         said: Nodes that are in a block, or have been refused.
     """
+    said = said | {product for block in attentions for product in block.products}
     linears = {linear.node: output for output, linear in view.linears.items()}
     reasons = _left_whole(view, attentions)
     for node in view.graph.nodes:
@@ -70,7 +71,7 @@ def _why_picked(tensor: gs.Tensor) -> str | None:
         return None
     return (
         f"its weight is picked from {tensor.name!r} at run time ({picker.op} {picker.name}), as "
-        "that of an expert is"
+        "that of an expert or of a relative position is"
     )
 
 
