@@ -21,6 +21,7 @@ from corp_onnx.solve import Recipe, solve
 from corp_onnx.surgery.operate import operate
 from corp_onnx.verify.comparison import compare
 from tests.builders import TINY, feeds
+from tests.inputs import sentences
 
 ALIGN = 4
 
@@ -159,6 +160,20 @@ def test_harm_is_what_was_measured_at_half_width(transformer):
         assert found.harm[alone.cuts[0].to] == pytest.approx(error, rel=1e-3)
         assert found.harm[found.width] == pytest.approx(0.0, abs=1e-6)
         assert found.macs > 0 < found.params
+
+
+def test_what_stands_at_padding_does_no_harm(tiny):
+    model = tiny("text_encoder")
+    catalog = find_blocks(model)
+    texts = sentences(np.random.default_rng(0), samples=6, length=9)
+    other = {**texts, "ids": np.where(texts["seen"] == 0, 7, texts["ids"])}
+    statistics = gather(model, catalog, [texts])
+    found, again = (
+        probe(model, catalog, statistics, [given], Recipe(), align=1) for given in (texts, other)
+    )
+    for one, two in zip(found, again, strict=True):
+        assert one.harm[1] > 0
+        np.testing.assert_allclose(one.harm, two.harm, rtol=1e-3)
 
 
 def test_unequal_widths_do_less_harm_than_equal_ones(transformer):

@@ -28,8 +28,8 @@ from corp_onnx.verify.checks import (
     check_structure,
     rounding_error,
 )
-from corp_onnx.verify.comparison import Comparison, Remembered, comparable, compare
-from tests.inputs import activations
+from corp_onnx.verify.comparison import Comparison, Remembered, comparable, compare, with_masks
+from tests.inputs import activations, sentences
 from tests.stream_builders import stacked
 from tests.tolerances import rounding
 
@@ -166,6 +166,22 @@ def test_a_reference_that_remembers_runs_once_on_every_batch():
 def test_no_samples_are_an_error():
     with pytest.raises(DataError, match="no samples to compare on"):
         compared({"y": same}, {"y": same}, batches=[])
+
+
+def test_what_stands_at_padding_is_not_compared(tiny):
+    """The other model reads other words there, and says other things of these."""
+    model = tiny("text_encoder")
+    texts = sentences(np.random.default_rng(0), samples=6, length=9)
+    hidden = texts["seen"] == 0
+    (output,) = (tensor.name for tensor in model.graph.outputs)
+    other = open_session(model).run({**texts, "ids": np.where(hidden, 7, texts["ids"])})[output]
+    stub = Session((), (output,), SimpleNamespace(run=lambda names, feeds: [other]))
+    shown, padding = with_masks(model, find_blocks(model).blocks)
+    found = compare(open_session(shown), stub, [texts], padding=padding)
+    assert found.relative_error <= rounding(width=200, dtype=np.float32) ** 2
+    assert compare(open_session(shown), stub, [texts]).relative_error > 0.01
+    other[0, 0] += 1
+    assert compare(open_session(shown), stub, [texts], padding=padding).relative_error > 0.01
 
 
 # Directions and classes

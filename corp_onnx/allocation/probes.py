@@ -24,7 +24,7 @@ from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import Solution
 from corp_onnx.solve.solver import Solver
 from corp_onnx.surgery.operate import carried_out
-from corp_onnx.verify.comparison import Remembered, compare_each
+from corp_onnx.verify.comparison import Padding, Remembered, compare, with_masks
 
 PROBED_SHARE = 0.5
 """What is removed of an axis to see what that does to the model's output."""
@@ -91,8 +91,9 @@ def probe(
             pool.map(lambda cuts: solver.curve(blocks[cuts[0].block], cuts[0].axis), groups)
         )
     counts = count(model.graph, evaluate(model.graph, catalog.sizes))
-    dense = Remembered(open_session(model, runtime))
-    bench = _Bench(model, catalog, counts, dense, tuple(samples), runtime)
+    shown, padding = with_masks(model, catalog.blocks)
+    dense = Remembered(open_session(shown, runtime))
+    bench = _Bench(model, catalog, counts, dense, padding, tuple(samples), runtime)
     return tuple(
         bench.probe(cuts, curve, solution) for cuts, curve in zip(groups, curves, strict=True)
     )
@@ -120,6 +121,7 @@ class _Bench:
     catalog: Catalog
     counts: Counts
     dense: Remembered
+    padding: Padding
     samples: tuple[Batch, ...]
     runtime: Runtime | None
 
@@ -130,9 +132,8 @@ class _Bench:
         first = cuts[0]
         folds = [solution.of(cut.block, cut.axis) for cut in cuts]
         graph = carried_out(self.model, self.catalog, folds)
-        (found,) = compare_each(
-            self.dense, [open_session(self.model.with_graph(graph), self.runtime)], self.samples
-        )
+        cut = open_session(self.model.with_graph(graph), self.runtime)
+        found = compare(self.dense, cut, self.samples, padding=self.padding)
         before, after = self.counts, count(graph, evaluate(graph, self.catalog.sizes))
         gone = max(first.width - first.to, 1)
         own = float(curve[first.to])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.records import Attention, Block, Mlp
+from corp_onnx.blocks.records import Attention, Block, Mask, Mlp
 from corp_onnx.graph.operators import SIZE_OPS
 
 
@@ -29,6 +29,18 @@ def with_padding(nodes: Iterable[gs.Node], blocks: Sequence[Block]) -> tuple[Blo
         replace(block, padding=attention.key_padding if attention else None)
         for block, attention in zip(blocks, nearest, strict=True)
     )
+
+
+def padding_of(graph: gs.Graph, blocks: Sequence[Block]) -> dict[str, Mask]:
+    """By output of a graph, the mask of the self-attention that its tokens come from."""
+    attentions = [block for block in blocks if isinstance(block, Attention)]
+    above = _nearest_above(graph.nodes, attentions)
+    found = {}
+    for tensor in graph.outputs:
+        block = next((above.get(maker.name) for maker in tensor.inputs), None)
+        if block is not None and block.key_padding is not None:
+            found[tensor.name] = block.key_padding
+    return found
 
 
 def _nearest_above(

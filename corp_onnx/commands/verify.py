@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from corp_onnx.blocks import find_blocks
 from corp_onnx.commands.records import Answer, Progress, Source
 from corp_onnx.data.labels import read_labels
 from corp_onnx.errors import QuantisedModel
@@ -12,9 +13,9 @@ from corp_onnx.graph.macs import Counts, count
 from corp_onnx.graph.model import Model, described, load
 from corp_onnx.graph.shapes import usual_facts
 from corp_onnx.report.results import comparison_json, comparison_table
-from corp_onnx.session import Runtime, Session, open_session
+from corp_onnx.session import Runtime, open_session
 from corp_onnx.verify.checks import Gates, check_gates
-from corp_onnx.verify.comparison import comparable, compare
+from corp_onnx.verify.comparison import NO_PADDING, comparable, compare, with_masks
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,19 @@ class Verify:
     def __call__(self, progress: Progress) -> Answer:
         """Run both and compare."""
         models = [_readable(path) for path in (self.dense, self.pruned)]
-        sessions = [self._opened(model) for model in models]
+        dense, pruned = map(self._shown, models)
+        padding = NO_PADDING
+        if isinstance(dense, Model):
+            dense, padding = with_masks(dense, find_blocks(dense).blocks)
         data = self.source.open(self.dense, open_session(models[0], self.runtime))
         labels = None if self.labels is None else read_labels(self.labels, data.filling())
         comparison = compare(
-            sessions[0], sessions[1], data.batches(8), output=self.output, labels=labels
+            open_session(dense, self.runtime),
+            open_session(pruned, self.runtime),
+            data.batches(8),
+            padding=padding,
+            output=self.output,
+            labels=labels,
         )
         counts = [_counts(model) for model in models]
         checks = check_gates(comparison, **asdict(self.gates))
@@ -48,10 +57,9 @@ class Verify:
         }
         return Answer(document, comparison_table(document), 0 if document["passed"] else 1)
 
-    def _opened(self, model: Model | Path) -> Session:
+    def _shown(self, model: Model | Path) -> Model | Path:
         """With the one output that counts, if it is a model that can be opened there."""
-        shown = comparable(model, self.output) if isinstance(model, Model) else model
-        return open_session(shown, self.runtime)
+        return comparable(model, self.output) if isinstance(model, Model) else model
 
 
 def _readable(path: Path) -> Model | Path:

@@ -5,16 +5,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float64
 
+from corp_onnx.blocks import Block
+from corp_onnx.blocks.padding import padding_of
+from corp_onnx.blocks.records import Mask
+from corp_onnx.calibration.masks import seen_rows
 from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.errors import DataError, PlanError, VerificationError
 from corp_onnx.graph.extracts import exposed
 from corp_onnx.graph.model import Model
 from corp_onnx.session import Session
+
+Padding = Mapping[str, Mask]
+"""By output, the mask that says which of its rows are padding."""
+
+NO_PADDING: Padding = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +33,8 @@ class Comparison:
 
     ``relative_error`` is ``Σ‖y - ŷ‖² / Σ‖y‖²``, per output and over all of them; ``cosine`` the
     mean cosine between the output vectors of the compared output; ``top1_agreement`` how often
-    their largest entry is the same; ``top1`` accuracy, where labels were given.
+    their largest entry is the same; ``top1`` accuracy, where labels were given. Rows that are
+    padding, where the model says which are, do not count.
     """
 
     samples: int
@@ -66,11 +77,20 @@ class Remembered:
         return self._found[id(feeds)][1]
 
 
+def with_masks(model: Model, blocks: Sequence[Block]) -> tuple[Model, Padding]:
+    """A model that shows, beside its outputs, what of these is padding."""
+    padding = padding_of(model.graph, blocks)
+    outputs = [tensor.name for tensor in model.graph.outputs]
+    masks = [mask.tensor for mask in padding.values()]
+    return exposed(model, list(dict.fromkeys([*outputs, *masks]))), padding
+
+
 def compare(
     dense: Reference,
     pruned: Session,
     batches: Iterable[Batch],
     *,
+    padding: Padding = NO_PADDING,
     output: str | None = None,
     labels: Sequence[int] | None = None,
 ) -> Comparison:
@@ -80,6 +100,7 @@ def compare(
         dense: The reference.
         pruned: The model to judge.
         batches: Inputs.
+        padding: Which rows of outputs do not count; what says so is among what the reference gives.
         output: The output that cosine, agreement and accuracy are of, and the only one that the
             overall error counts; by default all count, and the first one is taken.
         labels: The class of every sample, in order.
@@ -88,7 +109,9 @@ def compare(
         DataError: If there are no samples, or the dense model's outputs are not finite.
         PlanError: If the models have no floating-point output of that name in common.
     """
-    (comparison,) = compare_each(dense, [pruned], batches, output=output, labels=labels)
+    (comparison,) = compare_each(
+        dense, [pruned], batches, padding=padding, output=output, labels=labels
+    )
     return comparison
 
 
@@ -97,6 +120,7 @@ def compare_each(
     candidates: Sequence[Session],
     batches: Iterable[Batch],
     *,
+    padding: Padding = NO_PADDING,
     output: str | None = None,
     labels: Sequence[int] | None = None,
 ) -> tuple[Comparison, ...]:
@@ -108,7 +132,8 @@ def compare_each(
         before = dense.run(batch)
         for pruned, common, totals in zip(candidates, names, sums, strict=True):
             for name, after in pruned.run(batch, common).items():
-                totals[name].add(name, before[name], after)
+                seen = seen_rows(padding.get(name), before[name], before)
+                totals[name].add(name, before[name], after, seen)
         samples += samples_in(batch)
     if not samples:
         raise DataError("the data holds no samples to compare on")
@@ -166,8 +191,10 @@ class _OutputSum:
     agreed: int = 0
     chosen: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
-    def add(self, name: str, before: np.ndarray, after: np.ndarray) -> None:
-        """Add one batch; outputs of whole numbers do not count."""
+    def add(
+        self, name: str, before: np.ndarray, after: np.ndarray, seen: np.ndarray | slice
+    ) -> None:
+        """Add the rows of one batch that are seen; outputs of whole numbers do not count."""
         if before.dtype.kind != "f" and before.dtype.name != "bfloat16":
             return
         if before.shape != after.shape:
@@ -176,7 +203,7 @@ class _OutputSum:
                 "the other"
             )
         width = before.shape[-1] if before.ndim else 1
-        y, z = (array.astype(np.float64).reshape(-1, width) for array in (before, after))
+        y, z = (array.reshape(-1, width)[seen].astype(np.float64) for array in (before, after))
         if not np.isfinite(y).all():
             raise DataError(f"output {name!r} of the dense model holds NaN or infinity")
         self.lost += float(np.square(y - z).sum())

@@ -26,7 +26,7 @@ from corp_onnx.verify.checks import (
     check_structure,
     rounding_error,
 )
-from corp_onnx.verify.comparison import compare_each
+from corp_onnx.verify.comparison import compare_each, with_masks
 from corp_onnx.verify.promise import Measured, measured_errors, stream_errors
 
 GROUPS = 4
@@ -50,10 +50,12 @@ def verify(
     candidates = [surgery.model]
     if solved.solution.method != "none":
         candidates.append(operate(model, catalog, solved.bare).model)
+    shown, padding = with_masks(model, catalog.blocks)
     comparison, *unrepaired = compare_each(
-        open_session(model, runtime),
+        open_session(shown, runtime),
         [open_session(candidate, runtime) for candidate in candidates],
         solved.held_out,
+        padding=padding,
     )
     if checks[0].passed:
         checks.append(_promises(model, catalog, surgery.model, found, solved, sizes, runtime))
