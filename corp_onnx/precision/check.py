@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 
+from corp_onnx.blocks import find_blocks
 from corp_onnx.data.batching import Batch
 from corp_onnx.errors import VerificationError
 from corp_onnx.graph.model import Model, is_large
 from corp_onnx.precision.records import FORMATS, Draft, Request, Typed
 from corp_onnx.precision.rounded import rounding
 from corp_onnx.session import Runtime, Session, open_session
-from corp_onnx.verify.comparison import Comparison, compare
+from corp_onnx.verify.comparison import Comparison, compare, with_masks
 
 BEFORE = "before"
 """Name of the comparison with the model that was converted."""
@@ -47,11 +48,18 @@ def checked(
     session, computed = _as_it_computes(draft, request, runtime)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
         against = {
-            name: compare(open_session(model, runtime), session, held_out)
+            name: _compared(model, session, held_out, runtime)
             for name, model in {BEFORE: before, **others}.items()
         }
     _require_close(against[BEFORE], request, computed)
     return Typed(request, draft, against, (size_bytes(before), size_bytes(draft.model)), computed)
+
+
+def _compared(
+    model: Model, session: Session, held_out: Sequence[Batch], runtime: Runtime | None
+) -> Comparison:
+    shown, padding = with_masks(model, find_blocks(model).blocks)
+    return compare(open_session(shown, runtime), session, held_out, padding=padding)
 
 
 def size_bytes(model: Model) -> int:
