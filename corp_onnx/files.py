@@ -20,6 +20,7 @@ def whole(path: Path) -> Iterator[Path]:
         OutputError: If it cannot be written.
     """
     require_writable(path)
+    path = path.resolve()  # a link stays one
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             draft = Path(folder) / path.name
@@ -42,6 +43,8 @@ def require_writable(path: Path, read: Iterable[Path] = ()) -> None:
     """
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"cannot write {path}: it is a device or a pipe; name a file")
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.exists() and any(path.samefile(file) for file in read if file.exists()):

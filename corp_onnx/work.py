@@ -29,6 +29,7 @@ from corp_onnx.solve import Recipe, solve
 from corp_onnx.solved import Solved, from_statistics, in_sequence
 from corp_onnx.surgery.operate import Surgery, operate
 from corp_onnx.verify.checks import Check, Gates, Verification, check_gates
+from corp_onnx.verify.comparison import require_judged
 from corp_onnx.verify.verify import verify
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class Work:
         with clock.stage("load"):
             model = load(path)
         require_convertible(model, settings.request)
+        require_judged(model)
         with clock.stage("blocks"):
             catalog = find_blocks(model, settings.sizes)
         require_offered(catalog)

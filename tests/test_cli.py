@@ -19,12 +19,14 @@ import pytest
 from onnx import helper
 from PIL import Image
 
+import corp_onnx
+from corp_onnx import __main__ as entry
 from corp_onnx import cli
 from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.data.preprocessing import Preprocessing
 from corp_onnx.deploy.ort import LACKING
 from corp_onnx.report.results import ONE_SHOT
-from tests.builders import HEAD, HIDDEN, TINY, Net, mlp
+from tests.builders import HEAD, HIDDEN, TINY, Net, mlp, relu
 from tests.conftest import Files
 from tests.inputs import activations, sentences
 
@@ -973,6 +975,25 @@ def test_a_command_that_is_not_complete_is_exit_status_2(command, arguments, wor
     assert ended.status == 2
     assert words in " ".join((ended.stdout + ended.stderr).split())
     assert "Traceback" not in ended.stderr
+
+
+def test_a_model_that_chooses_classes_itself_is_refused_at_once(command, tmp_path):
+    net = Net(0)
+    path = tmp_path / "classes.onnx"
+    onnx.save(net.build(net("ArgMax", mlp(net, net.x(), relu), axis=-1)), path)
+    ended = command("prune", path, "-o", tmp_path / "out.onnx", "--data", tmp_path / "none.npz")
+    assert ended.status == 2
+    assert "export the model with its logits among the outputs" in ended.message
+
+
+def test_an_interrupt_while_modules_are_loaded_has_the_same_status(monkeypatch, capsys):
+    class Interrupted:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(corp_onnx, "cli", Interrupted())
+    assert entry.main() == 130
+    assert capsys.readouterr().err == "corp-onnx: interrupted\n"
 
 
 # A process of its own

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import onnx
 import pytest
 
 from corp_onnx.errors import OutputError
-from corp_onnx.files import whole_folder
+from corp_onnx.files import whole, whole_folder
 from tests.builders import WIDTH, Net, mlp, relu
 from tests.inputs import activations
 from tests.test_cli import document
@@ -29,6 +30,24 @@ def fill(folder, fail=False, **files):
 
 def held(folder):
     return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="it is a device or a pipe; name a file"), whole(pipe):
+        pass
+    assert pipe.is_fifo()
+
+
+def test_a_link_stays_one(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("before")
+    link.symlink_to(target)
+    with whole(link) as draft:
+        draft.write_text("after")
+    assert link.is_symlink()
+    assert target.read_text() == "after"
 
 
 def test_a_folder_is_filled_once_all_is_there(tmp_path):

@@ -130,6 +130,23 @@ def test_given_sizes_come_first():
     assert given == {"x0": (2, 3, 96, 96)}
 
 
+PAST = ("batch", 3, "past", 16)
+
+
+def test_keys_of_tokens_before_are_no_pictures():
+    """Two of one form; the axis of a mask of all tokens has a name of its own."""
+    ids, places, mask = ("batch", "new"), ("batch", "new"), ("batch", "all")
+    made = inputs_like(ids, places, mask, PAST, PAST, batch=2, sequence=9)
+    assert list(made.values()) == [(2, 9), (2, 9), (2, 18), (2, 3, 9, 16), (2, 3, 9, 16)]
+    made = inputs_like(("batch", 1), mask, PAST, PAST, sequence=9)
+    assert list(made.values())[:2] == [(1, 1), (1, 10)]
+
+
+def test_one_input_of_that_form_is_a_picture():
+    made = inputs_like(("batch", "new"), ("batch", "all"), PAST, sequence=9)
+    assert list(made.values()) == [(1, 9), (1, 9), (1, 3, 224, 16)]
+
+
 def test_dimensions_of_one_name_have_one_size():
     mask, tokens = ("batch", 1, 1, "tokens"), ("batch", "tokens", 7)
     assert inputs_like(mask, tokens) == {"x0": (1, 1, 1, 128), "x1": (1, 128, 7)}

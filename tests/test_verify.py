@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibration.calibrate import gather
@@ -29,6 +30,7 @@ from corp_onnx.verify.checks import (
     rounding_error,
 )
 from corp_onnx.verify.comparison import Comparison, Remembered, comparable, compare, with_masks
+from tests.builders import TINY
 from tests.inputs import activations, sentences
 from tests.stream_builders import stacked
 from tests.tolerances import rounding
@@ -182,6 +184,26 @@ def test_what_stands_at_padding_is_not_compared(tiny):
     assert compare(open_session(shown), stub, [texts]).relative_error > 0.01
     other[0, 0] += 1
     assert compare(open_session(shown), stub, [texts], padding=padding).relative_error > 0.01
+
+
+@pytest.mark.parametrize("open_axis", [True, False])
+def test_numbers_at_padding_are_not_compared_where_there_is_one_for_every_token(open_axis):
+    """As where an answer starts; a last axis of fixed size holds classes instead."""
+    proto = TINY["text_encoder"](0).proto
+    (end,) = proto.graph.output
+    proto.graph.node.append(helper.make_node("ReduceSum", [end.name], ["starts"], keepdims=0))
+    proto.graph.node[-1].input.append("last")
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([-1]), "last"))
+    shape = ["batch", "tokens" if open_axis else 9]
+    end.CopyFrom(helper.make_tensor_value_info("starts", TensorProto.FLOAT, shape))
+    model = from_proto(proto)
+    texts = sentences(np.random.default_rng(0), samples=6, length=9)
+    other = open_session(model).run(texts)["starts"].copy()
+    other[texts["seen"] == 0] += 100
+    stub = Session((), ("starts",), SimpleNamespace(run=lambda names, feeds: [other]))
+    shown, padding = with_masks(model, find_blocks(model).blocks)
+    found = compare(open_session(shown), stub, [texts], padding=padding)
+    assert (found.relative_error == 0, found.top1_agreement == 1) == (open_axis, open_axis)
 
 
 # Directions and classes

@@ -24,7 +24,7 @@ from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import Solution
 from corp_onnx.solve.solver import Solver
 from corp_onnx.surgery.operate import carried_out
-from corp_onnx.verify.comparison import Padding, Remembered, compare, with_masks
+from corp_onnx.verify.comparison import Paddings, Remembered, compare, with_masks
 
 PROBED_SHARE = 0.5
 """What is removed of an axis to see what that does to the model's output."""
@@ -121,7 +121,7 @@ class _Bench:
     catalog: Catalog
     counts: Counts
     dense: Remembered
-    padding: Padding
+    padding: Paddings
     samples: tuple[Batch, ...]
     runtime: Runtime | None
 

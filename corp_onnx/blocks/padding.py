@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import onnx_graphsurgeon as gs
 
@@ -31,15 +31,28 @@ def with_padding(nodes: Iterable[gs.Node], blocks: Sequence[Block]) -> tuple[Blo
     )
 
 
-def padding_of(graph: gs.Graph, blocks: Sequence[Block]) -> dict[str, Mask]:
-    """By output of a graph, the mask of the self-attention that its tokens come from."""
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """What of an output is padding: rows, or numbers where it has one for every token."""
+
+    mask: Mask
+    by_number: bool
+
+
+def padding_of(graph: gs.Graph, blocks: Sequence[Block]) -> dict[str, Padding]:
+    """By output of a graph, what is padding: by the self-attention that its tokens come from.
+
+    An output ``[b, ?]`` whose last axis is open has a number for every token.
+    """
     attentions = [block for block in blocks if isinstance(block, Attention)]
     above = _nearest_above(graph.nodes, attentions)
     found = {}
     for tensor in graph.outputs:
         block = next((above.get(maker.name) for maker in tensor.inputs), None)
         if block is not None and block.key_padding is not None:
-            found[tensor.name] = block.key_padding
+            axes = list(tensor.shape or ())
+            by_number = len(axes) == 2 and not isinstance(axes[1], int)
+            found[tensor.name] = Padding(block.key_padding, by_number)
     return found
 
 

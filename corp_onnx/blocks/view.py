@@ -16,7 +16,9 @@ from corp_onnx.graph.operators import FOLDED_OPS, SIZE_OPS, is_standard
 from corp_onnx.graph.reference import ROUNDING_OPS
 from corp_onnx.graph.shapes import COMPUTED_OPS
 
-OPEN_SIZE = "size is not known: it depends on the data, or the model runs at one size only"
+OPEN_SIZE = (
+    "size is not known: it depends on the data, or the model runs at one size only (see --shapes)"
+)
 """What is said of a tensor whose shape could not be inferred."""
 
 

@@ -123,8 +123,8 @@ def _too_few(statistics: Statistics, site: str) -> DataError:
     moments = statistics.sites[site]
     if not moments.count:
         return DataError(
-            f"no token of {statistics.source} reaches {site}: its mask hides all of them; check "
-            "the mask among the inputs"
+            f"no token of {statistics.source or 'the data'} reaches {site}: its mask hides all of "
+            "them; check the mask among the inputs"
         )
     samples = _pictures(statistics)
     needed = _needed(moments.width, moments.count / samples)

@@ -39,8 +39,10 @@ def input_sizes(
     """Concrete dimensions for every graph input: those given, else static ones, else by place.
 
     The first dimension is the batch; the last two of a 4-D input are pixels; any other that is
-    dynamic is a sequence. Dimensions of one name have one size, that of the first input to have it:
-    one that is given, else one that is no image.
+    dynamic is a sequence. Keys and values of tokens before, 4-D inputs of one form with one open
+    axis, are those of as many tokens again; a mask of both, whose axis has another name than the
+    first input's, is as long as both together. Dimensions of one name have one size, that of the
+    first input to have it: one that is given, else one that is no image.
 
     Raises:
         PlanError: If ``given`` names an unknown input or contradicts a static dimension.
@@ -54,6 +56,7 @@ def input_sizes(
         )
     sizes: dict[str, tuple[int, ...]] = {}
     named: dict[str, int] = {}
+    caches = _caches(graph)
     for tensor in sorted(
         graph.inputs, key=lambda t: (t.name not in given, len(t.shape or ()) == 4)
     ):
@@ -63,7 +66,12 @@ def input_sizes(
         if tensor.name in given:
             sizes[tensor.name] = _checked(tensor.name, declared, given[tensor.name])
         else:
-            sizes[tensor.name] = _by_place(declared, named, batch, sequence)
+            places = [batch] + [sequence] * (len(declared) - 1)
+            if tensor.name not in caches and len(declared) == 4:
+                places[2:] = [DEFAULT_PIXELS, DEFAULT_PIXELS]
+            elif caches and len(declared) == 2 and sizes:
+                places[1] = sequence + next(iter(sizes.values()))[-1]
+            sizes[tensor.name] = _by_place(declared, named, places)
         for name, size in zip(declared, sizes[tensor.name], strict=True):
             named.setdefault(str(name), size)
     return {tensor.name: sizes[tensor.name] for tensor in graph.inputs}
@@ -103,13 +111,22 @@ def _static(size: object) -> int | None:
     return int(size) if isinstance(size, (int, np.integer)) and size > 0 else None
 
 
+def _caches(graph: gs.Graph) -> set[str]:
+    """Inputs that hold keys or values of tokens before: several of one form ``[b, h, ?, d]``."""
+    forms = {tensor.name: tuple(map(_static, tensor.shape or ())) for tensor in graph.inputs}
+    found = {
+        name: form[1:]
+        for name, form in forms.items()
+        if len(form) == 4 and [size is None for size in form[1:]] == [False, True, False]
+    }
+    counts = Counter(found.values())
+    return {name for name, form in found.items() if counts[form] > 1}
+
+
 def _by_place(
-    declared: Sequence[object], named: Mapping[str, int], batch: int, sequence: int
+    declared: Sequence[object], named: Mapping[str, int], places: Sequence[int]
 ) -> tuple[int, ...]:
     """Sizes of dynamic dimensions: by their name if it is known, else by their place."""
-    places = [batch] + [sequence] * (len(declared) - 1)
-    if len(declared) == 4:
-        places[2:] = [DEFAULT_PIXELS, DEFAULT_PIXELS]
     return tuple(
         _static(size) or (named.get(size, place) if isinstance(size, str) and size else place)
         for size, place in zip(declared, places[: len(declared)], strict=True)

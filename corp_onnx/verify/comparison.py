@@ -12,19 +12,19 @@ import numpy as np
 from jaxtyping import Float64
 
 from corp_onnx.blocks import Block
-from corp_onnx.blocks.padding import padding_of
-from corp_onnx.blocks.records import Mask
+from corp_onnx.blocks.padding import Padding, padding_of
 from corp_onnx.calibration.masks import seen_rows
 from corp_onnx.data.batching import Batch, samples_in
 from corp_onnx.errors import DataError, PlanError, VerificationError
 from corp_onnx.graph.extracts import exposed
+from corp_onnx.graph.facts import element_type
 from corp_onnx.graph.model import Model
 from corp_onnx.session import Session
 
-Padding = Mapping[str, Mask]
-"""By output, the mask that says which of its rows are padding."""
+Paddings = Mapping[str, Padding]
+"""What is padding, by output."""
 
-NO_PADDING: Padding = MappingProxyType({})
+NO_PADDING: Paddings = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +77,27 @@ class Remembered:
         return self._found[id(feeds)][1]
 
 
-def with_masks(model: Model, blocks: Sequence[Block]) -> tuple[Model, Padding]:
+def with_masks(model: Model, blocks: Sequence[Block]) -> tuple[Model, Paddings]:
     """A model that shows, beside its outputs, what of these is padding."""
     padding = padding_of(model.graph, blocks)
     outputs = [tensor.name for tensor in model.graph.outputs]
-    masks = [mask.tensor for mask in padding.values()]
+    masks = [each.mask.tensor for each in padding.values()]
     return exposed(model, list(dict.fromkeys([*outputs, *masks]))), padding
+
+
+def require_judged(model: Model) -> None:
+    """Fail before the work where no output tells how far a smaller model is from this one.
+
+    Raises:
+        PlanError: If all outputs are whole numbers, such as the classes that are chosen.
+    """
+    types = [str(element_type(tensor)) for tensor in model.graph.outputs]
+    if not any("float" in kind or kind == "None" for kind in types):
+        names = ", ".join(tensor.name for tensor in model.graph.outputs)
+        raise PlanError(
+            f"none of the outputs {names} holds floating-point numbers, by which a smaller model "
+            "is judged: export the model with its logits among the outputs"
+        )
 
 
 def compare(
@@ -90,7 +105,7 @@ def compare(
     pruned: Session,
     batches: Iterable[Batch],
     *,
-    padding: Padding = NO_PADDING,
+    padding: Paddings = NO_PADDING,
     output: str | None = None,
     labels: Sequence[int] | None = None,
 ) -> Comparison:
@@ -120,7 +135,7 @@ def compare_each(
     candidates: Sequence[Session],
     batches: Iterable[Batch],
     *,
-    padding: Padding = NO_PADDING,
+    padding: Paddings = NO_PADDING,
     output: str | None = None,
     labels: Sequence[int] | None = None,
 ) -> tuple[Comparison, ...]:
@@ -132,8 +147,8 @@ def compare_each(
         before = dense.run(batch)
         for pruned, common, totals in zip(candidates, names, sums, strict=True):
             for name, after in pruned.run(batch, common).items():
-                seen = seen_rows(padding.get(name), before[name], before)
-                totals[name].add(name, before[name], after, seen)
+                hidden = _hidden(padding.get(name), name, before)
+                totals[name].add(name, before[name], after, hidden)
         samples += samples_in(batch)
     if not samples:
         raise DataError("the data holds no samples to compare on")
@@ -192,9 +207,9 @@ class _OutputSum:
     chosen: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def add(
-        self, name: str, before: np.ndarray, after: np.ndarray, seen: np.ndarray | slice
+        self, name: str, before: np.ndarray, after: np.ndarray, hidden: np.ndarray | None
     ) -> None:
-        """Add the rows of one batch that are seen; outputs of whole numbers do not count."""
+        """Add one batch, but for rows or numbers that are hidden; whole numbers do not count."""
         if before.dtype.kind != "f" and before.dtype.name != "bfloat16":
             return
         if before.shape != after.shape:
@@ -203,14 +218,21 @@ class _OutputSum:
                 "the other"
             )
         width = before.shape[-1] if before.ndim else 1
-        y, z = (array.reshape(-1, width)[seen].astype(np.float64) for array in (before, after))
+        y, z = (array.reshape(-1, width).astype(np.float64) for array in (before, after))
+        least = np.zeros(1)
+        if hidden is not None and hidden.size == len(y):
+            y, z = y[~hidden], z[~hidden]
+        elif hidden is not None:
+            places = hidden.reshape(y.shape)
+            y, z = (np.where(places, 0.0, array) for array in (y, z))
+            least = np.where(places, -np.inf, 0.0)
         if not np.isfinite(y).all():
             raise DataError(f"output {name!r} of the dense model holds NaN or infinity")
         self.lost += float(np.square(y - z).sum())
         self.energy += float(np.square(y).sum())
         self.rows += len(y)
         self.cosine += float(_cosines(y, z).sum())
-        best = y.argmax(axis=1), z.argmax(axis=1)
+        best = (y + least).argmax(axis=1), (z + least).argmax(axis=1)
         self.agreed += int((best[0] == best[1]).sum())
         self.chosen.append(best)
 
@@ -224,6 +246,16 @@ class _OutputSum:
             )
         dense, pruned = (np.concatenate(part) for part in zip(*self.chosen, strict=True))
         return {"dense": float((dense == truth).mean()), "pruned": float((pruned == truth).mean())}
+
+
+def _hidden(padding: Padding | None, name: str, tensors: Batch) -> np.ndarray | None:
+    """Which rows of an output, or which of its numbers, are padding; None where nothing is."""
+    if padding is None:
+        return None
+    tokens = tensors[name][..., None] if padding.by_number else tensors[name]
+    hidden = np.ones(int(np.prod(tokens.shape[:-1])), bool)
+    hidden[seen_rows(padding.mask, tokens, tensors)] = False
+    return hidden if hidden.any() else None
 
 
 def _compared(dense: Reference, pruned: Session, output: str | None) -> list[str]:
