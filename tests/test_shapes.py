@@ -140,6 +140,8 @@ def test_keys_of_tokens_before_are_no_pictures():
     assert list(made.values()) == [(2, 9), (2, 9), (2, 18), (2, 3, 9, 16), (2, 3, 9, 16)]
     made = inputs_like(("batch", 1), mask, PAST, PAST, sequence=9)
     assert list(made.values())[:2] == [(1, 1), (1, 10)]
+    made = inputs_like(ids, mask, PAST, PAST, sequence=9, given={"x2": (1, 3, 4, 16)})
+    assert list(made.values()) == [(1, 9), (1, 13), (1, 3, 4, 16), (1, 3, 4, 16)]
 
 
 def test_one_input_of_that_form_is_a_picture():

@@ -69,8 +69,8 @@ def input_sizes(
             places = [batch] + [sequence] * (len(declared) - 1)
             if tensor.name not in caches and len(declared) == 4:
                 places[2:] = [DEFAULT_PIXELS, DEFAULT_PIXELS]
-            elif caches and len(declared) == 2 and sizes:
-                places[1] = sequence + next(iter(sizes.values()))[-1]
+            elif caches and len(declared) == 2:
+                places[1] = _all_tokens(sizes, caches, sequence)
             sizes[tensor.name] = _by_place(declared, named, places)
         for name, size in zip(declared, sizes[tensor.name], strict=True):
             named.setdefault(str(name), size)
@@ -111,7 +111,14 @@ def _static(size: object) -> int | None:
     return int(size) if isinstance(size, (int, np.integer)) and size > 0 else None
 
 
-def _caches(graph: gs.Graph) -> set[str]:
+def _all_tokens(sizes: Sizes, caches: Sequence[str], sequence: int) -> int:
+    """New tokens and those before; new ones alone as long as nothing says how many these are."""
+    new = next((shape[1] for shape in sizes.values() if len(shape) == 2), 0)
+    before = next((sizes[name][2] for name in caches if name in sizes), sequence)
+    return new + before if new else sequence
+
+
+def _caches(graph: gs.Graph) -> list[str]:
     """Inputs that hold keys or values of tokens before: several of one form ``[b, h, ?, d]``."""
     forms = {tensor.name: tuple(map(_static, tensor.shape or ())) for tensor in graph.inputs}
     found = {
@@ -120,7 +127,7 @@ def _caches(graph: gs.Graph) -> set[str]:
         if len(form) == 4 and [size is None for size in form[1:]] == [False, True, False]
     }
     counts = Counter(found.values())
-    return {name for name, form in found.items() if counts[form] > 1}
+    return [name for name, form in found.items() if counts[form] > 1]
 
 
 def _by_place(
