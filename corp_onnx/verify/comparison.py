@@ -219,20 +219,20 @@ class _OutputSum:
             )
         width = before.shape[-1] if before.ndim else 1
         y, z = (array.reshape(-1, width).astype(np.float64) for array in (before, after))
-        least = np.zeros(1)
+        ranked = y, z
         if hidden is not None and hidden.size == len(y):
-            y, z = y[~hidden], z[~hidden]
+            y, z = ranked = y[~hidden], z[~hidden]
         elif hidden is not None:
             places = hidden.reshape(y.shape)
-            y, z = (np.where(places, 0.0, array) for array in (y, z))
-            least = np.where(places, -np.inf, 0.0)
+            ranked = np.where(places, -np.inf, y), np.where(places, -np.inf, z)
+            y, z = np.where(places, 0.0, y), np.where(places, 0.0, z)
         if not np.isfinite(y).all():
             raise DataError(f"output {name!r} of the dense model holds NaN or infinity")
         self.lost += float(np.square(y - z).sum())
         self.energy += float(np.square(y).sum())
         self.rows += len(y)
         self.cosine += float(_cosines(y, z).sum())
-        best = (y + least).argmax(axis=1), (z + least).argmax(axis=1)
+        best = ranked[0].argmax(axis=1), ranked[1].argmax(axis=1)
         self.agreed += int((best[0] == best[1]).sum())
         self.chosen.append(best)
 
