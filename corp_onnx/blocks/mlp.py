@@ -27,7 +27,12 @@ from corp_onnx.blocks.region import (
 )
 from corp_onnx.blocks.view import View, constant_value, serves_only
 
-_DONE = {"Concat": "joins several tensors", "Gather": "looks rows up", "Pad": "adds rows"}
+_DONE = {
+    "Concat": "joins several tensors",
+    "Gather": "looks rows up",
+    "Pad": "adds rows",
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "MaxPool", "Resize"), "mixes rows"),
+}
 """What operators do that mix no channels, and yet end the way to a layer."""
 
 
