@@ -10,13 +10,14 @@ are read stay, and no window is in two sets.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks import exports
 from benchmarks.outcome import Outcome, Place, Row
+from benchmarks.samples import Windows
 from benchmarks.spread import summary
 from benchmarks.tasks import SEED, definitions
 from corp_onnx.blocks import Axis, Catalog, axes_of, find_blocks
@@ -62,9 +63,8 @@ def measure(place: Place) -> Outcome:
     """Calibrate on every draw, cut by every method, read the same windows with all models."""
     model = load(exports.drawn(place, "smollm2", "dynamo18"))
     catalog = find_blocks(model)
-    count, tested = (16, 4) if place.quick else (CALIBRATION, TEST)
     seeds = 1 if place.quick else place.seeds or SEEDS
-    tests, *draws = _sets(windows_of(place, tested + seeds * count), tested, count)
+    tests, *draws = sets(place, seeds)
     runs: dict[str, list[Row]] = {}
     for seed, used in enumerate(draws):
         for name, rows in _runs(model, catalog, used, tests, quick=place.quick).items():
@@ -75,7 +75,8 @@ def measure(place: Place) -> Outcome:
         title = f"SmolLM2-135M, {name} removed"
         tables |= {title: summary(rows, ["method"]), f"{title}, every draw": rows}
         checks += _checks(name, tables[title])
-    settings = {"window": WINDOW, "calibration windows": count, "test windows": tested}
+    counts = {"calibration windows": len(draws[0]), "test windows": len(tests)}
+    settings = {"window": WINDOW, **counts}
     return Outcome(tables | {"blocks": _blocks(catalog)}, tuple(checks), settings)
 
 
@@ -126,12 +127,9 @@ class _Reader:
     def read(self, batch: Batch, dense: np.ndarray | None) -> np.ndarray:
         """Logits of a batch, held against what comes next and against the dense model's."""
         (logits,) = self.session.run(batch).values()
-        before, wanted = logits[:, :-1].astype(np.float64), batch["input_ids"][:, 1:]
-        peak = before.max(axis=-1, keepdims=True)
-        total = peak[..., 0] + np.log(np.exp(before - peak).sum(axis=-1))
-        chosen = np.take_along_axis(before, wanted[..., None], axis=-1)[..., 0]
-        self.surprise += float((total - chosen).sum())
-        self.tokens += wanted.size
+        surprises = surprises_of(batch["input_ids"], logits)
+        self.surprise += float(surprises.sum())
+        self.tokens += surprises.size
         reference = logits if dense is None else dense
         self.lost += float(np.square(logits - reference, dtype=np.float64).sum())
         self.energy += float(np.square(reference, dtype=np.float64).sum())
@@ -141,6 +139,22 @@ class _Reader:
         """What is reported of it."""
         perplexity = float(np.exp(self.surprise / self.tokens))
         return {"method": method, "perplexity": perplexity, "error": self.lost / self.energy}
+
+
+def surprises_of(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Cross-entropy ``[n, t - 1]`` in nats of every token but the first of a window."""
+    before, wanted = logits[:, :-1].astype(np.float64), ids[:, 1:]
+    peak = before.max(axis=-1, keepdims=True)
+    total = peak[..., 0] + np.log(np.exp(before - peak).sum(axis=-1))
+    surprises: np.ndarray = total - np.take_along_axis(before, wanted[..., None], axis=-1)[..., 0]
+    return surprises
+
+
+def perplexity(ids: np.ndarray, logits: np.ndarray) -> float:
+    """``exp`` of the mean cross-entropy, of logits ``[n, t, v]`` of all windows."""
+    few = range(0, len(ids), BATCH)
+    parts = [surprises_of(ids[at : at + BATCH], logits[at : at + BATCH]) for at in few]
+    return float(np.exp(np.concatenate(parts).mean()))
 
 
 def read(models: dict[str, Model], windows: np.ndarray) -> list[Row]:
@@ -154,8 +168,10 @@ def read(models: dict[str, Model], windows: np.ndarray) -> list[Row]:
     return [reader.row(name) for name, reader in readers.items()]
 
 
-def _sets(windows: np.ndarray, tested: int, count: int) -> list[np.ndarray]:
+def sets(place: Place, draws: int) -> list[np.ndarray]:
     """The windows that are read, then every draw of those to calibrate on."""
+    count, tested = (16, 4) if place.quick else (CALIBRATION, TEST)
+    windows = windows_of(place, tested + draws * count)
     return np.split(windows, range(tested, len(windows), count))
 
 
@@ -174,8 +190,7 @@ def windows_of(place: Place, count: int) -> np.ndarray:
 
 def batches(windows: np.ndarray) -> list[Batch]:
     """Windows as inputs of the model."""
-    cuts: Sequence[int] = range(0, len(windows), BATCH)
-    return [{"input_ids": windows[start : start + BATCH]} for start in cuts]
+    return Windows(windows, BATCH).batches(1, 0)
 
 
 def _blocks(catalog: Catalog) -> list[Row]:

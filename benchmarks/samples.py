@@ -80,6 +80,32 @@ class Texts:
         return 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Windows:
+    """Token numbers ``[n, t]``, every row of equal length."""
+
+    ids: np.ndarray
+    batch: int
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.ids)
+
+    def take(self, places: np.ndarray) -> Windows:
+        """Those at these places."""
+        return Windows(self.ids[places], self.batch)
+
+    def batches(self, crops: int, seed: int) -> list[Batch]:
+        """All of them, as inputs of a model."""
+        starts = range(0, len(self.ids), self.batch)
+        return [{"input_ids": self.ids[start : start + self.batch]} for start in starts]
+
+    def crops(self, asked: int) -> int:
+        """A text is read as it is."""
+        return 1
+
+
 def drawn(samples: Samples, count: int, seed: int) -> tuple[Samples, Samples]:
     """So many of them at random, as far as there are so many, and all others."""
     order = np.random.default_rng(seed).permutation(samples.count)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import exports, neighbours, tasks
+from benchmarks import exports, language, neighbours, tasks
 from benchmarks.outcome import Place, Row
-from benchmarks.samples import Data, Samples, Texts, drawn, halves
+from benchmarks.samples import Data, Samples, Texts, Windows, drawn, halves
 from benchmarks.tasks import Judge
 from corp_onnx import example
 from corp_onnx.blocks import Axis, Catalog, find_blocks
@@ -63,7 +63,7 @@ class Subject:
         samples: To calibrate on.
         gallery: Samples whose classes are known to a nearest-neighbour judge; empty without one.
         test: Samples that no method sees.
-        judges: Accuracies.
+        judges: Accuracies, or a perplexity.
         reading: What of the output is judged.
         cuts: Names in `CUTS`.
         seed: Of the draw, of the halves and of the crops.
@@ -236,6 +236,21 @@ def classifier(
     )
 
 
+def smollm2(place: Place, seed: int) -> Subject:
+    """A language model, judged by the perplexity of definitions."""
+    model = load(exports.drawn(place, "smollm2", "dynamo18"))
+    tests, *draws = language.sets(place, seed + 1)
+
+    def perplexity(_: np.ndarray, logits: np.ndarray) -> float:
+        return language.perplexity(tests, logits)
+
+    samples, test = (Windows(part, language.BATCH) for part in (draws[seed], tests))
+    return Subject(
+        *("SmolLM2-135M", model, find_blocks(model), samples, (), tuple(test.batches(1, 0))),
+        *({"perplexity": perplexity}, _whole, (), seed),
+    )
+
+
 MAKERS: Mapping[str, Callable[[Place, int], Subject]] = {
     "fashion": fashion,
     "dinov2": dinov2,
@@ -243,6 +258,7 @@ MAKERS: Mapping[str, Callable[[Place, int], Subject]] = {
     "dinov2-neighbours": dinov2_neighbours,
     "minilm-l3": minilm_l3,
     "minilm-l6": minilm_l6,
+    "smollm2": smollm2,
 }
 
 
