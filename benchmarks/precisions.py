@@ -20,7 +20,7 @@ from corp_onnx.plan import uniform
 from corp_onnx.precision import Request, Typed, in_precision
 from corp_onnx.session import open_session
 from corp_onnx.verify.checks import Check
-from corp_onnx.verify.comparison import compare
+from corp_onnx.verify.comparison import compare, with_masks
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,9 @@ def measure(place: Place) -> Outcome:
 def _rows(subject: Subject) -> Iterator[Row]:
     plan = uniform(subject.catalog, CUTS[REMOVED])
     smaller = cut(subject, solution(subject, plan, BEST, subject.statistics()))
-    dense, cut_alone = (open_session(model) for model in (subject.model, smaller))
-    of_cut = compare(dense, cut_alone, subject.test).relative_error
+    shown, padding = with_masks(subject.model, subject.catalog.blocks)
+    dense, cut_alone = (open_session(model) for model in (shown, smaller))
+    of_cut = compare(dense, cut_alone, subject.test, padding=padding).relative_error
     for request in REQUESTS:
         log.info("%s in %s", subject.title, request.name)
         alone, both = (_typed(subject, model, request) for model in (subject.model, smaller))
