@@ -287,6 +287,16 @@ def mlp_conv(seed: int) -> Tiny:
     return Tiny(net.build(conv(net, hidden, HIDDEN, WIDTH)), (MLP,))
 
 
+def mlp_pooled(seed: int) -> Tiny:
+    """Rows of a picture are averaged, with that axis and then without, before the second layer."""
+    net = Net(seed)
+    hidden = net("Relu", conv(net, net.x("batch", WIDTH, 4, "tokens"), WIDTH, HIDDEN))
+    mean = net("ReduceSum", net("ReduceMean", hidden, [-2], keepdims=1), [2], keepdims=0)
+    return Tiny(
+        net.build(net.linear(net("Transpose", mean, perm=[0, 2, 1]), HIDDEN, WIDTH)), (MLP,)
+    )
+
+
 def mlp_to_pixels_and_back(seed: int) -> Tiny:
     """Tokens become a picture for a depthwise convolution: linear layers around, as in PVT v2."""
     net = Net(seed)
@@ -873,6 +883,7 @@ TINY: Mapping[str, Builder] = {
     "mlp_gate_per_sample": mlp_gate_per_sample,
     "mlp_per_token": mlp_per_token,
     "mlp_conv": mlp_conv,
+    "mlp_pooled": mlp_pooled,
     "mlp_to_pixels_and_back": mlp_to_pixels_and_back,
     "mlp_joined": mlp_joined,
     "mlp_layerscale": mlp_layerscale,

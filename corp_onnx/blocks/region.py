@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from jaxtyping import Int64
 
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Blocked
-from corp_onnx.blocks.view import OPEN_SIZE, View, producer
+from corp_onnx.blocks.view import OPEN_SIZE, View, producer, reduced_axes
 from corp_onnx.graph import reference
 from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.operators import MICROSOFT, STANDARD
@@ -34,6 +34,12 @@ POSITIONAL_OPS = frozenset(
     "MaxPool".split()
 )
 """Operators that mix positions and keep the channels of axis 1 apart; so do depthwise Conv."""
+
+REDUCING_OPS = frozenset(
+    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd "
+    "ReduceSum ReduceSumSquare".split()
+)
+"""Operators that mix positions along some axes, and keep channels of another one apart."""
 
 KNOWN_DOMAINS = STANDARD | {MICROSOFT}
 """Whose operators mean what their names say."""
@@ -143,8 +149,23 @@ class _Climb:
             self._apart(node, node.inputs)
         elif is_positional(self.view, node):
             self._apart(node, node.inputs[:1])
+        elif node.op in REDUCING_OPS and (before := self._unreduced(node)) is not None:
+            self.reach(node.inputs[0], before, node)
         else:
             self.blocked = Blocked(node, node.outputs[0].name)
+
+    def _unreduced(self, node: gs.Node) -> np.ndarray | None:
+        """Labels before a reduction; None if it mixes channels."""
+        found, shape = line(self.labels[node.outputs[0].name]), self.facts.shape(node.inputs[0])
+        if found is None or shape is None:
+            return None
+        gone = {axis % len(shape) for axis in reduced_axes(self.view, node)}
+        kept = [
+            axis for axis in range(len(shape)) if node.attrs.get("keepdims", 1) or axis not in gone
+        ]
+        if not gone or kept[found.axis] in gone:
+            return None
+        return spread(found.channels, kept[found.axis], shape)
 
     def _moves(self, node: gs.Node) -> bool:
         """Whether a movement takes its elements from tensors that are computed, and no others."""
