@@ -288,13 +288,11 @@ def mlp_conv(seed: int) -> Tiny:
 
 
 def mlp_pooled(seed: int) -> Tiny:
-    """Rows of a picture are averaged, with that axis and then without, before the second layer."""
+    """Rows are averaged between the layers; their axis stays at first, then goes."""
     net = Net(seed)
-    hidden = net("Relu", conv(net, net.x("batch", WIDTH, 4, "tokens"), WIDTH, HIDDEN))
-    mean = net("ReduceSum", net("ReduceMean", hidden, [-2], keepdims=1), [2], keepdims=0)
-    return Tiny(
-        net.build(net.linear(net("Transpose", mean, perm=[0, 2, 1]), HIDDEN, WIDTH)), (MLP,)
-    )
+    hidden = relu(net, net.linear(net.x("batch", 4, "tokens", WIDTH), WIDTH, HIDDEN))
+    mean = net("ReduceSum", net("ReduceMean", hidden, [-3], keepdims=1), [1], keepdims=0)
+    return Tiny(net.build(net.linear(mean, HIDDEN, WIDTH)), (MLP,))
 
 
 def mlp_to_pixels_and_back(seed: int) -> Tiny:

@@ -155,17 +155,14 @@ class _Climb:
             self.blocked = Blocked(node, node.outputs[0].name)
 
     def _unreduced(self, node: gs.Node) -> np.ndarray | None:
-        """Labels before a reduction; None if it mixes channels."""
+        """Labels before a reduction; None if it mixes channels: behind it they are on no axis."""
         found, shape = line(self.labels[node.outputs[0].name]), self.facts.shape(node.inputs[0])
         if found is None or shape is None:
             return None
         gone = {axis % len(shape) for axis in reduced_axes(self.view, node)}
-        kept = [
-            axis for axis in range(len(shape)) if node.attrs.get("keepdims", 1) or axis not in gone
-        ]
-        if not gone or kept[found.axis] in gone:
-            return None
-        return spread(found.channels, kept[found.axis], shape)
+        lost = set() if node.attrs.get("keepdims", 1) else gone
+        kept = [axis for axis in range(len(shape)) if axis not in lost]
+        return spread(found.channels, kept[found.axis], shape) if gone else None
 
     def _moves(self, node: gs.Node) -> bool:
         """Whether a movement takes its elements from tensors that are computed, and no others."""
