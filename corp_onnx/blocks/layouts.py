@@ -58,8 +58,12 @@ def find_layout(
     moved: Mapping[str, np.ndarray],
     facts: Facts,
     tokens: tuple[int, ...],
+    like: Layout | None,
 ) -> Layout | None:
     """The layout with token axes as the projection has them, or as a Reshape splits them.
+
+    Where there is one token of a kind, any place would do for it: a layout that was found where
+    there are more is preferred.
 
     Args:
         target: What is to be reproduced.
@@ -67,7 +71,10 @@ def find_layout(
         moved: Element numbers of the projection at every tensor of the path.
         facts: Of the graph at the sizes of this run.
         tokens: The token axes of the projection.
+        like: The layout at other sizes, if it is known.
     """
+    if like is not None and _fits(like, target, _sizes(like, path, moved, tokens)):
+        return like
     for split in _splits(path, moved, facts, tokens):
         layout = _fit(target, split)
         if layout is not None:
@@ -107,6 +114,17 @@ def _splits(
     return [*whole, *part]
 
 
+def _sizes(
+    layout: Layout, path: Path, moved: Mapping[str, np.ndarray], tokens: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The token axes of a layout that was found at other sizes."""
+    if layout.split is None:
+        return tokens
+    node = next(node for node in path.nodes if node.name == layout.split)
+    sizes = moved[node.outputs[0].name].shape[: layout.tokens]
+    return (*sizes[:-1], prod(tokens) // prod(sizes[:-1])) if layout.rest else sizes
+
+
 def _stays_true(target: np.ndarray, sizes: tuple[int, ...], tokens: tuple[int, ...]) -> bool:
     """Whether the target of a Reshape would split the projection itself in the same way.
 
@@ -142,7 +160,10 @@ def _fits(layout: Layout, target: Target, sizes: tuple[int, ...]) -> bool:
     plain = np.arange(prod(sizes) * target.heads * target.width)
     plain = plain.reshape(*sizes, target.heads, target.width)
     actual = (target.token * target.heads + target.head) * target.width + target.position
-    if prod(sizes) * prod(layout.rows) * target.width != actual.size:
+    rows, heads = prod(layout.rows), target.heads
+    if rows != (len(layout.copies) or heads) or max(layout.copies, default=0) >= heads:
+        return False
+    if prod(sizes) * rows * target.width != actual.size:
         return False
     return np.array_equal(arrange(layout, plain, actual.shape), actual)
 

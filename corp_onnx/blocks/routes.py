@@ -68,12 +68,13 @@ def _trace(view: View, tensor: gs.Tensor, operand: Operand | None, name: str) ->
     if isinstance(path, Blocked):
         return f"{name} {why_blocked(view, path, tensor)}"
     linear = view.linears[path.source.name]
-    landings = []
-    for facts in view.probes:
-        landing = _land_once(view, path, linear, facts, operand)
+    landings: list[Landing] = []
+    for facts in reversed(view.probes):
+        like = landings[0].layout if landings else None
+        landing = _land_once(view, path, linear, facts, operand, like)
         if isinstance(landing, str):
             return f"{name} {landing}"
-        landings.append(landing)
+        landings.insert(0, landing)
     first = landings[0]
     if any(not np.array_equal(landing.channels, first.channels) for landing in landings):
         return f"{name} takes other channels when batch or sequence size changes"
@@ -93,14 +94,20 @@ def _trace(view: View, tensor: gs.Tensor, operand: Operand | None, name: str) ->
 
 
 def _land_once(
-    view: View, path: Path, linear: Linear, facts: Facts, operand: Operand | None
+    view: View,
+    path: Path,
+    linear: Linear,
+    facts: Facts,
+    operand: Operand | None,
+    like: Layout | None,
 ) -> Landing | str:
     """What `_land` says, from memory where the same movement was run before."""
     seen_as = None if operand is None else (operand.axis, operand.inner)
-    key = ("landing", pattern(path, facts), linear.axis, seen_as)
     names = [node.name for node in path.nodes]
+    wanted = like and replace(like, split=like.split and str(names.index(like.split)))
+    key = ("landing", pattern(path, facts), linear.axis, seen_as, wanted)
     if key not in view.memory:
-        view.memory[key] = _land(path, linear, facts, view.opset, operand), names
+        view.memory[key] = _land(path, linear, facts, view.opset, operand, like), names
     landing: Landing | str
     landing, before = view.memory[key]
     if isinstance(landing, str) or landing.layout is None or landing.layout.split is None:
@@ -110,9 +117,17 @@ def _land_once(
 
 
 def _land(
-    path: Path, linear: Linear, facts: Facts, opset: int, operand: Operand | None
+    path: Path,
+    linear: Linear,
+    facts: Facts,
+    opset: int,
+    operand: Operand | None,
+    like: Layout | None,
 ) -> Landing | str:
-    """Run a path's movement on element numbers and read off what landed where."""
+    """Run a path's movement on element numbers and read off what landed where.
+
+    Of several layouts that would do at these sizes it is that of other sizes, ``like``.
+    """
     shape = facts.shape(path.source)
     if shape is None or facts.shape(path.target) is None:
         return f"cannot be followed: its {OPEN_SIZE}"
@@ -143,7 +158,8 @@ def _land(
     reason = _unequal(gain, gains, heads) or _unequal(offset, offsets, heads)
     if reason:
         return reason
-    layout = find_layout(_target(numbers, width, table, operand), path, moved, facts, tokens)
+    target = _target(numbers, width, table, operand)
+    layout = find_layout(target, path, moved, facts, tokens, like)
     return Landing(heads, table, gains, offsets, layout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -34,6 +35,7 @@ def input_sizes(
     *,
     batch: int = DEFAULT_BATCH,
     sequence: int = DEFAULT_SEQUENCES[0],
+    pixels: int = DEFAULT_PIXELS,
     given: Sizes | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Concrete dimensions for every graph input: those given, else static ones, else by place.
@@ -68,13 +70,33 @@ def input_sizes(
         else:
             places = [batch] + [sequence] * (len(declared) - 1)
             if tensor.name not in caches and len(declared) == 4:
-                places[2:] = [DEFAULT_PIXELS, DEFAULT_PIXELS]
+                places[2:] = [pixels, pixels]
             elif caches and len(declared) == 2:
                 places[1] = _all_tokens(sizes, caches, sequence)
             sizes[tensor.name] = _by_place(declared, named, places)
         for name, size in zip(declared, sizes[tensor.name], strict=True):
             named.setdefault(str(name), size)
     return {tensor.name: sizes[tensor.name] for tensor in graph.inputs}
+
+
+def stretched(graph: gs.Graph, given: Sizes, times: int) -> Sizes:
+    """Shapes with every dimension but the first so many times as large where the model admits it.
+
+    >>> import onnx_graphsurgeon as gs
+    >>> mono = gs.Variable("sound", "float32", ("batch", 1, "samples"))
+    >>> stretched(gs.Graph(inputs=[mono]), {"sound": (8, 1, 4000)}, 2)
+    {'sound': (8, 1, 8000)}
+    """
+    declared = {tensor.name: tensor.shape for tensor in graph.inputs}
+    return {
+        name: tuple(
+            size * times if axis and _static(fixed) is None else size
+            for axis, (size, fixed) in enumerate(
+                zip_longest(shape, (declared.get(name) or ())[: len(shape)])
+            )
+        )
+        for name, shape in given.items()
+    }
 
 
 def sequences_to_try(graph: gs.Graph) -> Iterator[int]:

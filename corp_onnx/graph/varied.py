@@ -1,12 +1,14 @@
-"""What is known of a graph at two batches and two lengths."""
+"""What is known of a graph at several sizes of its inputs."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import onnx_graphsurgeon as gs
 
 from corp_onnx.graph.facts import Facts
 from corp_onnx.graph.shapes import evaluator, tensor_count
-from corp_onnx.graph.sizes import Sizes, input_sizes, traced_sequences
+from corp_onnx.graph.sizes import DEFAULT_PIXELS, Sizes, input_sizes, stretched, traced_sequences
 
 PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)), ((1, 5), (1, 7)))
 """Pairs of (batch, sequence) at which data movement is run; the next where one does not fit.
@@ -14,35 +16,95 @@ PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)), ((
 Last comes a batch of one, which is all that some exporters leave possible.
 """
 
+STRETCH = 2
+"""How many times as many pixels a side the second probe has where they are open, and how many
+times as long it is in all else that is open in shapes that the caller gives."""
+
+LONG_SEQUENCES, LONG_STRETCH = (16, 4), 4
+"""How many times as long as the first a third probe is: the first factor that the model admits.
+The other is for pixels, and for shapes that the caller gives."""
+
+PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum"})
+
+_Probe = Callable[[tuple[int, int], int], Facts]
+"""Facts at a batch and a sequence, and at so many times the other open sizes."""
+
 
 def probed(graph: gs.Graph, sizes: Sizes | None = None) -> tuple[Facts, ...]:
-    """Facts at two batch and two sequence sizes: the pair at which most shapes can be inferred.
+    """Facts at two batches, two lengths and two sizes of pictures, small ones first.
 
-    A model that runs at one length only is looked at there. Dimensions that the caller gives are
-    those of his data; only their first axis varies.
+    Of the pairs of lengths it is the one at which most shapes can be inferred; a model that runs
+    at one length only is looked at there. Dimensions that the caller gives, but for the batch, are
+    those of his data at first. Where strides leave one token at both lengths, which does not tell
+    where tokens lie, a third probe is longer.
     """
+    probe, count = _probe(graph, sizes), tensor_count(graph)
     best: tuple[Facts, ...] = ()
-    evaluated = evaluator(graph)
     for pair in PROBED_SIZES:
-        probes = tuple(evaluated(_probe_sizes(graph, *size, sizes)) for size in pair)
+        probes = _pair(probe, *pair)
         if not best or probes[0].filled > best[0].filled:
             best = probes
-        if all(facts.filled >= tensor_count(graph) for facts in probes):
-            return best
+        if all(facts.filled >= count for facts in probes):
+            return (*best, *_longer(graph, probe, pair[0], best))
     for length in traced_sequences(graph):
-        two, three = (_probe_sizes(graph, batch, length, sizes) for batch in (2, 3))
-        first = evaluated(two)
-        if first.filled > best[0].filled:
-            best = first, evaluated(three)
+        probes = _pair(probe, (2, length), (3, length))
+        if probes[0].filled > best[0].filled:
+            best = probes
     return best
 
 
-def _probe_sizes(
-    graph: gs.Graph, batch: int, sequence: int, given: Sizes | None
-) -> dict[str, tuple[int, ...]]:
-    by_place = input_sizes(graph, batch=batch, sequence=sequence)
-    varied = {
-        name: (*(by_place.get(name) or (batch,))[:1], *shape[1:])
-        for name, shape in (given or {}).items()
+def _probe(graph: gs.Graph, sizes: Sizes | None) -> _Probe:
+    evaluated = evaluator(graph)
+
+    def probe(place: tuple[int, int], stretch: int) -> Facts:
+        batch, sequence = place
+        by_place = input_sizes(graph, batch=batch, sequence=sequence)
+        given = {
+            name: (*(by_place.get(name) or (batch,))[:1], *shape[1:])
+            for name, shape in stretched(graph, sizes or {}, stretch).items()
+        }
+        pixels = DEFAULT_PIXELS * stretch
+        return evaluated(
+            input_sizes(graph, batch=batch, sequence=sequence, pixels=pixels, given=given)
+        )
+
+    return probe
+
+
+def _pair(probe: _Probe, small: tuple[int, int], large: tuple[int, int]) -> tuple[Facts, Facts]:
+    """Both probes; the second with other open sizes stretched, unless the model does not admit it.
+
+    Sizes that are open in the file may be fixed by weights, such as those of places.
+    """
+    first = probe(small, 1)
+    second = probe(large, STRETCH)
+    return first, second if second.filled >= first.filled else probe(large, 1)
+
+
+def _longer(
+    graph: gs.Graph, probe: _Probe, place: tuple[int, int], probes: Sequence[Facts]
+) -> tuple[Facts, ...]:
+    """A longer probe, if it has several tokens somewhere where all others have one."""
+    batch, sequence = place
+    single = _single(graph, probes)
+    if not single:
+        return ()
+    for times in LONG_SEQUENCES:
+        facts = probe((batch, times * sequence), LONG_STRETCH)
+        if facts.filled >= probes[0].filled:
+            return (facts,) if single - _single(graph, [facts]) else ()
+    return ()
+
+
+def _single(graph: gs.Graph, probes: Sequence[Facts]) -> set[tuple[str, int]]:
+    """Axes of one, but for the first, of what enters products, at all of some sizes."""
+    entering = {t.name: t for node in graph.nodes if node.op in PRODUCTS for t in node.inputs}
+    return {
+        (name, axis)
+        for name, tensor in entering.items()
+        if not isinstance(tensor, gs.Constant)
+        for axis, sizes in enumerate(
+            zip(*(facts.shape(tensor) or () for facts in probes), strict=False)
+        )
+        if axis and set(sizes) == {1}
     }
-    return input_sizes(graph, batch=batch, sequence=sequence, given=varied)

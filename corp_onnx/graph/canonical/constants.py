@@ -11,8 +11,7 @@ from corp_onnx.graph import reference
 from corp_onnx.graph.emit import replace_readers
 from corp_onnx.graph.facts import Facts, element_type
 from corp_onnx.graph.operators import is_standard
-from corp_onnx.graph.shapes import evaluate
-from corp_onnx.graph.sizes import input_sizes
+from corp_onnx.graph.varied import probed
 
 
 def constants_from_nodes(graph: gs.Graph) -> None:
@@ -41,13 +40,10 @@ def cut_weights(graph: gs.Graph) -> None:
     cuts = [node for node in graph.nodes if _cuts_weight(node)]
     if not cuts:
         return
-    probes = [
-        evaluate(graph, input_sizes(graph, batch=batch, sequence=sequence))
-        for batch, sequence in ((2, 8), (3, 16))
-    ]
+    probes = probed(graph)
     for node in cuts:
-        first, second = (_bounds(node, facts) for facts in probes)
-        if first is not None and second is not None and _same(first, second):
+        first, *others = (_bounds(node, facts) for facts in probes)
+        if first is not None and all(other and _same(first, other) for other in others):
             _carry_out(node, first, graph.opset)
 
 
