@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.blockers import layers_above, sources_of
+from corp_onnx.blocks.blockers import sources_of
 from corp_onnx.blocks.fragments import Fan, fan_of, other_reader
 from corp_onnx.blocks.operands import Operand, partners
 from corp_onnx.blocks.outputs import find_output
 from corp_onnx.blocks.parts import Parts
 from corp_onnx.blocks.records import Attention, Axis, Mask, Output, Refusal, Route
 from corp_onnx.blocks.routes import CHANNELS_ATTEND, Traced, trace
-from corp_onnx.blocks.view import View
+from corp_onnx.blocks.view import View, layers_above
 
 _ROLES: Mapping[Axis, tuple[str, ...]] = {"qk": ("query", "key"), "vo": ("value",)}
 

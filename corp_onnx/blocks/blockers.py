@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS, Blocked
-from corp_onnx.blocks.view import View, follows_data, producer, reduced_axes
+from corp_onnx.blocks.view import View, follows_data, layers_above, producer, reduced_axes
 from corp_onnx.graph.operators import SIZE_OPS
 
 NORMS = frozenset(
@@ -122,23 +122,6 @@ def _factors(view: View, tensor: gs.Tensor) -> list[str]:
 def sources_of(view: View, tensor: gs.Tensor) -> list[str]:
     """Names of `layers_above`."""
     return [layer.name for layer in layers_above(view, tensor)]
-
-
-def layers_above(view: View, tensor: gs.Tensor) -> list[gs.Tensor]:
-    """What the linear layers above a tensor give, whatever stands in between, the nearest first."""
-    found: dict[str, gs.Tensor] = {}
-    waiting, seen = [tensor], set()
-    while waiting:
-        current = waiting.pop(0)
-        if current.name in view.linears:
-            found[current.name] = current
-            continue
-        node = producer(current)
-        if node is None or node.op in SIZE_OPS or current.name in seen:
-            continue
-        seen.add(current.name)
-        waiting.extend(value for value in node.inputs if view.known(value) is None)
-    return list(found.values())
 
 
 def _is_table(view: View, tensor: gs.Tensor) -> bool:

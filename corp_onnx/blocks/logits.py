@@ -1,4 +1,4 @@
-"""From a Softmax up to the product of queries and keys, and down to the product with the values."""
+"""From a Softmax up to the product of queries and keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.movement import MOVING_OPS, PASSING_OPS
 from corp_onnx.blocks.records import Mask, Refusal, Scalar
-from corp_onnx.blocks.view import OPEN_SIZE, View, follows_data, producer, reduced_axes
+from corp_onnx.blocks.view import (
+    OPEN_SIZE,
+    View,
+    follows_data,
+    layers_above,
+    producer,
+    reduced_axes,
+)
 
 BENDING_OPS = frozenset({"Tanh", "Relu", "Sigmoid", "Clip", "Max", "Min", "Exp", "Softsign", "Erf"})
 """Functions of the logits that end their being bilinear in queries and keys."""
@@ -48,15 +55,6 @@ class Logits:
     """Why the product need not be what it was, only narrower; None if it may be replaced."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Mixing:
-    """The product of probabilities and values."""
-
-    product: gs.Node
-    slot: int
-    """Which of its inputs holds the values."""
-
-
 def match_softmax(view: View, node: gs.Node) -> Anchor | Refusal | None:
     """Read a Softmax, or ``exp(x) / sum(exp(x))`` written out."""
     if node.op == "Softmax":
@@ -91,47 +89,7 @@ def match_logits(view: View, anchor: Anchor) -> Logits:
     return replace(found, reason=found.reason or "its Softmax runs over more than one axis")
 
 
-def match_mixing(view: View, tensor: gs.Tensor) -> Mixing | str:
-    """The product of probabilities and values, or why there is none."""
-    found = {id(mixing.product): mixing for mixing in _mixings(view, tensor, set())}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if found:
-        return "its probabilities enter more than one product"
-    sums = [node for node in view.readers(tensor) if node.op == "Einsum"]
-    if sums:
-        return f"its probabilities enter a sum that is no product of matrices ({sums[0].name})"
-    return "no product of its probabilities with values was found (a classifier's Softmax has none)"
-
-
-def _mixings(view: View, tensor: gs.Tensor, seen: set[str]) -> Iterator[Mixing]:
-    """Products with activations that follow from probabilities, whatever is done to these."""
-    if tensor.name in seen:
-        return
-    seen.add(tensor.name)
-    for node in view.readers(tensor):
-        slot = next((index for index, value in enumerate(node.inputs) if value is tensor), None)
-        if slot is None:
-            continue
-        others = [value for value in node.inputs if value is not tensor]
-        if node.op == "MatMul" and all(view.known(value) is None for value in others):
-            yield Mixing(node, 1 - slot)
-        elif _goes_on(view, node, slot):
-            for output in node.outputs:
-                yield from _mixings(view, output, seen)
-
-
-def _goes_on(view: View, node: gs.Node, slot: int) -> bool:
-    """Whether what a node makes of probabilities are still some of these."""
-    if node.op in PASSING_OPS | TURNING_OPS:
-        return slot == 0 or node.op == "Concat"
-    same = view.shape(node.inputs[slot]) == view.shape(node.outputs[0])
-    if node.op in JOINING_OPS:
-        return same and not (node.op == "Where" and slot == 0)
-    return slot == 0 and same and _mixes_heads(view, node)
-
-
-def _mixes_heads(view: View, node: gs.Node) -> bool:
+def mixes_heads(view: View, node: gs.Node) -> bool:
     """Whether a node may be a linear map of heads, of logits or probabilities ``[b, h, t, t]``.
 
     Before a Gemm a Reshape merges all axes but the last.
@@ -181,7 +139,8 @@ class _Ascent:
             return replace(below, reason=mixed if below.product else below.reason)
         if node.op == "MatMul":
             return _none(
-                f"a product with a constant makes its logits ({node.name}): learned queries or none"
+                f"its logits come straight from a layer ({node.name}), {NO_PRODUCT}: learned "
+                "queries, or attention that never compares tokens with one another"
             )
         return _none(f"its logits come from {node.op} ({node.name}), {NO_PRODUCT}")
 
@@ -197,9 +156,11 @@ class _Ascent:
         found = {slot: result for slot, result in climbed.items() if result.product is not None}
         if not found:
             return next(iter(climbed.values()), _none(f"its logits are constant ({node.name})"))
-        slot, below = next(iter(found.items()))
         if len(found) > 1:
+            found = {slot: item for slot, item in found.items() if self._has_layers(item.product)}
+        if len(found) != 1:
             return _none(f"two products of activations meet in its logits ({node.op} {node.name})")
+        slot, below = next(iter(found.items()))
         if node.op in BENDING_OPS and not _bounds_nothing(self.view, node):
             return replace(below, reason=f"its logits pass through {node.op} ({node.name})")
         if node.op in {"Add", "Sub", "Where"}:
@@ -207,6 +168,11 @@ class _Ascent:
         if node.op in BENDING_OPS:
             return below
         return replace(below, frozen=(*below.frozen, *_frozen(self.view, node)))
+
+    def _has_layers(self, product: gs.Node | None) -> bool:
+        """Whether both operands of a product follow from layers, as those of a mask do not."""
+        operands = product.inputs if product else ()
+        return bool(operands) and all(layers_above(self.view, tensor) for tensor in operands)
 
 
 def _lost(node: gs.Node) -> str:
@@ -237,7 +203,7 @@ def _bounds_nothing(view: View, node: gs.Node) -> bool:
 def _is_mixing(view: View, node: gs.Node) -> bool:
     """Whether a node is a linear map of the heads of logits."""
     same = view.shape(node.inputs[0]) == view.shape(node.outputs[0])
-    return same and _mixes_heads(view, node) and view.known(node.inputs[1]) is not None
+    return same and mixes_heads(view, node) and view.known(node.inputs[1]) is not None
 
 
 def _axis_before(view: View, node: gs.Node, axis: int | None) -> int | None:

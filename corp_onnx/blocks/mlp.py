@@ -31,6 +31,8 @@ _DONE = {
     "Concat": "joins several tensors",
     "Gather": "looks rows up",
     "Pad": "adds rows",
+    "ScatterND": "writes over rows",
+    "Slice": "leaves a part out",
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "MaxPool", "Resize"), "mixes rows"),
 }
 """What operators do that mix no channels, and yet end the way to a layer."""

@@ -8,7 +8,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.blocks.foreign import CACHED
-from corp_onnx.blocks.logits import Anchor, match_logits, match_mixing
+from corp_onnx.blocks.logits import Anchor, match_logits
+from corp_onnx.blocks.mixing import match_mixing
 from corp_onnx.blocks.operands import Operand
 from corp_onnx.blocks.records import Mask, Refusal, Scalar
 from corp_onnx.blocks.view import OPEN_SIZE, View, follows_data

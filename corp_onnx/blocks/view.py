@@ -95,6 +95,23 @@ def producer(tensor: gs.Tensor) -> gs.Node | None:
     return tensor.inputs[0] if tensor.inputs else None
 
 
+def layers_above(view: View, tensor: gs.Tensor) -> list[gs.Tensor]:
+    """What the linear layers above a tensor give, whatever stands in between, the nearest first."""
+    found: dict[str, gs.Tensor] = {}
+    waiting, seen = [tensor], set()
+    while waiting:
+        current = waiting.pop(0)
+        if current.name in view.linears:
+            found[current.name] = current
+            continue
+        node = producer(current)
+        if node is None or node.op in SIZE_OPS or current.name in seen:
+            continue
+        seen.add(current.name)
+        waiting.extend(value for value in node.inputs if view.known(value) is None)
+    return list(found.values())
+
+
 def constant_value(tensor: gs.Tensor, opset: int) -> np.ndarray | None:
     """The value of a constant, read through the operators of `FOLDED_OPS`; else None."""
     if isinstance(tensor, gs.Constant):
