@@ -199,6 +199,21 @@ def added_mask(net):
 # What is packed with a part that cannot be cut
 
 
+def multiplied_mask(net, logits):
+    """The mask of every pair of tokens is a product of those of both, as for tiles of a picture."""
+    seen = net.input("seen", "batch", "tokens")
+    column = net("Unsqueeze", net("Sub", 1.0, seen), [1, 3])
+    pairs = net("MatMul", column, net("Transpose", column, perm=[0, 1, 3, 2]))
+    return net("Add", net("Mul", pairs, -1e4), logits)
+
+
+def softplus_scaled(net):
+    """A learned scale of every channel of the queries, kept above zero by Softplus."""
+    query, *others = separate(net)
+    scale = net("Softplus", net.random(HEADS, 1, HEAD))
+    return merged(net, products(net, net("Mul", query, scale), *others))
+
+
 def packed(net, heads=HEADS, width=HEAD):
     """``[b, h, t, e]`` each, from one layer; values as wide as queries."""
     whole = net.linear(net.x(), WIDTH, 3 * heads * width)
@@ -536,6 +551,8 @@ MORE: Mapping[str, Callable[[int], Tiny]] = {
     "multi_head_scale": built(multi_head(scale=0.3, unidirectional=1)),
     "multi_head_token_mask": built(multi_head(token_mask)),
     "multi_head_added_mask": built(multi_head(added_mask)),
+    "multiplied_mask": built(lambda net: plain(net, between=multiplied_mask)),
+    "softplus_scale": built(softplus_scaled),
     "packed_normed": built(packed_with(normed), value=HEAD, axes=VO),
     "packed_normed_query": built(packed_with(normed, same), value=HEAD, axes=VO),
     "packed_normed_by_hand": built(packed_with(normed_by_hand), value=HEAD, axes=VO),

@@ -480,6 +480,24 @@ def mixed_in_a_sum(net):
     return net.linear(rows, HEADS * HEADS * VALUE, WIDTH)
 
 
+def mixed_behind_a_cast(net):
+    """The same where probabilities are typed on their way."""
+    query, key, value = separate(net)
+    logits = net("MatMul", query, net("Transpose", key, perm=[0, 1, 3, 2]))
+    typed = net("Cast", softmax(net, logits), to=onnx.TensorProto.FLOAT)
+    mixed = net("Einsum", typed, value, equation="bhij,bgje->bhgie")
+    rows = net("Reshape", net("Transpose", mixed, perm=[0, 3, 1, 2, 4]), [0, 0, -1])
+    return net.linear(rows, HEADS * HEADS * VALUE, WIDTH)
+
+
+def weighed_and_summed(net):
+    """Values at a few places, times weights that sum to one: deformable attention."""
+    weights = net("Softmax", net("Reshape", net.linear(net.x(), WIDTH, 3), [0, 0, 3, 1]), axis=2)
+    values = net("Reshape", net.linear("x", WIDTH, 3 * VALUE), [0, 0, 3, VALUE])
+    mixed = net("ReduceSum", net("Mul", values, weights), [2], keepdims=0)
+    return net.linear(mixed, VALUE, WIDTH)
+
+
 def learned_sink(net):
     """A column of their own beside the logits of all keys."""
     query, key, value = separate(net)
@@ -502,6 +520,8 @@ REFUSED = {
     joint: "the query does not come from one linear layer by movement and scaling alone: Concat ",
     learned_sink: "its logits are joined with others before Softmax (Concat ",
     averaged_queries: "the query is mixed with neighbouring tokens by ReduceMean",
+    mixed_behind_a_cast: "its probabilities enter a sum that is no product of matrices",
+    weighed_and_summed: "its probabilities enter a sum that is no product of matrices",
     mixed_in_a_sum: "its probabilities enter a sum that is no product of matrices",
     tokens_lost_on_the_way: "laid out in a way that one Reshape and one Transpose cannot write",
     grouped_convolutions: "the query comes from a convolution in 2 groups",

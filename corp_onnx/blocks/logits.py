@@ -139,8 +139,8 @@ class _Ascent:
             return replace(below, reason=mixed if below.product else below.reason)
         if node.op == "MatMul":
             return _none(
-                f"its logits come straight from a layer ({node.name}), {NO_PRODUCT}: learned "
-                "queries, or attention that never compares tokens with one another"
+                f"a product with a constant makes its logits ({node.name}): learned queries, or "
+                "attention that compares no tokens with each other"
             )
         return _none(f"its logits come from {node.op} ({node.name}), {NO_PRODUCT}")
 
@@ -170,9 +170,9 @@ class _Ascent:
         return replace(below, frozen=(*below.frozen, *_frozen(self.view, node)))
 
     def _has_layers(self, product: gs.Node | None) -> bool:
-        """Whether both operands of a product follow from layers, as those of a mask do not."""
+        """Whether an operand of a product follows from a layer, as neither of a mask's does."""
         operands = product.inputs if product else ()
-        return bool(operands) and all(layers_above(self.view, tensor) for tensor in operands)
+        return any(layers_above(self.view, tensor) for tensor in operands)
 
 
 def _lost(node: gs.Node) -> str:

@@ -28,11 +28,11 @@ LARGEST_KNOWN_VALUE = 1 << 16
 """Elements of the largest tensor whose value is computed rather than only its shape."""
 
 COMPUTED_OPS = frozenset(
-    """Abs Add And Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum Div Equal Erf
-    Exp Expand Flatten Floor Gather GatherElements GatherND Greater GreaterOrEqual Identity Less
-    LessOrEqual Log Max Min Mod Mul Neg Not OneHot Or Pow Range Reciprocal ReduceMax ReduceMean
-    ReduceMin ReduceProd ReduceSum Relu Reshape Round Shape Sigmoid Sign Sin Size Slice Softplus
-    Split Sqrt Squeeze Sub Tanh Tile Transpose Trilu Unsqueeze Where""".split()
+    """Abs Add And Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum Div Equal
+    Erf Exp Expand Flatten Floor Gather Greater GreaterOrEqual Identity Less LessOrEqual Log Max
+    Min Mod Mul Neg Not OneHot Or Pow Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd
+    ReduceSum Relu Reshape Round Shape Sigmoid Sign Sin Size Slice Softplus Split Sqrt Squeeze
+    Sub Tanh Tile Transpose Trilu Unsqueeze Where""".split()
 )
 """Operators that shape arithmetic, positions, scales and masks are made of."""
 
