@@ -71,6 +71,17 @@ def test_strides_that_leave_one_token_do_not_hide_where_tokens_lie(kernel, strid
     assert found == [("qk", "vo")]
 
 
+def test_nor_does_something_whose_size_the_data_decide():
+    """It is known at no size, so no pair of sizes is good enough to stop at."""
+    net = Net(0)
+    y = strided(net, 8, 8, 4)
+    chosen = net("NonZero", net("ReduceMax", "x", [1, 2], keepdims=0))
+    heads = [split_by_size(net, each) for each in projections(net, y)]
+    mixed = merge_heads(net, mix(net, *heads))
+    model = from_proto(net.build(mixed, net("Cast", chosen, to=onnx.TensorProto.FLOAT)))
+    assert [facts.sizes["x"][1] for facts in probed(model.graph)] == [5, 7, 80]
+
+
 def test_a_longer_probe_is_added_only_where_it_has_more_tokens():
     net = Net(0)
     heads = [split_by_size(net, each) for each in projections(net, net.x())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -26,8 +26,11 @@ The other is for pixels, and for shapes that the caller gives."""
 
 PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum"})
 
-_Probe = Callable[[tuple[int, int], int], Facts]
-"""Facts at a batch and a sequence, and at so many times the other open sizes."""
+_Place = tuple[int, int]
+"""A batch and a sequence."""
+
+_Probe = Callable[[_Place, int], Facts]
+"""Facts at a place, and at so many times the other open sizes."""
 
 
 def probed(graph: gs.Graph, sizes: Sizes | None = None) -> tuple[Facts, ...]:
@@ -40,23 +43,26 @@ def probed(graph: gs.Graph, sizes: Sizes | None = None) -> tuple[Facts, ...]:
     """
     probe, count = _probe(graph, sizes), tensor_count(graph)
     best: tuple[Facts, ...] = ()
-    for pair in PROBED_SIZES:
-        probes = _pair(probe, *pair)
+    start = PROBED_SIZES[0][0]
+    for small, large in _pairs(graph):
+        probes = _pair(probe, small, large)
         if not best or probes[0].filled > best[0].filled:
-            best = probes
+            best, start = probes, small
         if all(facts.filled >= count for facts in probes):
-            return (*best, *_longer(graph, probe, pair[0], best))
+            break
+    return (*best, *_longer(graph, probe, start, best))
+
+
+def _pairs(graph: gs.Graph) -> Iterator[tuple[_Place, _Place]]:
+    yield from PROBED_SIZES
     for length in traced_sequences(graph):
-        probes = _pair(probe, (2, length), (3, length))
-        if probes[0].filled > best[0].filled:
-            best = probes
-    return best
+        yield (2, length), (3, length)
 
 
 def _probe(graph: gs.Graph, sizes: Sizes | None) -> _Probe:
     evaluated = evaluator(graph)
 
-    def probe(place: tuple[int, int], stretch: int) -> Facts:
+    def probe(place: _Place, stretch: int) -> Facts:
         batch, sequence = place
         by_place = input_sizes(graph, batch=batch, sequence=sequence)
         given = {
@@ -71,7 +77,7 @@ def _probe(graph: gs.Graph, sizes: Sizes | None) -> _Probe:
     return probe
 
 
-def _pair(probe: _Probe, small: tuple[int, int], large: tuple[int, int]) -> tuple[Facts, Facts]:
+def _pair(probe: _Probe, small: _Place, large: _Place) -> tuple[Facts, Facts]:
     """Both probes; the second with other open sizes stretched, unless the model does not admit it.
 
     Sizes that are open in the file may be fixed by weights, such as those of places.
@@ -82,7 +88,7 @@ def _pair(probe: _Probe, small: tuple[int, int], large: tuple[int, int]) -> tupl
 
 
 def _longer(
-    graph: gs.Graph, probe: _Probe, place: tuple[int, int], probes: Sequence[Facts]
+    graph: gs.Graph, probe: _Probe, place: _Place, probes: Sequence[Facts]
 ) -> tuple[Facts, ...]:
     """A longer probe, if it has several tokens somewhere where all others have one."""
     batch, sequence = place
