@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -68,13 +69,15 @@ def _trace(view: View, tensor: gs.Tensor, operand: Operand | None, name: str) ->
     if isinstance(path, Blocked):
         return f"{name} {why_blocked(view, path, tensor)}"
     linear = view.linears[path.source.name]
-    landings: list[Landing] = []
-    for facts in reversed(view.probes):
-        like = landings[0].layout if landings else None
+    found: dict[int, Landing] = {}
+    like = None
+    for facts in sorted(view.probes, key=lambda facts: -_size(facts, path.source)):
         landing = _land_once(view, path, linear, facts, operand, like)
         if isinstance(landing, str):
             return f"{name} {landing}"
-        landings.insert(0, landing)
+        found[id(facts)] = landing
+        like = landing.layout
+    landings = [found[id(facts)] for facts in view.probes]
     first = landings[0]
     if any(not np.array_equal(landing.channels, first.channels) for landing in landings):
         return f"{name} takes other channels when batch or sequence size changes"
@@ -91,6 +94,10 @@ def _trace(view: View, tensor: gs.Tensor, operand: Operand | None, name: str) ->
         str(view.probes[0].dtype(tensor)),
     )
     return Traced(route, path, tuple(landings))
+
+
+def _size(facts: Facts, tensor: gs.Tensor) -> int:
+    return prod(facts.shape(tensor) or ())
 
 
 def _land_once(

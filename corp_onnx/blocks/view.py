@@ -16,6 +16,9 @@ from corp_onnx.graph.operators import FOLDED_OPS, SIZE_OPS, is_standard
 from corp_onnx.graph.reference import ROUNDING_OPS
 from corp_onnx.graph.shapes import COMPUTED_OPS
 
+PART_OPS = frozenset({"Gather", "GatherElements", "GatherND", "Slice", "Split"})
+"""Operators that give a part of their first input."""
+
 OPEN_SIZE = (
     "size is not known: it depends on the data, or the model runs at one size only (see --shapes)"
 )
@@ -39,12 +42,37 @@ class View:
     """What was read off movement, by its pattern: it is the same in every layer that repeats."""
 
     def known(self, tensor: gs.Tensor) -> np.ndarray | None:
-        """The value of a tensor that is the same for all data and sizes, else None."""
+        """The value of a tensor that is the same for all data and sizes, else None.
+
+        A factor that follows from sizes may be the same at those that were probed, and another
+        where a bound is passed: it has to be made of what is the same itself.
+        """
+        value = self.probes[0].value(tensor)
+        if value is None or isinstance(tensor, gs.Constant):
+            return value
+        fixed = self._is_same(tensor) if value.dtype.kind in "iub" else self._is_fixed(tensor)
+        return value if fixed else None
+
+    def _is_same(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor has the same value at all sizes that were probed."""
         first, *others = (facts.value(tensor) for facts in self.probes)
-        if first is None or isinstance(tensor, gs.Constant):
-            return first
-        same = all(other is not None and np.array_equal(first, other) for other in others)
-        return first if same else None
+        return first is not None and all(
+            other is not None and np.array_equal(first, other) for other in others
+        )
+
+    def _is_fixed(self, tensor: gs.Tensor) -> bool:
+        """Whether all that a value is made of has the same value, or is picked from a shape."""
+        if isinstance(tensor, gs.Constant):
+            return True
+        key = ("fixed", tensor.name)
+        if key not in self.memory:
+            node = producer(tensor)
+            read = [] if node is None or node.op in SIZE_OPS else node.inputs
+            picked = node is not None and node.op in PART_OPS
+            self.memory[key] = self._is_same(tensor) and all(
+                self._is_fixed(value) for value in read[1 if picked else 0 :] if value.name
+            )
+        return bool(self.memory[key])
 
     def shape(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
         """The shape of a tensor at the first set of sizes."""

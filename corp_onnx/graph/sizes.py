@@ -79,7 +79,7 @@ def input_sizes(
     return {tensor.name: sizes[tensor.name] for tensor in graph.inputs}
 
 
-def stretched(graph: gs.Graph, given: Sizes, times: int) -> Sizes:
+def stretched(graph: gs.Graph, given: Sizes, times: float) -> Sizes:
     """Shapes with every dimension but the first so many times as large where the model admits it.
 
     >>> import onnx_graphsurgeon as gs
@@ -90,7 +90,7 @@ def stretched(graph: gs.Graph, given: Sizes, times: int) -> Sizes:
     declared = {tensor.name: tensor.shape for tensor in graph.inputs}
     return {
         name: tuple(
-            size * times if axis and _static(fixed) is None else size
+            max(int(size * times), 1) if axis and _static(fixed) is None else size
             for axis, (size, fixed) in enumerate(
                 zip_longest(shape, (declared.get(name) or ())[: len(shape)])
             )

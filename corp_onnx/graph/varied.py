@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.graph.facts import Facts
@@ -16,20 +17,25 @@ PROBED_SIZES = (((2, 5), (3, 7)), ((2, 64), (3, 96)), ((2, 4000), (3, 6000)), ((
 Last comes a batch of one, which is all that some exporters leave possible.
 """
 
-STRETCH = 2
+STRETCHES = 2.0, 0.5
 """How many times as many pixels a side the second probe has where they are open, and how many
-times as long it is in all else that is open in shapes that the caller gives."""
+times as long it is in all else that is open in shapes that the caller gives: the first of these
+that the model admits."""
 
-LONG_SEQUENCES, LONG_STRETCH = (16, 4), 4
-"""How many times as long as the first a third probe is: the first factor that the model admits.
-The other is for pixels, and for shapes that the caller gives."""
+LONG_SEQUENCES, LONG_STRETCH = (16, 800, 4), 4.0
+"""How many times as long as the first a third probe is: the first of these that tells something.
+800 times are 4,000 samples of sound, for convolutions alone. The other is for pixels, and for
+shapes that the caller gives."""
 
-PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum"})
+LONGEST_PLAIN = 2048
+"""What is longer is probed only where something shrinks it."""
+
+SHRINKING = frozenset({"AveragePool", "Conv", "MaxPool"})
 
 _Place = tuple[int, int]
 """A batch and a sequence."""
 
-_Probe = Callable[[_Place, int], Facts]
+_Probe = Callable[[_Place, float], Facts]
 """Facts at a place, and at so many times the other open sizes."""
 
 
@@ -38,8 +44,8 @@ def probed(graph: gs.Graph, sizes: Sizes | None = None) -> tuple[Facts, ...]:
 
     Of the pairs of lengths it is the one at which most shapes can be inferred; a model that runs
     at one length only is looked at there. Dimensions that the caller gives, but for the batch, are
-    those of his data at first. Where strides leave one token at both lengths, which does not tell
-    where tokens lie, a third probe is longer.
+    those of his data at first. Where strides leave as many tokens of both lengths, or a single
+    one, which does not tell where tokens lie, a third probe is longer.
     """
     probe, count = _probe(graph, sizes), tensor_count(graph)
     best: tuple[Facts, ...] = ()
@@ -62,14 +68,14 @@ def _pairs(graph: gs.Graph) -> Iterator[tuple[_Place, _Place]]:
 def _probe(graph: gs.Graph, sizes: Sizes | None) -> _Probe:
     evaluated = evaluator(graph)
 
-    def probe(place: _Place, stretch: int) -> Facts:
+    def probe(place: _Place, stretch: float) -> Facts:
         batch, sequence = place
         by_place = input_sizes(graph, batch=batch, sequence=sequence)
         given = {
             name: (*(by_place.get(name) or (batch,))[:1], *shape[1:])
             for name, shape in stretched(graph, sizes or {}, stretch).items()
         }
-        pixels = DEFAULT_PIXELS * stretch
+        pixels = int(DEFAULT_PIXELS * stretch)
         return evaluated(
             input_sizes(graph, batch=batch, sequence=sequence, pixels=pixels, given=given)
         )
@@ -83,34 +89,40 @@ def _pair(probe: _Probe, small: _Place, large: _Place) -> tuple[Facts, Facts]:
     Sizes that are open in the file may be fixed by weights, such as those of places.
     """
     first = probe(small, 1)
-    second = probe(large, STRETCH)
-    return first, second if second.filled >= first.filled else probe(large, 1)
+    for stretch in STRETCHES:
+        second = probe(large, stretch)
+        if second.filled >= first.filled:
+            return first, second
+    return first, probe(large, 1)
 
 
 def _longer(
     graph: gs.Graph, probe: _Probe, place: _Place, probes: Sequence[Facts]
 ) -> tuple[Facts, ...]:
-    """A longer probe, if it has several tokens somewhere where all others have one."""
+    """A longer probe, if something differs there that is the same at all others."""
     batch, sequence = place
-    single = _single(graph, probes)
-    if not single:
-        return ()
+    shrinks = any(node.op in SHRINKING for node in graph.nodes)
     for times in LONG_SEQUENCES:
+        if times * sequence > LONGEST_PLAIN and not shrinks:
+            continue
         facts = probe((batch, times * sequence), LONG_STRETCH)
-        if facts.filled >= probes[0].filled:
-            return (facts,) if single - _single(graph, [facts]) else ()
+        if facts.filled >= probes[0].filled and _tells_more(facts, probes):
+            return (facts,)
     return ()
 
 
-def _single(graph: gs.Graph, probes: Sequence[Facts]) -> set[tuple[str, int]]:
-    """Axes of one, but for the first, of what enters products, at all of some sizes."""
-    entering = {t.name: t for node in graph.nodes if node.op in PRODUCTS for t in node.inputs}
-    return {
-        (name, axis)
-        for name, tensor in entering.items()
-        if not isinstance(tensor, gs.Constant)
-        for axis, sizes in enumerate(
-            zip(*(facts.shape(tensor) or () for facts in probes), strict=False)
+def _tells_more(facts: Facts, probes: Sequence[Facts]) -> bool:
+    """Whether a size or a value is the same at all probes, and another here."""
+    for name, value in facts.values.items():
+        before = [probe.values[name] for probe in probes if name in probe.values]
+        same = len(before) == len(probes) and all(
+            np.array_equal(before[0], other) for other in before[1:]
         )
-        if axis and set(sizes) == {1}
-    }
+        if same and not np.array_equal(before[0], value):
+            return True
+    shapes = ((name, [probe.shapes.get(name, ()) for probe in probes]) for name in facts.shapes)
+    return any(
+        len(set(before)) == 1 and before[0] != now
+        for name, shape in shapes
+        for *before, now in zip(*shape, facts.shapes[name], strict=False)
+    )
