@@ -14,6 +14,7 @@ from corp_onnx.surgery.operate import operate
 from tests.builders import (
     HEAD,
     HEADS,
+    HIDDEN,
     WIDTH,
     Net,
     merge_heads,
@@ -43,8 +44,12 @@ def exact(net, y, *shapes, given=None):
 
 
 def strided(net, kernel, stride, padding):
-    """Convolutions with strides before an attention, whose layout follows from sizes."""
-    x = net("Transpose", net.x("batch", "samples", WIDTH), perm=[0, 2, 1])
+    """A convolution with strides before an attention, whose layout follows from sizes."""
+    return convolved(net, net.x("batch", "samples", WIDTH), kernel, stride, padding)
+
+
+def convolved(net, x, kernel, stride, padding):
+    x = net("Transpose", x, perm=[0, 2, 1])
     filters = net.random(WIDTH, WIDTH, kernel)
     sizes = {"kernel_shape": [kernel], "strides": [stride], "pads": [padding] * 2}
     return net("Transpose", net("Conv", x, filters, **sizes), perm=[0, 2, 1])
@@ -60,15 +65,40 @@ def split_by_size(net, y):
 
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding"),
-    [(8, 8, 4), (20, 20, 10), (5, 2, 0)],
-    ids=["one token of 5 and of 7", "the same far longer", "one of 5, two of 7"],
+    [(8, 8, 4), (20, 20, 10), (200, 160, 100), (5, 2, 0)],
+    ids=["one token of 5 and of 7", "the same far longer", "as of sound", "one of 5, two of 7"],
 )
 def test_strides_that_leave_one_token_do_not_hide_where_tokens_lie(kernel, stride, padding):
     net = Net(0)
     y = strided(net, kernel, stride, padding)
     heads = [split_by_size(net, each) for each in projections(net, y)]
-    found = exact(net, merge_heads(net, mix(net, *heads)), (3, 40, WIDTH), (1, 79, WIDTH))
+    found = exact(net, merge_heads(net, mix(net, *heads)), (3, 40, WIDTH), (1, 790, WIDTH))
     assert found == [("qk", "vo")]
+
+
+@pytest.mark.parametrize(
+    "strides", [[(8, 8, 4)], [(3, 2, 1), (3, 2, 1)]], ids=["one token of both", "two of both"]
+)
+def test_places_are_not_cut_where_strides_leave_as_many_tokens_of_both_lengths(strides):
+    net = Net(0)
+    y = net.x("batch", "samples", WIDTH)
+    for kernel, stride, padding in strides:
+        y = convolved(net, y, kernel, stride, padding)
+    count = net("Gather", net("Shape", y), [1], axis=0)
+    y = net("Add", y, net("Slice", net.const(net.random(50, WIDTH)), [0], count, [0]))
+    y = net("Add", y, by_tokens(net, y))
+    y = net.linear(net("Relu", net.linear(y, WIDTH, HIDDEN)), HIDDEN, WIDTH)
+    found = exact(net, y, (3, 40, WIDTH), (1, 79, WIDTH))
+    assert found == [("vo",), ("mlp",)]
+
+
+def test_nor_is_a_row_whose_place_is_the_same_up_to_some_length():
+    net = Net(0)
+    net.x()
+    start = net("Max", net("Sub", net("Shape", "x", start=1, end=2), [20]), [0])
+    row = net("Slice", net.const(net.random(90, WIDTH)), start, net("Add", start, [1]), [0])
+    y = by_tokens(net, net("Add", "x", row))
+    assert exact(net, y, (2, 9, WIDTH), (1, 70, WIDTH)) == [("vo",)]
 
 
 def test_nor_does_something_whose_size_the_data_decide():
@@ -110,6 +140,47 @@ def by_tokens(net, y):
     return merge_heads(net, mix(net, query, *others))
 
 
+def grown(net, tokens):
+    """1 up to 1,000 tokens, and more beyond."""
+    return net("Add", net("Relu", net("Log", net("Div", tokens, 1000.0))), 1.0)
+
+
+def counted(net, tokens):
+    return net("Add", net("Floor", net("Div", tokens, 1000.0)), 1.0)
+
+
+def chosen(net, tokens):
+    return net("Where", net("Greater", tokens, 1000.0), 2.0, 1.0)
+
+
+def looked_up(net, tokens):
+    """From a table whose last entry is that of all lengths beyond."""
+    place = net("Cast", net("Max", net("Sub", tokens, 1000.0), 0.0), to=onnx.TensorProto.INT64)
+    return net("Gather", net.const(np.arange(1.0, 301.0)), place)
+
+
+@pytest.mark.parametrize("factor", [grown, counted, chosen, looked_up])
+def test_a_factor_that_is_one_number_up_to_some_length_is_no_constant(factor):
+    net = Net(0)
+    query, *others = (split_heads(net, each) for each in projections(net, net.x()))
+    tokens = net("Gather", net("Shape", "x"), np.int64(1), axis=0)
+    tokens = net("Cast", tokens, to=onnx.TensorProto.FLOAT)
+    query = net("Mul", query, factor(net, tokens))
+    found = exact(net, merge_heads(net, mix(net, query, *others)), (2, 9, WIDTH), (1, 1200, WIDTH))
+    assert found == [("vo",)]
+
+
+def test_a_factor_that_is_made_of_fixed_sizes_is_a_constant():
+    """One over the root of the head width, from the shape of the queries."""
+    net = Net(0)
+    query, *others = (split_heads(net, each) for each in projections(net, net.x()))
+    width = net("Gather", net("Shape", query), np.int64(-1), axis=0)
+    scale = net("Reciprocal", net("Sqrt", net("Cast", width, to=onnx.TensorProto.FLOAT)))
+    query = net("Mul", query, scale)
+    found = exact(net, merge_heads(net, mix(net, query, *others)), (2, 9, WIDTH), (1, 200, WIDTH))
+    assert found == [("qk", "vo")]
+
+
 def patches(net, *sizes):
     x = net.x("batch", 3, *sizes)
     filters = net.random(WIDTH, 3, PATCH, PATCH, gain=0.1)
@@ -140,6 +211,16 @@ def test_places_are_not_cut_for_the_picture_that_is_probed():
     y = net("Add", y, net("Slice", places, [0], count, [0]))
     y = merge_heads(net, mix(net, *(split_heads(net, each) for each in projections(net, y))))
     assert exact(net, y, (2, 3, 224, 224), (1, 3, 64, 96)) == [("qk", "vo")]
+
+
+def test_nor_where_the_table_has_no_place_for_a_larger_one():
+    """Smaller pictures take the first of the places."""
+    net = Net(0)
+    y = patches(net, "height", "width")
+    places = net.const(net.random((224 // PATCH) ** 2, WIDTH))
+    count = net("Gather", net("Shape", y), [1], axis=0)
+    y = by_tokens(net, net("Add", y, net("Slice", places, [0], count, [0])))
+    assert exact(net, y, (2, 3, 224, 224), (1, 3, 64, 96)) == [("vo",)]
 
 
 def test_pixels_that_weights_fix_are_left_as_they_are():
