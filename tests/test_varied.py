@@ -28,14 +28,15 @@ PATCH = 16
 
 
 def exact(net, y, *shapes, given=None):
-    """The axes found in a model, which at full width computes the same at every shape."""
-    model = from_proto(net.build(y))
+    """The axes found in a model, which at full width computes what the file does at every shape."""
+    proto = net.build(y)
+    model = from_proto(proto)
     catalog = find_blocks(model, given)
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.standard_normal(shape, dtype=np.float32)} for shape in shapes]
     for solution in (unchanged(model, catalog), turned(model, catalog)):
         cut = operate(model, catalog, solution).model
-        for before, after in zip(run(model, *feeds), run(cut, *feeds), strict=True):
+        for before, after in zip(run(proto, *feeds), run(cut, *feeds), strict=True):
             assert squared_error(after, before) < 1e-9
     return [axes_of(block) for block in catalog.blocks]
 
