@@ -69,6 +69,7 @@ def attention(body=PLAIN, outputs="float[B,N,12] y", inputs=INPUTS, opset=17, ha
      float[1] two = {{2.0}}, float zero = {{0.0}}, float[2,1,1] each = {{0.5, 0.25}},
      int64[1] first = {{0}}, int64[1] third = {{2}}, int64[1] fourth = {{3}},
      int64[1] four = {{4}}, int64[1] twelve = {{12}}, int64 many = {{800}},
+     float large = {{100000}},
      int64[4] as_is = {{0, 0, 0, 0}}, int64[4] four_heads = {{0, 4, -1, 3}},
      int64[3] back = {{0, 0, 8}}, int64[2] rows = {{-1, 12}},
      float[8] tilt = {{1.0, -0.5, 2.0, 1.5, -1.0, 0.5, 1.0, -2.0}}>
@@ -513,6 +514,13 @@ def test_a_scale_that_is_chosen_by_size_stays():
     assert write_whole(masked(MASKED.replace("l2 = Mul(l1, half)", chosen))) == 0
     fixed = "t1 = Cast<to = 1>(third) l2 = Mul(l1, t1)"
     assert write_whole(masked(MASKED.replace("l2 = Mul(l1, half)", fixed))) == 1
+
+
+def test_a_scale_that_is_one_number_up_to_some_size_stays():
+    grown = """s = Shape(q) size = ReduceProd<keepdims = 0>(s) f = Cast<to = 1>(size)
+        t = Max(f, large) l2 = Mul(l1, t)"""
+    graph = masked(MASKED.replace("l2 = Mul(l1, half)", grown))
+    assert write_whole(graph) == 0
 
 
 @pytest.mark.parametrize("name", ["hf_bert_eager.ts11", "hf_bert_eager.dynamo18"])

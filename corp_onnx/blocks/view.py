@@ -12,12 +12,10 @@ import onnx_graphsurgeon as gs
 from corp_onnx.blocks.records import Linear
 from corp_onnx.graph import reference
 from corp_onnx.graph.facts import Facts
+from corp_onnx.graph.fixed import fixed_value
 from corp_onnx.graph.operators import FOLDED_OPS, SIZE_OPS, is_standard
 from corp_onnx.graph.reference import ROUNDING_OPS
 from corp_onnx.graph.shapes import COMPUTED_OPS
-
-PART_OPS = frozenset({"Gather", "GatherElements", "GatherND", "Slice", "Split"})
-"""Operators that give a part of their first input."""
 
 OPEN_SIZE = (
     "size is not known: it depends on the data, or the model runs at one size only (see --shapes)"
@@ -27,7 +25,7 @@ OPEN_SIZE = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """A graph with what is known of it at two sets of input sizes and its linear layers."""
+    """A graph with what is known of it at several sets of input sizes and its linear layers."""
 
     graph: gs.Graph
     opset: int
@@ -38,41 +36,14 @@ class View:
     """Linear layers by the name of their output."""
     holders: dict[int, gs.Node]
     """For every node inside a body, by its ``id``: the node of the graph that has the body."""
+    fixed: dict[str, bool] = field(default_factory=dict)
+    """Which values are the same at all sizes, of those that were asked for."""
     memory: dict[Hashable, Any] = field(default_factory=dict)
     """What was read off movement, by its pattern: it is the same in every layer that repeats."""
 
     def known(self, tensor: gs.Tensor) -> np.ndarray | None:
-        """The value of a tensor that is the same for all data and sizes, else None.
-
-        A factor that follows from sizes may be the same at those that were probed, and another
-        where a bound is passed: it has to be made of what is the same itself.
-        """
-        value = self.probes[0].value(tensor)
-        if value is None or isinstance(tensor, gs.Constant):
-            return value
-        fixed = self._is_same(tensor) if value.dtype.kind in "iub" else self._is_fixed(tensor)
-        return value if fixed else None
-
-    def _is_same(self, tensor: gs.Tensor) -> bool:
-        """Whether a tensor has the same value at all sizes that were probed."""
-        first, *others = (facts.value(tensor) for facts in self.probes)
-        return first is not None and all(
-            other is not None and np.array_equal(first, other) for other in others
-        )
-
-    def _is_fixed(self, tensor: gs.Tensor) -> bool:
-        """Whether all that a value is made of has the same value, or is picked from a shape."""
-        if isinstance(tensor, gs.Constant):
-            return True
-        key = ("fixed", tensor.name)
-        if key not in self.memory:
-            node = producer(tensor)
-            read = [] if node is None or node.op in SIZE_OPS else node.inputs
-            picked = node is not None and node.op in PART_OPS
-            self.memory[key] = self._is_same(tensor) and all(
-                self._is_fixed(value) for value in read[1 if picked else 0 :] if value.name
-            )
-        return bool(self.memory[key])
+        """The value of a tensor that is the same for all data and sizes, else None."""
+        return fixed_value(self.probes, tensor, self.fixed)
 
     def shape(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
         """The shape of a tensor at the first set of sizes."""

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from corp_onnx.graph.facts import Facts
+from corp_onnx.graph.fixed import fixed_value
 from corp_onnx.graph.varied import probed
 
 LAST_BY_DEFAULT = 13
@@ -61,10 +62,8 @@ class Sight:
 
     def number(self, tensor: gs.Tensor) -> float | None:
         """The number that a tensor is at all sizes; None if it is none, or not the same."""
-        values = [facts.value(tensor) for facts in self.probes]
-        known = [value for value in values if value is not None and value.size == 1]
-        found = {float(value.reshape(())) for value in known}
-        return found.pop() if len(known) == len(values) and len(found) == 1 else None
+        value = fixed_value(self.probes, tensor, {})
+        return float(value.reshape(())) if value is not None and value.size == 1 else None
 
     def unscaled(self, tensor: gs.Tensor) -> tuple[float, gs.Tensor]:
         """Back over products with numbers but 0: their product, and what they multiply."""
