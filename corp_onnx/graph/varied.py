@@ -27,8 +27,8 @@ LONG_SEQUENCES, LONG_STRETCH = (16, 800, 4), 4.0
 800 times are 4,000 samples of sound, for convolutions alone. The other is for pixels, and for
 shapes that the caller gives."""
 
-LONGEST_PLAIN = 2048
-"""What is longer is probed only where something shrinks it."""
+LONGEST, LONGEST_PLAIN = 64_000, 2048
+"""No probe is longer than the first, nor than the second where nothing shrinks it."""
 
 SHRINKING = frozenset({"AveragePool", "Conv", "MaxPool"})
 
@@ -102,8 +102,9 @@ def _longer(
     """A longer probe, if something differs there that is the same at all others."""
     batch, sequence = place
     shrinks = any(node.op in SHRINKING for node in graph.nodes)
+    limit = LONGEST if shrinks else LONGEST_PLAIN
     for times in LONG_SEQUENCES:
-        if times * sequence > LONGEST_PLAIN and not shrinks:
+        if times * sequence > limit:
             continue
         facts = probe((batch, times * sequence), LONG_STRETCH)
         if facts.filled >= probes[0].filled and _tells_more(facts, probes):
