@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> int:
         if asked.only not in {None, *BENCHMARKS[name].models}:
             offered = ", ".join(BENCHMARKS[name].models) or "none by name"
             parser.error(f"--only {asked.only}: {name} measures {offered}")
-    place = Place(asked.assets, asked.exports, asked.quick, asked.only, asked.seeds)
+    place = Place(*(asked.assets, asked.exports, asked.quick, asked.only, asked.seeds, asked.first))
     return status_of(lambda: max([_run(name, place, asked.out, argv) for name in names]))
 
 
@@ -203,6 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=int, metavar="N", help="how many draws of calibration samples"
     )
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="SEED", help="of these draws; 0 unless said"
+    )
     return parser
 
 
@@ -217,7 +220,9 @@ def _run(name: str, place: Place, out: Path, argv: Sequence[str]) -> int:
     if benchmark.apart and place.only is None:
         models = benchmark.models[: 1 if place.quick else None]
         return max([_run(name, replace(place, only=model), out, argv) for model in models])
-    title = f"{name}-{re.sub('[ /,]+', '-', place.only)}" if place.only else name
+    model = [re.sub("[ /,]+", "-", place.only)] if place.only else []
+    draws = [f"seed-{place.first}"] if place.first else []
+    title = "-".join((name, *model, *draws))
     heading = Heading(title, benchmark.about, benchmark.packages, ("benchmarks", *argv))
     return report(heading, lambda: benchmark.measure(place), None if place.quick else out)
 

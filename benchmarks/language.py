@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -64,9 +65,9 @@ def measure(place: Place) -> Outcome:
     model = load(exports.drawn(place, "smollm2", "dynamo18"))
     catalog = find_blocks(model)
     seeds = 1 if place.quick else place.seeds or SEEDS
-    tests, *draws = sets(place, seeds)
+    tests, *draws = sets(place, place.first + seeds)
     runs: dict[str, list[Row]] = {}
-    for seed, used in enumerate(draws):
+    for seed, used in islice(enumerate(draws), place.first, None):
         for name, rows in _runs(model, catalog, used, tests, quick=place.quick).items():
             runs.setdefault(name, []).extend({"seed": seed, **row} for row in rows)
     tables: dict[str, list[Row]] = {}

@@ -23,6 +23,7 @@ class Place:
         quick: Whether a glance is enough.
         only: The model to measure, of those that a benchmark offers; None for all of them.
         seeds: How many draws of calibration samples; None for what a benchmark takes by default.
+        first: The seed of the first of these draws.
     """
 
     assets: Path
@@ -30,6 +31,7 @@ class Place:
     quick: bool = False
     only: str | None = None
     seeds: int | None = None
+    first: int = 0
 
     @property
     def model(self) -> str:

@@ -147,8 +147,8 @@ def subjects(
     """Every model that was asked for, with every draw, its dense tensors known."""
     for name in names if place.only is None else [place.only]:
         asked = place.seeds or (1 if place.quick else seeds.get(name, default))
-        for seed in range(asked):
-            log.info("%s, draw %d of %d", name, seed + 1, asked)
+        for seed in range(place.first, place.first + asked):
+            log.info("%s, seed %d", name, seed)
             yield name, MAKERS[name](place, seed).known()
 
 

@@ -11,6 +11,7 @@ from benchmarks.ablation import fixed_choice
 from benchmarks.outcome import Place
 from benchmarks.samples import drawn, halves
 from benchmarks.spread import ratios, summary
+from benchmarks.subjects import subjects
 from corp_onnx.calibration.moments import Moments
 from corp_onnx.solve.joint import Joint
 from corp_onnx.solve.refit import refit
@@ -83,6 +84,23 @@ def test_a_model_that_a_benchmark_does_not_measure_is_refused(capsys):
     assert "--only minilm-l6: effort measures fashion, dinov2" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["macs", "--only", "fashion"])
+
+
+def test_a_later_draw_is_measured_by_itself(tmp_path):
+    """The one that a run of several draws would have had there."""
+
+    def inputs(**asked):
+        place = Place(tmp_path, tmp_path, quick=True, only="fashion", **asked)
+        found = subjects(place, ["fashion"], {}, 1)
+        return {
+            of.seed: np.concatenate([x for (x,) in map(dict.values, of.samples.batches(64, 0))])
+            for _, of in found
+        }
+
+    several, later = inputs(seeds=2), inputs(seeds=1, first=1)
+    assert later.keys() == {1}
+    np.testing.assert_array_equal(later[1], several[1])
+    assert not np.array_equal(later[1], several[0])
 
 
 @pytest.mark.slow

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-from types import ModuleType, SimpleNamespace
+import time
+from pathlib import Path
+from types import MappingProxyType, ModuleType, SimpleNamespace
 
 import numpy as np
 import onnx
@@ -48,13 +51,14 @@ class SessionOptions:
 class FakeRuntime(ModuleType):
     """ONNX Runtime with the provider, as far as a machine goes with it."""
 
-    def __init__(self, *, devices=1, refusal=None):
+    def __init__(self, *, devices=1, refusal=None, beside=MappingProxyType({}), lag_ns=0):
         super().__init__("onnxruntime")
         self.__version__ = "1.32.0"
         self.capi = onnxruntime.capi
         self.SessionOptions = SessionOptions
         self.registered, self.devices, self.refusal = [], devices, refusal
         self.opened = []
+        self.beside, self.lag_ns = beside, lag_ns
         if refusal == "old":
             self.register_execution_provider_library = None
             del self.register_execution_provider_library
@@ -79,6 +83,12 @@ class FakeRuntime(ModuleType):
             if "broken" in model:
                 raise STATE.InvalidGraph("not supported")
             shutil.copy(model, path)
+            for file, content in self.beside.items():
+                Path(path).with_name(file).write_bytes(content)
+            if self.lag_ns:
+                for file in (path, *(Path(path).with_name(file) for file in self.beside)):
+                    now = time.time_ns() - self.lag_ns
+                    os.utime(file, ns=(now, now))
 
         return SimpleNamespace(compile_to_file=compile_to_file)
 
@@ -121,6 +131,15 @@ def test_what_is_compiled_gives_what_the_model_gives(runtime, files, out):
     np.testing.assert_array_equal(engine.run(x)[engine.outputs[0]], expected)
     engine.close()
     assert fake.registered == [PROVIDER]
+
+
+@pytest.mark.parametrize("lag_ns", [0, 10_000_000])
+def test_its_size_is_that_of_all_files_that_it_wrote(lag_ns, runtime, files, out):
+    """Whatever lay in the folder before, and though the clock of files lags that of programs."""
+    runtime(beside={"engine.bin": b"x" * 1000}, lag_ns=lag_ns)
+    (out / "older.txt").write_text("not of this build")
+    build = TensorRTRTX().build(files.model, out, "fp32")
+    assert build.size_bytes == files.model.stat().st_size + 1000
 
 
 def open_session_of_cpu(model, feeds):

@@ -88,7 +88,7 @@ class TensorRTRTX:
             fitted(self.shapes, declared_inputs(without_weights(model)))
         ort, failures = library()
         path = folder / ENGINE
-        started, clock = time.time_ns(), time.perf_counter()
+        before, clock = _marks(folder), time.perf_counter()
         try:
             ort.ModelCompiler(self._session_options(), str(model)).compile_to_file(str(path))
         except failures as error:
@@ -96,10 +96,10 @@ class TensorRTRTX:
                 f"TensorRT for RTX cannot compile {model}: {str(error).strip()}"
             ) from error
         seconds = time.perf_counter() - clock
-        facts = [file.stat() for file in folder.iterdir() if file.is_file()]
+        written = {path, *(file for file, _ in _marks(folder) - before)}
         build = Build(
             *(self.name, precision, path, seconds),
-            size_bytes=sum(fact.st_size for fact in facts if fact.st_mtime_ns >= started),
+            size_bytes=sum(file.stat().st_size for file in written),
             versions=self.versions(),
             options=options_of(self),
         )
@@ -138,6 +138,11 @@ class TensorRTRTX:
             options["nv_profile_opt_shapes"] = _profile((n, r.likeliest) for n, r in ranges)
             options["nv_profile_max_shapes"] = _profile((n, r.largest) for n, r in ranges)
         return options
+
+
+def _marks(folder: Path) -> set[tuple[Path, int]]:
+    """Files there, and when each was written; by one clock, as that of files may lag others."""
+    return {(file, file.stat().st_mtime_ns) for file in folder.iterdir() if file.is_file()}
 
 
 def _profile(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str:
