@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from corp_onnx.calibration.independence import warn_of_mixing
 from corp_onnx.calibration.scarcity import spared
 from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.clock import Clock
-from corp_onnx.data.batching import Batch, samples_in
+from corp_onnx.data.batching import Batch, first
 from corp_onnx.data.dataset import Dataset
 from corp_onnx.data.samples import drawn, held_out
 from corp_onnx.errors import PlanError
@@ -28,6 +28,7 @@ from corp_onnx.session import Runtime
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solved import Solved, from_statistics, in_sequence
 from corp_onnx.surgery.operate import Surgery, operate
+from corp_onnx.verify.basis import SAMPLES, confirmed
 from corp_onnx.verify.checks import Check, Gates, Verification, check_gates
 from corp_onnx.verify.comparison import require_judged
 from corp_onnx.verify.verify import verify
@@ -133,17 +134,28 @@ class Work:
         return Work(model, catalog, settings, clock)
 
     def informed(self, knowledge: Knowledge) -> Work:
-        """With data, or with earlier statistics; without axes of which these say too little."""
+        """With data or earlier statistics; without axes of which these say too little or ill."""
         if isinstance(knowledge, Path):
             statistics = Statistics.load(knowledge)
-            return replace(self, statistics=statistics, catalog=spared(self.catalog, statistics))
+            statistics.require_of(self.model.fingerprint.sha256)
+            known = replace(self, statistics=statistics)
+            return known._confirmed(spared(self.catalog, statistics), statistics.seen)
         data = knowledge(self.model)
-        some = [*drawn(data, BATCH_SIZE, self.settings.seed).batches(BATCH_SIZE)]
+        some = drawn(data, BATCH_SIZE, self.settings.seed)
+        batches = [*some.batches(BATCH_SIZE)]
         if data.fixed_batch is None:
-            warn_of_mixing(self.model, some[0], self.settings.runtime)
-        few = gather(self.model, self.catalog, some, runtime=self.settings.runtime)
+            warn_of_mixing(self.model, batches[0], self.settings.runtime)
+        few = gather(self.model, self.catalog, batches, runtime=self.settings.runtime)
         used = data.samples - held_out(data)
-        return replace(self, data=data, catalog=spared(self.catalog, few, used))
+        known = replace(self, data=data)
+        return known._confirmed(spared(self.catalog, few, used), some.batches(SAMPLES))
+
+    def _confirmed(self, catalog: Catalog, batches: Iterable[Batch]) -> Work:
+        """With those blocks of the catalog that these samples show to be what they were read as."""
+        with self.clock.stage("confirm"):
+            found = confirmed(self.model, catalog, batches, self.settings.runtime)
+        require_offered(found)
+        return replace(self, catalog=found)
 
     def calibrated(self, plan: Plan | None = None) -> Work:
         """With statistics of the dense model, of all that can be cut or of what a plan cuts."""
@@ -172,7 +184,7 @@ class Work:
                 self.model,
                 self.catalog,
                 self.statistics,
-                _first(self.statistics.seen, PROBED),
+                first(self.statistics.seen, PROBED),
                 Recipe(ridge=self.settings.recipe.ridge, device=self.settings.recipe.device),
                 align=self.settings.align,
                 runtime=self.settings.runtime,
@@ -284,12 +296,3 @@ class Work:
         assert statistics is not None, "calibrated"
         with self.clock.stage("solve"):
             return from_statistics(self.model, self.catalog, plan, statistics, given.recipe)
-
-
-def _first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
-    """Batches until there are so many samples."""
-    for batch in batches:
-        if samples <= 0:
-            return
-        samples -= samples_in(batch)
-        yield batch

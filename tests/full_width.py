@@ -13,17 +13,15 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from corp_onnx.blocks import Attention, Catalog, Mlp, axes_of
-from corp_onnx.blocks.linear import bias_of, weight_of
+from corp_onnx.blocks import Catalog
 from corp_onnx.graph.model import Model
 from corp_onnx.solve.folds import (
-    EXACT,
     Fold,
     MlpFold,
     QueryKeyFold,
     Solution,
-    ValueOutputFold,
 )
+from corp_onnx.verify.basis import in_basis
 
 Bases = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 """From heads and width to ``A, B [h, e, e]`` with ``A Bᵀ = I``."""
@@ -37,20 +35,7 @@ def unchanged(model: Model, catalog: Catalog) -> Solution:
     def bases(heads: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         return (np.stack([np.eye(width)] * heads),) * 2
 
-    return _solution(model, catalog, bases, np.arange)
-
-
-def turned(model: Model, catalog: Catalog, seed: int = 0) -> Solution:
-    """Another basis for every head, another order of every hidden axis."""
-    rng = np.random.default_rng(seed)
-
-    def bases(heads: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        shape = (heads, width, width)
-        left, right = (np.linalg.qr(rng.standard_normal(shape))[0] for _ in range(2))
-        stretch = rng.uniform(0.5, 2, (heads, 1, width))
-        return left * stretch @ right, left / stretch @ right
-
-    return _solution(model, catalog, bases, rng.permutation)
+    return in_basis(model, catalog, bases, np.arange)
 
 
 def narrowed(solution: Solution, share: float) -> Solution:
@@ -86,41 +71,6 @@ def squared_error(actual: Outputs, expected: Outputs) -> float:
         )
         for name, y in expected.items()
     )
-
-
-def _solution(
-    model: Model, catalog: Catalog, bases: Bases, order: Callable[[int], np.ndarray]
-) -> Solution:
-    nodes = {node.name: node for node in model.graph.nodes}
-    opset = model.fingerprint.opset
-    folds: list[Fold] = []
-    for block in catalog.blocks:
-        if isinstance(block, Mlp):
-            weight, bias = weight_of(nodes, block.down, opset), bias_of(nodes, block.down, opset)
-            kept = order(block.width)
-            folds.append(MlpFold(block.id, kept, weight[kept], bias, EXACT))
-            continue
-        if "qk" in axes_of(block):
-            query, key = bases(len(block.key.channels), block.head_width)
-            folds.append(QueryKeyFold(block.id, query[block.key_heads], key, EXACT))
-        if "vo" in axes_of(block):
-            value, inverse = bases(len(block.value.channels), block.value_width)
-            back = inverse.transpose(0, 2, 1)[block.output.value_heads]
-            rows = back @ _rows(model, block)
-            bias = bias_of(nodes, block.output.linear, opset)
-            folds.append(ValueOutputFold(block.id, value, rows, bias, EXACT))
-    return Solution("full width", tuple(folds))
-
-
-def _rows(model: Model, block: Attention) -> np.ndarray:
-    """The weight of the output projection by head and position, ``[h, e, o]``."""
-    nodes = {node.name: node for node in model.graph.nodes}
-    weight = weight_of(nodes, block.output.linear, model.fingerprint.opset)
-    heads = len(block.output.value_heads)
-    rows = np.zeros((heads, block.value_width, weight.shape[1]))
-    head, position = block.output.places.T
-    rows[head, position] = weight
-    return rows
 
 
 def _narrow(fold: Fold, share: float) -> Fold:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from math import ceil
 
 from corp_onnx.blocks import Axis, Block, Catalog, axes_of
+from corp_onnx.blocks.withheld import withheld
 from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.data.samples import HELD_OUT_SHARE, MOST_HELD_OUT
 from corp_onnx.errors import DataError, TooFewSamples
@@ -68,20 +68,9 @@ def spared(catalog: Catalog, statistics: Statistics, samples: float | None = Non
         samples: How many there are in all, where the statistics are of a few.
     """
     given = _pictures(statistics) if samples is None else samples
-    blocks = [
-        replace(block, refused={**block.refused, **_scarce(block, statistics, given)})
-        for block in catalog.blocks
-    ]
-    found = [
-        (block.id, axis, block.refused[axis])
-        for block, before in zip(blocks, catalog.blocks, strict=True)
-        for axis in axes_of(before)
-        if axis in block.refused
-    ]
-    if found:
-        others = f'; so are {len(found) - 1} more, see "uncut" in --json' if found[1:] else ""
-        log.warning("%s %s is left as it is: %s%s", *found[0], others)
-    return replace(catalog, blocks=tuple(blocks))
+    return withheld(
+        catalog, {block.id: _scarce(block, statistics, given) for block in catalog.blocks}
+    )
 
 
 def _scarce(block: Block, statistics: Statistics, given: float) -> Mapping[Axis, str]:

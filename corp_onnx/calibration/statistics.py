@@ -49,6 +49,17 @@ class Statistics:
     crops: float = 1.0
     """How many of the samples were made of one picture, on average."""
 
+    def require_of(self, sha256: str) -> None:
+        """See whether they are of the model of this fingerprint.
+
+        Raises:
+            DataError: If they are of another.
+        """
+        if self.sha256 != sha256:
+            raise DataError(
+                f"the statistics ({self.source}) were taken of another model; calibrate this one"
+            )
+
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics of both sets of samples together.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -20,6 +20,15 @@ _log = logging.getLogger(__name__)
 def samples_in(batch: Batch) -> int:
     """How many there are."""
     return len(next(iter(batch.values())))
+
+
+def first(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """Batches until there are so many samples."""
+    for batch in batches:
+        if samples <= 0:
+            return
+        samples -= samples_in(batch)
+        yield batch
 
 
 def batched(

@@ -10,7 +10,6 @@ from threadpoolctl import threadpool_limits
 from corp_onnx.blocks import Catalog
 from corp_onnx.blocks.records import leader_of
 from corp_onnx.calibration.statistics import Statistics
-from corp_onnx.errors import DataError
 from corp_onnx.graph.model import Model
 from corp_onnx.plan import Plan
 from corp_onnx.solve.folds import Solution
@@ -27,10 +26,7 @@ def solve(
         PlanError: If the ranking is unknown.
         IllConditioned: If a system cannot be solved.
     """
-    if statistics.sha256 != model.fingerprint.sha256:
-        raise DataError(
-            f"the statistics ({statistics.source}) were taken of another model; calibrate this one"
-        )
+    statistics.require_of(model.fingerprint.sha256)
     solver = Solver.of(model, statistics, recipe)
     blocks = {block.id: block for block in catalog.blocks}
     with ThreadPoolExecutor(recipe.device.workers) as pool, threadpool_limits(1, user_api="blas"):
