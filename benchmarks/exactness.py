@@ -29,8 +29,9 @@ from corp_onnx.session import Session, open_session
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import Solution
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from corp_onnx.verify.checks import Check
-from tests.full_width import narrowed, padded, squared_error, turned
+from tests.full_width import narrowed, padded, squared_error
 
 log = logging.getLogger(__name__)
 

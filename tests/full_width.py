@@ -1,7 +1,6 @@
 """Folds that keep every channel, and narrow ones with a twin of full width that computes the same.
 
-What surgery does wrong shows at full width already, where the right result is the dense model: the
-basis of every head is changed by ``A`` and ``B`` with ``A Bᵀ = I``, hidden channels are shuffled.
+What surgery does wrong shows at full width already, where the right result is the dense model.
 """
 
 from __future__ import annotations

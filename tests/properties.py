@@ -18,9 +18,10 @@ from corp_onnx.plan import Cut, Plan, uniform
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold, QueryKeyFold, Solution, ValueOutputFold
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from corp_onnx.verify.checks import check_promises, check_structure
 from corp_onnx.verify.promise import measured_errors
-from tests.full_width import narrowed, run, squared_error, turned
+from tests.full_width import narrowed, run, squared_error
 
 BOUND, HALF_BOUND = 1e-9, 1e-5
 """Of ``‖ŷ - y‖² / ‖y‖²`` at ratio 0, where nothing but rounding is lost; the latter in float16."""

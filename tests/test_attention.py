@@ -22,6 +22,7 @@ from corp_onnx.solve.bilinear import recover_query_key
 from corp_onnx.solve.folds import QueryKeyFold, ValueOutputFold
 from corp_onnx.solve.ranking import highest, score
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from corp_onnx.verify.promise import measured_errors
 from tests.attention_builders import (
     GROUPED,
@@ -40,7 +41,7 @@ from tests.attention_builders import (
     split,
 )
 from tests.builders import VALUE, WIDTH, Net, feeds, softmax
-from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
+from tests.full_width import narrowed, padded, run, squared_error, unchanged
 from tests.tolerances import rounding
 
 ALL = pytest.mark.parametrize("name", MORE)

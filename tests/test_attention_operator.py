@@ -13,8 +13,9 @@ from corp_onnx.calibration.calibrate import gather
 from corp_onnx.calibration.masks import visible
 from corp_onnx.graph.model import from_proto
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from tests.builders import WIDTH, Net, feeds, mlp, relu
-from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
+from tests.full_width import narrowed, padded, run, squared_error, unchanged
 
 HEADS, HEAD, VALUE = 4, 6, 4
 SIZES = ((1, 5), (3, 7))

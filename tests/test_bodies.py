@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.graph.model import from_proto
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from tests.builders import (
     HEAD,
     HEADS,
@@ -23,7 +24,7 @@ from tests.builders import (
     relu,
     separate,
 )
-from tests.full_width import narrowed, run, squared_error, turned
+from tests.full_width import narrowed, run, squared_error
 
 SIZES = ((1, 5), (3, 7))
 BOUND = 1e-10

@@ -14,8 +14,9 @@ from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.graph.model import QuantisedModel, from_proto, load, save
 from corp_onnx.graph.operators import MICROSOFT
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from tests.builders import HEAD, HEADS, HIDDEN, WIDTH, Net, feeds, relu
-from tests.full_width import run, turned
+from tests.full_width import run
 from tests.tolerances import distance, rounding
 
 INNER = HEADS * HEAD

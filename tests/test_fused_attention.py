@@ -23,8 +23,9 @@ from corp_onnx.graph.shapes import evaluate
 from corp_onnx.plan import uniform
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from tests.builders import HIDDEN, WIDTH, Net, feeds, mlp, relu
-from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
+from tests.full_width import narrowed, padded, run, squared_error, unchanged
 from tests.tolerances import distance, rounding
 
 HEADS, KV_HEADS, HEAD = 4, 2, 32

@@ -12,8 +12,9 @@ from corp_onnx.errors import GraphError
 from corp_onnx.graph.inlining import inlined
 from corp_onnx.graph.model import from_proto
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from tests.builders import HIDDEN, TINY, WIDTH, Net, feeds
-from tests.full_width import narrowed, run, squared_error, turned, unchanged
+from tests.full_width import narrowed, run, squared_error, unchanged
 
 SIZES = ((1, 5), (3, 7))
 BOUND = 1e-10

@@ -22,8 +22,9 @@ from corp_onnx.graph.model import from_proto, load
 from corp_onnx.graph.operators import MICROSOFT
 from corp_onnx.graph.shapes import evaluate
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from tests.builders import WIDTH, Net, feeds, merge_heads, mix, relu, residual_block, separate
-from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
+from tests.full_width import narrowed, padded, run, squared_error, unchanged
 from tests.tolerances import distance, rounding
 
 ROWS, COLUMNS = 40, 24

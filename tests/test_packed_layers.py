@@ -16,6 +16,7 @@ from corp_onnx.graph.model import from_proto
 from corp_onnx.plan import uniform
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from corp_onnx.verify.checks import check_promises
 from corp_onnx.verify.promise import measured_errors
 from tests.builders import (
@@ -30,7 +31,7 @@ from tests.builders import (
     relu,
     split_heads,
 )
-from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
+from tests.full_width import narrowed, padded, run, squared_error, unchanged
 
 SIZE = HEADS * HEAD
 SIZES = ((1, 5), (3, 7))

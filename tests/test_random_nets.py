@@ -14,8 +14,9 @@ from corp_onnx.graph.model import from_proto
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold, QueryKeyFold, Solution, ValueOutputFold
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from tests.builders import feeds
-from tests.full_width import run, squared_error, turned
+from tests.full_width import run, squared_error
 from tests.properties import (
     check,
     is_the_truth,

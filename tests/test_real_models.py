@@ -16,9 +16,10 @@ from corp_onnx.graph.model import load
 from corp_onnx.plan import uniform
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from tests import zoo_models
 from tests.assets import asset
-from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
+from tests.full_width import narrowed, padded, run, squared_error, unchanged
 from tests.test_macs import by_hand
 
 pytestmark = pytest.mark.slow

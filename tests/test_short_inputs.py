@@ -14,9 +14,10 @@ from corp_onnx.graph.varied import probed
 from corp_onnx.plan import uniform
 from corp_onnx.session import open_session
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from corp_onnx.verify.checks import check_structure
 from tests.builders import HEAD, HEADS, WIDTH, Net, merge_heads, mix, projections, residual_block
-from tests.full_width import narrowed, run, squared_error, turned, unchanged
+from tests.full_width import narrowed, run, squared_error, unchanged
 
 
 def sound(kernels):

@@ -15,6 +15,7 @@ from corp_onnx.errors import SurgeryError
 from corp_onnx.graph.model import from_proto
 from corp_onnx.solve.folds import EXACT, MlpFold, QueryKeyFold, Solution, ValueOutputFold
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from tests.builders import (
     HEAD,
     HEADS,
@@ -30,7 +31,7 @@ from tests.builders import (
     sizes_of,
     split_heads,
 )
-from tests.full_width import narrowed, padded, run, squared_error, turned, unchanged
+from tests.full_width import narrowed, padded, run, squared_error, unchanged
 
 ALL = pytest.mark.parametrize("name", TINY)
 

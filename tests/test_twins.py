@@ -16,6 +16,7 @@ from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from corp_onnx.verify.promise import measured_errors
 from tests.builders import (
     HEAD,
@@ -27,7 +28,7 @@ from tests.builders import (
     mix,
     split_heads,
 )
-from tests.full_width import run, squared_error, turned
+from tests.full_width import run, squared_error
 from tests.inputs import activations
 
 HALF = {"mlp": 0.5, "qk": 0.5}

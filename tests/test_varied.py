@@ -11,6 +11,7 @@ from corp_onnx.graph.model import from_proto
 from corp_onnx.graph.sizes import stretched
 from corp_onnx.graph.varied import probed
 from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
 from tests.builders import (
     HEAD,
     HEADS,
@@ -22,7 +23,7 @@ from tests.builders import (
     projections,
     split_heads,
 )
-from tests.full_width import run, squared_error, turned, unchanged
+from tests.full_width import run, squared_error, unchanged
 
 PATCH = 16
 

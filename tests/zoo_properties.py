@@ -10,7 +10,8 @@ from corp_onnx.blocks import axes_of, find_blocks
 from corp_onnx.calibration.calibrate import gather
 from corp_onnx.graph.model import from_proto
 from corp_onnx.surgery.operate import operate
-from tests.full_width import run, squared_error, turned
+from corp_onnx.verify.basis import turned
+from tests.full_width import run, squared_error
 from tests.properties import (
     BOUND,
     HALF_BOUND,
