@@ -5,7 +5,7 @@ What surgery does wrong shows at full width already, where the right result is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -21,9 +21,6 @@ from corp_onnx.solve.folds import (
     Solution,
 )
 from corp_onnx.verify.basis import in_basis
-
-Bases = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
-"""From heads and width to ``A, B [h, e, e]`` with ``A Bᵀ = I``."""
 
 Outputs = Mapping[str, np.ndarray]
 
