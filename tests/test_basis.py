@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.graph.model import from_proto
+from corp_onnx.verify import basis
 from corp_onnx.verify.basis import confirmed, errors_in_another_basis
 from corp_onnx.verify.checks import rounding_error
 from tests.attention_builders import MORE
 from tests.builders import TINY, WIDTH, Net, feeds, merge_heads, mix, projections, split_heads
+from tests.full_width import run, squared_error
 from tests.inputs import activations
 
 PATCH = 16
@@ -106,6 +109,21 @@ def test_mistakes_are_found_where_they_are(mistake, at):
     assert tuple(found.blocks[at].refused) == (axis,)
 
 
+def test_what_is_not_a_number_is_nothing_to_compare_and_no_number_is_not_right(monkeypatch):
+    """Rows of a sample that is all padding are lost in the dense model too."""
+    model = from_proto(TINY["transformer"](0).proto)
+    catalog = find_blocks(model)
+    batch = {"x": activations()[:2].astype(np.float32)}
+    batch["x"][0] = np.nan
+    assert all(not block.refused for block in confirmed(model, catalog, [batch]).blocks)
+    blocks = (mistaken(catalog.blocks[0], "gain"), *catalog.blocks[1:])
+    wrong = replace(catalog, blocks=blocks)
+    assert confirmed(model, wrong, [batch]).blocks[0].refused.keys() == {"qk"}
+    monkeypatch.setattr(basis, "errors_in_another_basis", lambda *_: {"mlp.0": np.nan})
+    refused = {block.id for block in confirmed(model, catalog, [batch]).blocks if block.refused}
+    assert refused == {"mlp.0"}
+
+
 @pytest.mark.parametrize("at", [0, 2])
 def test_so_is_what_fails_in_another_basis(at):
     """Alone, though others fail beside it in one graph."""
@@ -120,3 +138,44 @@ def test_so_is_what_fails_in_another_basis(at):
         ("qk",) if place == at else () for place in range(4)
     ]
     assert "should change nothing, it fails: ONNX Runtime" in found.blocks[at].refused["qk"]
+
+
+# By the command
+
+
+@pytest.fixture
+def oblong(tmp_path):
+    """A model that scales its queries by the aspect ratio, and pictures that are not square."""
+    onnx.save(by_aspect(), tmp_path / "model.onnx")
+    np.savez(tmp_path / "data.npz", **pictures(48, 96, samples=40))
+    return tmp_path
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["data", "statistics"])
+def test_what_is_not_confirmed_stays_and_the_rest_is_cut(earlier, oblong, command):
+    given = "--data", oblong / "data.npz"
+    if earlier:
+        statistics = oblong / "statistics.npz"
+        assert command("calibrate", oblong / "model.onnx", *given, "-o", statistics).status == 0
+        given = "--stats", statistics
+    shares = "--qk", 0.5, "--vo", 0.5, "--align", 1
+    ended = command(
+        "prune", oblong / "model.onnx", *given, "-o", oblong / "o.onnx", *shares, "--json"
+    )
+    assert ended.status == 0
+    assert "attention.0 qk is left as it is: written in another basis" in ended.message
+    document = json.loads(ended.stdout)
+    assert [list(block["cuts"]) for block in document["blocks"]] == [["vo"]]
+    assert "(relative squared error)" in document["uncut"][0]["reason"]
+    before, after = (
+        run(onnx.load(oblong / name), pictures(48, 96))[0] for name in ("model.onnx", "o.onnx")
+    )
+    assert squared_error(after, before) < 0.5
+
+
+def test_where_nothing_is_confirmed_the_reason_is_told(oblong, command):
+    given = "--data", oblong / "data.npz", "-o", oblong / "o.onnx", "--align", 1
+    ended = command("prune", oblong / "model.onnx", *given, "--qk", 0.5)
+    assert ended.status == 3
+    assert "attention.0 qk: written in another basis" in ended.message
+    assert not (oblong / "o.onnx").exists()

@@ -16,6 +16,7 @@ from corp_onnx.allocation.budget import Budget, within
 from corp_onnx.blocks import find_blocks
 from corp_onnx.calibration.calibrate import calibrate
 from corp_onnx.clock import Clock
+from corp_onnx.data.batching import first
 from corp_onnx.data.dataset import open_data
 from corp_onnx.errors import DataError, NothingPrunable, OutputError, PlanError, TooFewSamples
 from corp_onnx.graph.model import load
@@ -75,6 +76,7 @@ def test_every_stage_leaves_its_record(result):
     assert list(record.seconds) == [
         "load",
         "blocks",
+        "confirm",
         "calibrate",
         "solve",
         "surgery",
@@ -406,8 +408,8 @@ def test_what_can_be_kept_at_the_least_is_enough_to_ask_for(files, tmp_path):
 
 def test_axes_are_probed_on_samples_however_small_the_batches():
     batches = [{"x": np.zeros((size, 3))} for size in (1, 7, 8, 4, 4)]
-    assert [len(batch["x"]) for batch in work._first(batches, 16)] == [1, 7, 8]
-    assert len(list(work._first(batches * 9, 1000))) == 45
+    assert [len(batch["x"]) for batch in first(batches, 16)] == [1, 7, 8]
+    assert len(list(first(batches * 9, 1000))) == 45
 
 
 # Batches of one size

@@ -16,7 +16,7 @@ from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold
 from corp_onnx.surgery.operate import operate
-from corp_onnx.verify.basis import turned
+from corp_onnx.verify.basis import confirmed, turned
 from corp_onnx.verify.promise import measured_errors
 from tests.builders import (
     HEAD,
@@ -140,6 +140,16 @@ def test_the_function_is_the_same_in_another_basis():
     made = operate(model, catalog, turned(model, catalog)).model
     (expected,), (found,) = (run(one, {"x": activations()}) for one in (model, made))
     assert squared_error(found, expected) < 1e-10
+
+
+def test_what_is_wrong_with_one_of_them_is_wrong_with_all():
+    model = layers()
+    catalog = find_blocks(model)
+    first, *others, last = catalog.blocks
+    wrong = replace(last, sources=(replace(last.sources[0], channels=np.arange(HIDDEN)[::-1]),))
+    mistaken = replace(catalog, blocks=(first, *others, wrong))
+    found = confirmed(model, mistaken, [{"x": activations()[:2].astype(np.float32)}])
+    assert [tuple(block.refused) for block in found.blocks] == [(), ("mlp",)] * 2
 
 
 def test_what_is_solved_from_the_dense_model_alone_says_so():
