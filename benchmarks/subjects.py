@@ -259,6 +259,7 @@ MAKERS: Mapping[str, Callable[[Place, int], Subject]] = {
     "minilm-l3": minilm_l3,
     "minilm-l6": minilm_l6,
     "smollm2": smollm2,
+    "smollm2-narrow": smollm2,
 }
 
 
