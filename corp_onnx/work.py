@@ -28,9 +28,9 @@ from corp_onnx.session import Runtime
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solved import Solved, from_statistics, in_sequence
 from corp_onnx.surgery.operate import Surgery, operate
-from corp_onnx.verify.basis import SAMPLES, confirmed
 from corp_onnx.verify.checks import Check, Gates, Verification, check_gates
 from corp_onnx.verify.comparison import require_judged
+from corp_onnx.verify.confirm import confirmed
 from corp_onnx.verify.verify import verify
 
 log = logging.getLogger(__name__)
@@ -141,14 +141,13 @@ class Work:
             known = replace(self, statistics=statistics)
             return known._confirmed(spared(self.catalog, statistics), statistics.seen)
         data = knowledge(self.model)
-        some = drawn(data, BATCH_SIZE, self.settings.seed)
-        batches = [*some.batches(BATCH_SIZE)]
+        some = [*drawn(data, BATCH_SIZE, self.settings.seed).batches(BATCH_SIZE)]
         if data.fixed_batch is None:
-            warn_of_mixing(self.model, batches[0], self.settings.runtime)
-        few = gather(self.model, self.catalog, batches, runtime=self.settings.runtime)
+            warn_of_mixing(self.model, some[0], self.settings.runtime)
+        few = gather(self.model, self.catalog, some, runtime=self.settings.runtime)
         used = data.samples - held_out(data)
         known = replace(self, data=data)
-        return known._confirmed(spared(self.catalog, few, used), some.batches(SAMPLES))
+        return known._confirmed(spared(self.catalog, few, used), some)
 
     def _confirmed(self, catalog: Catalog, batches: Iterable[Batch]) -> Work:
         """With those blocks of the catalog that these samples show to be what they were read as."""

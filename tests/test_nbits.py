@@ -23,6 +23,7 @@ from corp_onnx.graph.operators import MICROSOFT
 from corp_onnx.graph.shapes import evaluate
 from corp_onnx.surgery.operate import operate
 from corp_onnx.verify.basis import turned
+from corp_onnx.verify.confirm import confirmed
 from tests.builders import WIDTH, Net, feeds, merge_heads, mix, relu, residual_block, separate
 from tests.full_width import narrowed, padded, run, squared_error, unchanged
 from tests.tolerances import distance, rounding
@@ -112,6 +113,9 @@ def plainly(model, *given):
 def check(model, proto, computed=run):
     catalog = find_blocks(model)
     given = [feeds(proto, *size) for size in ((1, 5), (3, 7))]
+    assert [b.refused for b in confirmed(model, catalog, given).blocks] == [
+        b.refused for b in catalog.blocks
+    ]
     before = computed(proto, *given)
     full = turned(model, catalog)
     for solution in (unchanged(model, catalog), full):
@@ -125,6 +129,19 @@ def check(model, proto, computed=run):
     for pair in zip(computed(small, *given), before, strict=True):
         assert squared_error(*pair) > 1e-6
     return small
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_product_that_may_round_what_it_reads_is_confirmed(bits):
+    """Of accuracy level 4, with activations in int8: what is written instead does not round."""
+    proto = small_mlp(bits=bits, block=32)
+    for node in proto.graph.node:
+        if node.op_type == "MatMulNBits":
+            node.attribute.append(onnx.helper.make_attribute("accuracy_level", 4))
+    model = from_proto(proto)
+    catalog = find_blocks(model)
+    (block,) = confirmed(model, catalog, [feeds(proto, 3, 7)]).blocks
+    assert axes_of(block) == ("mlp",)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -16,7 +16,8 @@ from corp_onnx.sequential.fit import fit_in_sequence
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import MlpFold
 from corp_onnx.surgery.operate import operate
-from corp_onnx.verify.basis import confirmed, turned
+from corp_onnx.verify.basis import turned
+from corp_onnx.verify.confirm import confirmed
 from corp_onnx.verify.promise import measured_errors
 from tests.builders import (
     HEAD,
@@ -148,8 +149,14 @@ def test_what_is_wrong_with_one_of_them_is_wrong_with_all():
     first, *others, last = catalog.blocks
     wrong = replace(last, sources=(replace(last.sources[0], channels=np.arange(HIDDEN)[::-1]),))
     mistaken = replace(catalog, blocks=(first, *others, wrong))
-    found = confirmed(model, mistaken, [{"x": activations()[:2].astype(np.float32)}])
+    batch = {"x": activations()[:2].astype(np.float32)}
+    found = confirmed(model, mistaken, [batch])
     assert [tuple(block.refused) for block in found.blocks] == [(), ("mlp",)] * 2
+    query = replace(first.query, gain=1.5 * first.query.gain)
+    value = replace(others[1].value, channels=others[1].value.channels[::-1])
+    blocks = replace(first, query=query), others[0], replace(others[1], value=value), last
+    found = confirmed(model, replace(catalog, blocks=blocks), [batch])
+    assert [{*block.refused} for block in found.blocks] == [{"qk", "vo"}, set()] * 2
 
 
 def test_what_is_solved_from_the_dense_model_alone_says_so():

@@ -33,17 +33,18 @@ def extract(
 
     Inputs of the model that the outputs still need stay inputs. ``like`` holds what flows into
     entries, which get its types and as many axes; without it they are of type float32, unless the
-    file says otherwise.
+    file says otherwise. What the model itself makes of an entry is the output ``computed(entry)``.
     """
     graph = model.graph.copy()
     by_name = graph.tensors()
     inputs = list(graph.inputs)
     for name in entries:
-        computed = by_name[name]
-        if not any(computed is known for known in inputs):
-            computed.name = f"{name}/computed"  # it stays where it is among its node's outputs
-            by_name[name] = _entry(name, computed.dtype, (like or {}).get(name))
-            replace_readers(computed, by_name[name])
+        made = by_name[name]
+        if not any(made is known for known in inputs):
+            made.name = computed(name)  # it stays where it is among its node's outputs
+            by_name[made.name] = made
+            by_name[name] = _entry(name, made.dtype, (like or {}).get(name))
+            replace_readers(made, by_name[name])
             inputs.append(by_name[name])
     graph.inputs = inputs
     graph.outputs = [by_name[name] for name in dict.fromkeys(outputs)]
@@ -51,6 +52,11 @@ def extract(
         tensor.shape = None
     graph.cleanup(remove_unused_graph_inputs=True).toposort()
     return model.with_graph(graph)
+
+
+def computed(entry: str) -> str:
+    """The name of what is fed from outside, as the model itself computes it."""
+    return f"{entry}/computed"
 
 
 def _entry(name: str, declared: DTypeLike, like: np.ndarray | None) -> gs.Variable:

@@ -59,6 +59,16 @@ def last_layer(block: Block) -> Linear | None:
     return block.output.linear if isinstance(block, Attention) and block.output else None
 
 
+def end_of(model: Model, block: Block) -> str:
+    """The output of a block's last layer, or of its last product where that layer is not known."""
+    last = last_layer(block)
+    if last is not None:
+        return last.output
+    assert isinstance(block, Attention), "an MLP ends in a linear layer"
+    product = next(node for node in model.graph.nodes if node.name == block.products[-1])
+    return str(product.outputs[0].name)
+
+
 def stream_behind(model: Model, facts: Facts, block: Block) -> Stream:
     """Follow the output of a block's last layer to where the next nonlinear reader takes it.
 
@@ -69,9 +79,7 @@ def stream_behind(model: Model, facts: Facts, block: Block) -> Stream:
     """
     linear = last_layer(block)
     if linear is None:
-        assert isinstance(block, Attention), "an MLP ends in a linear layer"
-        product = next(node for node in model.graph.nodes if node.name == block.products[-1])
-        return Stream(block.id, None, product.outputs[0].name, np.ones(1))
+        return Stream(block.id, None, end_of(model, block), np.ones(1))
     tensor: gs.Tensor = model.graph.tensors()[linear.output]
     gain = np.ones(linear.width_out)
     found, joined = Stream(block.id, linear, linear.output, gain), False

@@ -139,8 +139,12 @@ def _over(found: float, predicted: float) -> float:
 
 def rounding_error(model: Model) -> float:
     """What a change that changes nothing may make of a model's output, by the types it stores."""
-    types = {str(element_type(tensor)) for tensor in model.graph.tensors().values()}
-    return max(ROUNDING_ERROR.get(name, LEAST_ROUNDING_ERROR) for name in types)
+    return max(ROUNDING_ERROR.get(name, LEAST_ROUNDING_ERROR) for name in types_in(model))
+
+
+def types_in(model: Model) -> frozenset[str]:
+    """The names of all element types that are known of its tensors."""
+    return frozenset(str(element_type(tensor)) for tensor in model.graph.tensors().values())
 
 
 def check_repair(

@@ -36,11 +36,11 @@ class Meter(Protocol):
 class OutputMeter:
     """``Σ‖ŷ - y‖² / Σ‖y - mean(y)‖²`` over the outputs ``y`` of the last layer of a block."""
 
-    __slots__ = ("_count", "_energy", "_lost", "_total")
+    __slots__ = ("_count", "_energy", "_lost", "_rounding", "_total")
 
-    def __init__(self) -> None:
-        """Start with nothing."""
-        self._count, self._lost, self._energy = 0, 0.0, 0.0
+    def __init__(self, rounding: float = ROUNDING) -> None:
+        """Start with nothing; what rounds by so much of an output counts for nothing."""
+        self._count, self._lost, self._energy, self._rounding = 0, 0.0, 0.0, rounding
         self._total: np.ndarray | float = 0.0
 
     def add(self, block: Block, other: Block, before: Batch, after: Batch) -> None:
@@ -72,7 +72,7 @@ class OutputMeter:
 
     def error(self) -> float:
         """The relative squared error of what was added."""
-        if self._lost <= ROUNDING**2 * self._energy:
+        if self._lost <= self._rounding**2 * self._energy:
             return 0.0
         spread = self._energy - float(np.square(self._total).sum()) / max(self._count, 1)
         return share(self._lost, spread)

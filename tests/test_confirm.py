@@ -10,12 +10,21 @@ import onnx
 import pytest
 
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
+from corp_onnx.errors import DataError
 from corp_onnx.graph.model import from_proto
-from corp_onnx.verify import basis
-from corp_onnx.verify.basis import confirmed, errors_in_another_basis
-from corp_onnx.verify.checks import rounding_error
+from corp_onnx.verify.confirm import Dense, _few, confirmed
 from tests.attention_builders import MORE
-from tests.builders import TINY, WIDTH, Net, feeds, merge_heads, mix, projections, split_heads
+from tests.builders import (
+    HIDDEN,
+    TINY,
+    WIDTH,
+    Net,
+    feeds,
+    merge_heads,
+    mix,
+    projections,
+    split_heads,
+)
 from tests.full_width import run, squared_error
 from tests.inputs import activations
 
@@ -73,14 +82,14 @@ def test_everything_else_is_confirmed(name):
     catalog = find_blocks(model)
     samples, lengths = (1, [5]) if name == "baked_batch" else (2, [7, 9])
     batches = [feeds(proto, samples, length) for length in lengths]
-    errors = errors_in_another_basis(model, catalog, batches)
+    errors = Dense.of(model, catalog, batches).errors(catalog)
     assert errors.keys() == {block.id for block in catalog.blocks if axes_of(block)}
-    assert all(error <= rounding_error(model) for error in errors.values()), errors
+    assert all(error < 1e-8 for error in errors.values()), errors
     refused = [block.refused for block in confirmed(model, catalog, batches).blocks]
     assert refused == [block.refused for block in catalog.blocks]
 
 
-def mistaken(block, mistake):
+def mistaken(block, mistake, gain=1.01):
     """A block with something about it that is not so."""
     if isinstance(block, Mlp):
         source, *others = block.sources
@@ -89,7 +98,7 @@ def mistaken(block, mistake):
     if mistake == "places":
         return replace(block, output=replace(block.output, places=block.output.places[::-1]))
     if mistake == "gain":
-        return replace(block, query=replace(block.query, gain=block.query.gain * 1.01))
+        return replace(block, query=replace(block.query, gain=block.query.gain * gain))
     return replace(block, value=replace(block.value, channels=block.value.channels[::-1]))
 
 
@@ -119,7 +128,7 @@ def test_what_is_not_a_number_is_nothing_to_compare_and_no_number_is_not_right(m
     blocks = (mistaken(catalog.blocks[0], "gain"), *catalog.blocks[1:])
     wrong = replace(catalog, blocks=blocks)
     assert confirmed(model, wrong, [batch]).blocks[0].refused.keys() == {"qk"}
-    monkeypatch.setattr(basis, "errors_in_another_basis", lambda *_: {"mlp.0": np.nan})
+    monkeypatch.setattr(Dense, "errors", lambda *_: {"mlp.0": np.nan})
     refused = {block.id for block in confirmed(model, catalog, [batch]).blocks if block.refused}
     assert refused == {"mlp.0"}
 
@@ -138,6 +147,103 @@ def test_so_is_what_fails_in_another_basis(at):
         ("qk",) if place == at else () for place in range(4)
     ]
     assert "should change nothing, it fails: ONNX Runtime" in found.blocks[at].refused["qk"]
+
+
+def x_of(samples=8, tokens=7, seed=0):
+    rng = np.random.default_rng(seed)
+    return {"x": rng.standard_normal((samples, tokens, WIDTH), dtype=np.float32)}
+
+
+def refused_in(proto, *batches, wrong=None):
+    """The axes that are refused by block, after one was mistaken, if there is one."""
+    model = from_proto(proto)
+    catalog = find_blocks(model)
+    assert all(axes_of(block) for block in catalog.blocks), "or there is nothing to find out"
+    blocks = [
+        mistaken(block, "gain", 1.5) if block.id == wrong else block for block in catalog.blocks
+    ]
+    found = confirmed(model, replace(catalog, blocks=tuple(blocks)), batches)
+    return {block.id: tuple(block.refused) for block in found.blocks if block.refused}
+
+
+def test_what_only_all_axes_together_show_refuses_all(monkeypatch):
+    def errors(self, catalog):
+        return {b.id: 1.0 if len(axes_of(b)) == 2 else 0.0 for b in catalog.blocks}
+
+    monkeypatch.setattr(Dense, "errors", errors)
+    found = refused_in(TINY["transformer"](0).proto, x_of())
+    assert found == {"attention.0": ("qk", "vo"), "attention.1": ("qk", "vo")}
+
+
+def test_what_draws_random_numbers_says_nothing():
+    net = Net(0)
+    heads = (split_heads(net, part) for part in projections(net))
+    mixed = mix(net, *heads, lambda net, y: net("Add", y, net("RandomNormalLike", y)))
+    assert refused_in(net.build(merge_heads(net, mixed)), x_of()) == {}
+
+
+def test_a_product_that_another_block_reads_is_still_compared():
+    """One head mixes the input itself, and an MLP reads that."""
+    net = Net(0)
+    net.x()
+    query, key = (net.linear("x", WIDTH, 6) for _ in range(2))
+    logits = net("MatMul", query, net("Transpose", key, perm=[0, 2, 1]))
+    mixed = net("MatMul", net("Softmax", logits, axis=-1), "x")
+    proto = net.build(net.linear(net("Relu", net.linear(mixed, WIDTH, HIDDEN)), HIDDEN, WIDTH))
+    model = from_proto(proto)
+    catalog = find_blocks(model)
+    assert [axes_of(block) for block in catalog.blocks] == [("qk",), ("mlp",)]
+    wrong = mistaken(catalog.blocks[0], "gain", 1.5)
+    for attention, axes in ((catalog.blocks[0], ("qk",)), (wrong, ())):
+        blocks = (attention, *catalog.blocks[1:])
+        found = confirmed(model, replace(catalog, blocks=blocks), [x_of()])
+        assert [axes_of(block) for block in found.blocks] == [axes, ("mlp",)]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_block_that_scales_another_takes_nobody_with_it(at):
+    net = Net(0)
+    x = net.x()
+    gate = net.linear(net("Relu", net.linear(x, WIDTH, HIDDEN)), HIDDEN, WIDTH)
+    gate = net("Sigmoid", net("ReduceMean", gate, [-1], keepdims=1))
+    hidden = net("Mul", net("Relu", net.linear(x, WIDTH, HIDDEN)), gate)
+    wrong = f"mlp.{at}"
+    assert refused_in(net.build(net.linear(hidden, HIDDEN, WIDTH)), x_of(), wrong=wrong) == {
+        wrong: ("mlp",)
+    }
+
+
+def test_a_dense_model_that_fails_is_no_block_that_was_misread():
+    proto = TINY["transformer"](0).proto
+    with pytest.raises(DataError, match="the model also reads x"):
+        refused_in(proto, {"y": x_of()["x"]})
+    with pytest.raises(DataError, match="cannot run the model on inputs of shape"):
+        refused_in(proto, {"x": x_of()["x"][..., :-1]})
+
+
+def test_samples_are_run_as_many_at_once_as_before():
+    """As of a model of videos, where four samples are one."""
+    net = Net(0)
+    y = net.linear(net("Relu", net.linear(net.x(), WIDTH, HIDDEN)), HIDDEN, WIDTH)
+    four = net("ReduceMean", net("Reshape", y, [-1, 4, 5, WIDTH]), [1], keepdims=0)
+    y = net.linear(net("Relu", net.linear(four, WIDTH, HIDDEN)), HIDDEN, WIDTH)
+    assert refused_in(net.build(y), x_of(8, 5)) == {}
+
+
+def test_of_every_shape_the_largest_batch_is_run():
+    sizes = [(1, 5), (1, 6), (3, 5), (2, 9), (1, 7), (2, 5)]
+    few = _few(x_of(*size) for size in sizes)
+    assert [one["x"].shape[:2] for one in few] == [(3, 5), (2, 9), (1, 6)]
+
+
+@pytest.mark.parametrize("bias", [0, 30])
+def test_float16_may_round_more(bias):
+    """A bias of all keys adds the same to all logits of a row, to be lost in Softmax again."""
+    net = Net(0, dtype=np.float16)
+    query, key, value = projections(net)
+    heads = (split_heads(net, part) for part in (query, net("Add", key, np.float16(bias)), value))
+    batch = {"x": x_of(tokens=20)["x"].astype(np.float16)}
+    assert refused_in(net.build(merge_heads(net, mix(net, *heads))), batch) == {}
 
 
 # By the command
