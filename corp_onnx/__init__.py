@@ -1,7 +1,7 @@
 """Cut an exported ONNX transformer to half its width in one shot, and repair it in closed form.
 
-The stages, in order: `load`, `find_blocks`, `calibrate`, `uniform`, `solve`, `operate`, `compare`,
-`save`; `prune` is all of them.
+The stages, in order: `load`, `find_blocks`, `calibrate`, `confirmed`, `uniform`, `solve`, `operate`,
+`compare`, `save`; `prune` is all of them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from corp_onnx.session import Runtime, open_session
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.surgery.operate import operate
 from corp_onnx.verify.comparison import compare
+from corp_onnx.verify.confirm import confirmed
 
 __all__ = [
     "Catalog",
@@ -30,6 +31,7 @@ __all__ = [
     "Statistics",
     "calibrate",
     "compare",
+    "confirmed",
     "find_blocks",
     "load",
     "open_data",
