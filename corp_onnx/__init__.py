@@ -1,7 +1,7 @@
 """Cut an exported ONNX transformer to half its width in one shot, and repair it in closed form.
 
-The stages, in order: `load`, `find_blocks`, `calibrate`, `confirmed`, `uniform`, `solve`, `operate`,
-`compare`, `save`; `prune` is all of them.
+The stages, in order: `load`, `find_blocks`, `calibrate`, `confirmed`, `uniform`, `solve`,
+`operate`, `compare`, `save`; `prune` is all of them.
 """
 
 from __future__ import annotations
