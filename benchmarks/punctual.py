@@ -130,6 +130,7 @@ class _Bench:
             "of the limit": share / deadline.limit,
             "MACs": macs,
             "tries": len(schedule.tries),
+            "measured": " ".join(f"{one.measured / schedule.limit:.2f}" for one in schedule.tries),
         }
 
     def _cut(self, plan: Plan) -> tuple[Model, float]:

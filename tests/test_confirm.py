@@ -230,10 +230,10 @@ def test_samples_are_run_as_many_at_once_as_before():
     assert refused_in(net.build(y), x_of(8, 5)) == {}
 
 
-def test_of_every_shape_the_largest_batch_is_run():
-    sizes = [(1, 5), (1, 6), (3, 5), (2, 9), (1, 7), (2, 5)]
+def test_of_every_shape_a_few_samples_are_run_in_the_batches_they_come_in():
+    sizes = [(1, 5), (4, 6), (3, 5), (2, 9), (1, 7), (5, 6), (8, 6), (1, 5)]
     few = _few(x_of(*size) for size in sizes)
-    assert [one["x"].shape[:2] for one in few] == [(3, 5), (2, 9), (1, 6)]
+    assert [one["x"].shape[:2] for one in few] == [(4, 6), (5, 6), (1, 5), (3, 5), (1, 5), (2, 9)]
 
 
 @pytest.mark.parametrize("bias", [0, 30])

@@ -167,6 +167,20 @@ def test_the_clock_corrects_a_table_that_is_wrong(known, clock, tables, monkeypa
     assert schedule(known, 0.6, target, tables).tries[-1].measured > 0.6
 
 
+def test_a_time_that_hardly_falls_at_first_is_not_undercut(known, clock, tables, monkeypatch):
+    """What is saved then says nothing of how far to go: that lies between two aims."""
+    honest = deadlines._Trial._share
+
+    def late(trial, widths):
+        share = honest(trial, widths)
+        return 0.85 + 0.15 * share if share > 0.5 else 0.3 + 0.6 * share
+
+    monkeypatch.setattr(deadlines._Trial, "_share", late)
+    found = schedule(known, 0.55, Abacus(clock), tables)
+    kept = [one.measured for one in found.tries if one.measured <= 0.55]
+    assert max(kept) >= 0.95 * 0.55
+
+
 def test_one_lucky_race_decides_nothing(known, clock, tables, monkeypatch):
     target = Abacus(clock)
     honest = deadlines._Trial._raced

@@ -128,8 +128,9 @@ def scheduled(
 
     A table says what every width of every axis costs (`latency_table`); it takes costs to add up.
     So the model of the chosen widths, with weights that do not matter, is timed against the dense
-    one, and the aim corrected by the ratio of what was saved to what should have been, until the
-    time lies within the last twentieth below the limit. What keeps it is raced once more and the
+    one, and the aim corrected by the ratio of what was saved to what should have been, but never
+    beyond an aim that kept the limit or one that missed it, until the time lies within the last
+    twentieth below the limit. What keeps it is raced once more and the
     slower time counts, so that no lucky race decides. Of several that keep the limit the slowest is
     taken; if none does, the fastest.
 
@@ -207,6 +208,7 @@ class _Trial:
         limit = self.deadline.share(dense_ms)
         aim = AIMED * limit
         found: dict[tuple[int, ...], Timed] = {}
+        kept, missed = 0.0, whole
         for _ in range(TRIES):
             needed = table.whole_ms * max(0.0, 1.0 - aim / whole)
             widths, missing = least_harm(self.probes, costs, needed, align=self.align)
@@ -219,7 +221,10 @@ class _Trial:
             log.info("aimed at %.3f of the dense time, measured %.3f", aim, share)
             if WITHIN * limit <= share <= limit or (missing > 0 and share > limit):
                 break
+            kept, missed = (max(kept, aim), missed) if share <= limit else (kept, min(missed, aim))
             aim = whole - (whole - AIMED * limit) * (whole - aim) / max(whole - share, LEAST_SAVED)
+            if not kept < aim < missed:
+                aim = (kept + missed) / 2
         plan = plan_of(self.catalog, self.probes, _best(found, limit))
         return Schedule(self.deadline, plan, limit, tuple(found.values()))
 

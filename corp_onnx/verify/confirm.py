@@ -29,8 +29,8 @@ from corp_onnx.verify.meters import OutputMeter
 
 AXES: tuple[Axis, ...] = get_args(Axis)
 
-SHAPES = 3
-"""Of how many shapes of inputs a batch is run."""
+SAMPLES, SHAPES = 8, 3
+"""How many are run of how many shapes of inputs, in the batches that they come in."""
 
 TOLERANCES: Mapping[str, tuple[float, float]] = {"float16": (4e-3, 1e-3), "bfloat16": (3e-2, 1e-2)}
 EXACT_TOLERANCE = 1e-6, 1e-7
@@ -76,12 +76,14 @@ def confirmed(
 
 
 def _few(batches: Iterable[Batch]) -> list[Batch]:
-    """The largest batch of every shape, of a few shapes."""
-    largest: dict[tuple[tuple[int, ...], ...], Batch] = {}
+    """A few samples of every shape, of those shapes that have most."""
+    by_shape: dict[tuple[tuple[int, ...], ...], list[Batch]] = {}
     for batch in batches:
-        shape = tuple(array.shape[1:] for array in batch.values())
-        largest[shape] = max(largest.get(shape, batch), batch, key=samples_in)
-    return sorted(largest.values(), key=samples_in, reverse=True)[:SHAPES]
+        alike = by_shape.setdefault(tuple(array.shape[1:] for array in batch.values()), [])
+        if sum(map(samples_in, alike)) < SAMPLES:
+            alike.append(batch)
+    most = sorted(by_shape.values(), key=lambda alike: -sum(map(samples_in, alike)))
+    return [batch for alike in most[:SHAPES] for batch in alike]
 
 
 def _only(catalog: Catalog, blocks: Iterable[Block], axis: Axis) -> Catalog:
