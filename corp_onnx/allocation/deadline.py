@@ -130,9 +130,9 @@ def scheduled(
     So the model of the chosen widths, with weights that do not matter, is timed against the dense
     one, and the aim corrected by the ratio of what was saved to what should have been, but never
     beyond an aim that kept the limit or one that missed it, until the time lies within the last
-    twentieth below the limit. What keeps it is raced once more and the
-    slower time counts, so that no lucky race decides. Of several that keep the limit the slowest is
-    taken; if none does, the fastest.
+    twentieth below the limit. What keeps it is raced once more and the slower time counts, so that
+    no lucky race decides. Of several that keep the limit the slowest is taken; if none does, the
+    fastest.
 
     Args:
         dense: The model, or its file, that is timed for comparison.
