@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from math import lcm
 
-from corp_onnx.blocks import Axis, Block, Catalog, axes_of, width_of
+from corp_onnx.blocks import Attention, Axis, Block, Catalog, axes_of, width_of
 from corp_onnx.errors import NothingPrunable, PlanError
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def uniform(
     require_offered(catalog, shares_removed)
     return Plan(
         tuple(
-            Cut(block.id, axis, width, _narrowed(width, share, align))
+            Cut(block.id, axis, width, _narrowed(width, share, lcm(align, step_of(block, axis))))
             for block in catalog.blocks
             for axis, share in shares_removed.items()
             if axis in axes_of(block)
@@ -121,6 +122,11 @@ def _narrowed(width: int, share: float, align: int) -> int:
         return width
     wanted = round((1 - share) * width / align) * align
     return min(width, max(least_width(width, align), wanted))
+
+
+def step_of(block: Block, axis: Axis) -> int:
+    """How many channels of an axis go together: pairs, where these are rotated."""
+    return 2 if axis == "qk" and isinstance(block, Attention) and block.rotation else 1
 
 
 def least_width(width: int, align: int) -> int:

@@ -87,6 +87,7 @@ class Settings:
         recipe: Method, ranking and ridge.
         gates: The user's own limits.
         sizes: Input dimensions for counting MACs.
+        rotary: Whether rotated queries and keys are cut too, by whole pairs of channels.
         runtime: How models are run.
         seed: Decides which samples are held out, and what crops show.
         crops: Inputs to calibrate on that are made of every picture; None fills small sets up.
@@ -100,6 +101,7 @@ class Settings:
     recipe: Recipe = field(default_factory=Recipe)
     gates: Gates = field(default_factory=Gates)
     sizes: Sizes | None = None
+    rotary: bool = False
     runtime: Runtime | None = None
     seed: int = 0
     crops: int | None = None
@@ -129,7 +131,7 @@ class Work:
         require_convertible(model, settings.request)
         require_judged(model)
         with clock.stage("blocks"):
-            catalog = find_blocks(model, settings.sizes)
+            catalog = find_blocks(model, settings.sizes, rotary=settings.rotary)
         require_offered(catalog)
         return Work(model, catalog, settings, clock)
 

@@ -62,7 +62,7 @@ def behind_values(fold, f, heads, gain):
 def test_the_error_of_an_mlp_is_what_its_fold_leaves(gain, parts):
     f = features()
     joints, t = parts_of(f, gain, parts=parts)
-    fold = narrow_mlp(joints, branch(gain), 4, ridge=RIDGE)
+    fold = narrow_mlp(joints, branch(gain), 4, ridges=[RIDGE])
     made = gain * (f[:, fold.kept] @ fold.weight + fold.bias)
     assert abs(fold.evidence.error / share_left(t, made) - 1) <= 1e-9
     assert 0 < fold.evidence.error < 1
@@ -77,7 +77,7 @@ def test_a_gain_decides_what_stays():
     f = features()
     alone = np.array([0.0, 0.0, 1.0, 0.0, 0.0]) + 1e-5
     plain, scaled = (
-        narrow_mlp(parts_of(f, gain, parts=1)[0], branch(gain), 3, ridge=RIDGE)
+        narrow_mlp(parts_of(f, gain, parts=1)[0], branch(gain), 3, ridges=[RIDGE])
         for gain in (1.0, alone)
     )
     assert plain.kept.tolist() != scaled.kept.tolist()
@@ -85,14 +85,14 @@ def test_a_gain_decides_what_stays():
 
 def test_channels_that_are_given_are_kept():
     kept = np.array([1, 2, 6])
-    fold = narrow_mlp(parts_of(features())[0], branch(), 3, ridge=RIDGE, kept=kept)
+    fold = narrow_mlp(parts_of(features())[0], branch(), 3, ridges=[RIDGE], kept=kept)
     assert fold.kept.tolist() == [1, 2, 6]
 
 
 def test_a_ridge_keeps_heads_from_standing_in_for_each_other():
     joints, _ = parts_of(features(), parts=1)
     errors = [
-        narrow_values(joints, branch(), HEADS, 2, ridge=ridge).evidence.error
+        narrow_values(joints, branch(), HEADS, 2, ridges=[ridge]).evidence.error
         for ridge in (0.0, RIDGE, 1e3)
     ]
     assert errors[0] < errors[1] < errors[2] / 1.1
@@ -109,7 +109,7 @@ def test_one_channel_much_larger_than_the_others_does_not_drown_them():
         factors = np.where(np.arange(width) == 3, scale, 1.0)
         joint = Joint.of(Moments.of(np.hstack([f * factors, f @ weight])), width)
         one = Branch("block", weight / factors[:, None], np.ones(OUT))
-        fold = narrow_mlp([joint], one, len(kept), ridge=1e-5, kept=kept)
+        fold = narrow_mlp([joint], one, len(kept), ridges=[1e-5], kept=kept)
         errors.append(fold.evidence.error)
     assert errors[1] < 1.1 * errors[0]
 
@@ -121,12 +121,12 @@ def test_where_all_stays_nothing_changes_whatever_the_ridge(heads, gain, ridge):
     f = features()
     joints, t = parts_of(f, gain)
     weight, bias = weight_and_bias()
-    mlp = narrow_mlp(joints, branch(gain), WIDTH, ridge=ridge)
+    mlp = narrow_mlp(joints, branch(gain), WIDTH, ridges=[ridge])
     output = narrow_output(joints, branch(gain))
     for fold in (mlp, output):
         assert distance(fold.weight, weight) <= TOLERANCE
         assert distance(fold.bias, bias) <= TOLERANCE
-    values = narrow_values(joints, branch(gain), heads, 4, ridge=ridge)
+    values = narrow_values(joints, branch(gain), heads, 4, ridges=[ridge])
     assert share_left(t, behind_values(values, f, heads, gain)) <= TOLERANCE**2
     assert values.evidence.error <= TOLERANCE
 
@@ -136,7 +136,7 @@ def test_where_all_stays_nothing_changes_whatever_the_ridge(heads, gain, ridge):
 def test_the_error_of_values_is_what_their_fold_leaves(heads, gain):
     f = features()
     joints, t = parts_of(f, gain)
-    fold = narrow_values(joints, branch(gain), heads, 2, ridge=RIDGE)
+    fold = narrow_values(joints, branch(gain), heads, 2, ridges=[RIDGE])
     assert fold.value.shape == (heads.groups, 4, 2)
     left = share_left(t, behind_values(fold, f, heads, gain))
     assert abs(fold.evidence.error / left - 1) <= 1e-9
@@ -148,7 +148,7 @@ def test_other_heads_say_what_one_head_lost():
     f = features()
     f[:, HEADS.places[1]] = f[:, HEADS.places[0]] + 0.01 * features(1)[:, :4]
     joints, _ = parts_of(f, parts=1)
-    fold = narrow_values(joints, branch(), HEADS, 2, ridge=1e-9)
+    fold = narrow_values(joints, branch(), HEADS, 2, ridges=[1e-9])
     assert fold.evidence.error < 0.5 * fold.evidence.unexplained
 
 
@@ -157,8 +157,8 @@ def test_values_of_low_rank_cost_nothing():
     for places in HEADS.places:
         f[:, places] = f[:, places[:2]] @ np.random.default_rng(2).standard_normal((2, 4))
     joints, _ = parts_of(f)
-    assert narrow_values(joints, branch(), HEADS, 2, ridge=RIDGE).evidence.error <= 1e-12
-    assert narrow_values(joints, branch(), HEADS, 1, ridge=RIDGE).evidence.error > 1e-3
+    assert narrow_values(joints, branch(), HEADS, 2, ridges=[RIDGE]).evidence.error <= 1e-12
+    assert narrow_values(joints, branch(), HEADS, 1, ridges=[RIDGE]).evidence.error > 1e-3
 
 
 def test_an_error_from_before_is_undone_by_what_is_kept():
@@ -191,7 +191,7 @@ def test_values_of_full_width_keep_what_never_varied_in_the_samples(parts):
     f[:, HEADS.places[1]] = f[:, HEADS.places[1][:1]]
     weight, bias = weight_and_bias()
     joints, _ = parts_of(f, parts=parts)
-    fold = narrow_values(joints, branch(), HEADS, 4, ridge=RIDGE)
+    fold = narrow_values(joints, branch(), HEADS, 4, ridges=[RIDGE])
     other = features(1)
     wanted = other @ weight + bias
     assert distance(behind_values(fold, other, HEADS, 1.0), wanted) <= TOLERANCE
@@ -210,6 +210,6 @@ def test_values_that_span_less_than_a_head_are_no_singular_system():
         total = Accumulator((WIDTH + OUT,))
         total.add(np.hstack([part, part @ weight + bias]).astype(np.float32))
         joints.append(Joint.of(total.moments(), WIDTH))
-    fold = narrow_values(joints, branch(), HEADS, 4, ridge=RIDGE)
+    fold = narrow_values(joints, branch(), HEADS, 4, ridges=[RIDGE])
     assert fold.evidence.condition <= 1 / NEGLIGIBLE
     assert share_left(f @ weight + bias, behind_values(fold, f, HEADS, 1.0)) <= 1e-9

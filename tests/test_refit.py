@@ -34,7 +34,9 @@ def drawn(seed=0, count=200, noise=0.1, weight=None, parts=2):
 
 
 def fitted(parts, start=START):
-    return refit([joint_of(*part) for part in parts], lambda joint: (joint, start))
+    return refit(
+        [joint_of(*part) for part in parts], lambda joint: joint, lambda joint, ridge: start
+    )
 
 
 def tolerance(count):

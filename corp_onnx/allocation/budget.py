@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil, lcm
 from typing import Literal
 
 import numpy as np
@@ -108,7 +108,7 @@ def within(
         if missing > 0:
             raise PlanError(
                 f"--{budget.unit} {budget.kept:g} cannot be kept: with every axis as narrow as it "
-                f"can be, {math.ceil(found * 1000) / 1000:.3f} of the {budget.unit} remain; ask "
+                f"can be, {ceil(found * 1000) / 1000:.3f} of the {budget.unit} remain; ask "
                 "for that or more"
             )
         aim -= found - budget.kept + further
@@ -138,7 +138,7 @@ def least_harm(
         (
             step
             for place, probe in enumerate(probes)
-            for step in _steps(place, probe, costs[place], align)
+            for step in _steps(place, probe, costs[place], lcm(align, probe.step))
         ),
         key=lambda step: step.price,
     )
@@ -146,7 +146,8 @@ def least_harm(
         if needed <= 0:
             break
         cost, here = costs[step.probe], widths[step.probe]
-        width = _only_as_far_as_needed(cost, here, step.to, needed, align)
+        multiple = lcm(align, probes[step.probe].step)
+        width = _only_as_far_as_needed(cost, here, step.to, needed, multiple)
         needed -= float(cost[here] - cost[width])
         widths[step.probe] = width
     return widths, max(needed, 0.0)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from math import lcm
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +123,9 @@ def _variants(probes: Sequence[Probe], align: int) -> Iterator[tuple[str, int, d
     for place, probe in enumerate(probes):
         places.setdefault(kind_of(probe), []).append(place)
     for kind, alike in places.items():
-        width = probes[alike[0]].width
-        least = least_width(width, align)
-        wanted = {max(least, round(share * width / align) * align) for share in SHARES}
+        width, multiple = probes[alike[0]].width, lcm(align, probes[alike[0]].step)
+        least = least_width(width, multiple)
+        wanted = {max(least, round(share * width / multiple) * multiple) for share in SHARES}
         for narrow in sorted(wanted - {width}, reverse=True):
             if narrow < width:
                 yield kind, narrow, dict.fromkeys(alike, narrow)

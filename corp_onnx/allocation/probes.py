@@ -18,7 +18,7 @@ from corp_onnx.data.batching import Batch
 from corp_onnx.graph.macs import Counts, count
 from corp_onnx.graph.model import Model
 from corp_onnx.graph.shapes import evaluate
-from corp_onnx.plan import Cut, Plan, uniform
+from corp_onnx.plan import Cut, Plan, step_of, uniform
 from corp_onnx.session import Runtime, open_session
 from corp_onnx.solve import Recipe, solve
 from corp_onnx.solve.folds import Solution
@@ -43,6 +43,7 @@ class Probe:
             at one width.
         macs: Multiply-adds that one channel of it costs.
         params: Parameters that one channel of it costs.
+        step: Channels that go together.
     """
 
     blocks: tuple[str, ...]
@@ -51,6 +52,7 @@ class Probe:
     harm: Float64[np.ndarray, " w1"]
     macs: float
     params: float
+    step: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "harm", read_only(self.harm))
@@ -95,7 +97,8 @@ def probe(
     dense = Remembered(open_session(shown, runtime))
     bench = _Bench(model, catalog, counts, dense, padding, tuple(samples), runtime)
     return tuple(
-        bench.probe(cuts, curve, solution) for cuts, curve in zip(groups, curves, strict=True)
+        bench.probe(cuts, curve, solution, step_of(blocks[cuts[0].block], cuts[0].axis))
+        for cuts, curve in zip(groups, curves, strict=True)
     )
 
 
@@ -126,7 +129,7 @@ class _Bench:
     runtime: Runtime | None
 
     def probe(
-        self, cuts: Sequence[Cut], curve: Float64[np.ndarray, " w1"], solution: Solution
+        self, cuts: Sequence[Cut], curve: Float64[np.ndarray, " w1"], solution: Solution, step: int
     ) -> Probe:
         """What some cuts do, without all others."""
         first = cuts[0]
@@ -144,4 +147,5 @@ class _Bench:
             curve * (found.relative_error / own if own > 0 else 1.0),
             (before.total - after.total) / gone,
             (before.params - after.params) / gone,
+            step,
         )

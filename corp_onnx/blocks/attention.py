@@ -114,7 +114,8 @@ def _follow(view: View, parts: Parts) -> Found:
         operand = getattr(parts, role)
         if operand is None:
             continue
-        result = trace(view, operand, name=f"the {role}")
+        turned = view.rotary and role != "value"
+        result = trace(view, operand, name=f"the {role}", turned=turned)
         if isinstance(result, Traced):
             traced[role] = result
         else:
@@ -149,6 +150,7 @@ def _refusals(parts: Parts, found: Found) -> dict[Axis, str]:
         found.reasons["value"] if across else parts.bent,
         found.reasons.get("query"),
         found.reasons.get("key"),
+        _turned_apart(found.traced),
     ]
     reason = next((reason for reason in reasons if reason), None)
     if reason or found.key_heads is None:
@@ -156,6 +158,18 @@ def _refusals(parts: Parts, found: Found) -> dict[Axis, str]:
     if isinstance(found.output, str):
         refused["vo"] = found.output
     return refused
+
+
+def _turned_apart(traced: Mapping[str, Traced]) -> str | None:
+    """Whether queries and keys are turned in other pairs; None if alike, or not at all."""
+    pairs = [
+        np.zeros((0, 2)) if rotation is None else rotation.pairs
+        for role in _ROLES["qk"]
+        if role in traced
+        for rotation in [traced[role].route.rotation]
+    ]
+    same = all(np.array_equal(pairs[0], other) for other in pairs)
+    return None if same else "queries and keys are turned in other pairs of channels"
 
 
 def _fans(

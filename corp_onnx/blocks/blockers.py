@@ -29,6 +29,7 @@ TABLE_OPS = frozenset({"Add", "Sub", "Mul", "Neg", "Where"})
 """What may be done to a table of angles after its sines and cosines are taken."""
 
 ROTATED = "is rotated by its position (rotary embedding)"
+HINT = ": see --rotary"
 NORMALISED = "is normalised between the projection and the product"
 CACHED = "is kept in a cache (graph input or output)"
 
@@ -38,7 +39,7 @@ def why_blocked(view: View, path: Blocked, target: gs.Tensor) -> str:
     region = list(_region(view, target))
     turning = next((node for node in region if _is_rotation(view, node)), None)
     if turning is not None:
-        return f"{ROTATED} ({turning.name})"
+        return f"{ROTATED} ({turning.name})" + ("" if view.rotary else HINT)
     if path.node is None:
         return _without_layer(view, path, target)
     if path.node.op in CACHES:
@@ -114,7 +115,7 @@ def _factors(view: View, tensor: gs.Tensor) -> list[str]:
         return []
     for mine, table in (node.inputs, node.inputs[::-1]):
         sources = sources_of(view, mine)
-        if len(sources) == 1 and _is_table(view, table):
+        if len(sources) == 1 and is_table(view, table):
             return sources
     return []
 
@@ -124,7 +125,7 @@ def sources_of(view: View, tensor: gs.Tensor) -> list[str]:
     return [layer.name for layer in layers_above(view, tensor)]
 
 
-def _is_table(view: View, tensor: gs.Tensor) -> bool:
+def is_table(view: View, tensor: gs.Tensor) -> bool:
     """Whether a tensor holds sines or cosines, or anything else that no data decide."""
     waiting, seen = [tensor], set()
     while waiting:

@@ -35,18 +35,20 @@ from corp_onnx.graph.sizes import Sizes
 from corp_onnx.graph.varied import probed
 
 
-def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
+def find_blocks(model: Model, sizes: Sizes | None = None, *, rotary: bool = False) -> Catalog:
     """Every block of a model, and a refusal for every Softmax and large linear layer outside.
 
     Args:
         model: The model; it is not changed.
         sizes: Dimensions of inputs for counting, by name; others take their defaults.
+        rotary: Whether queries and keys that are turned by their position are offered too, in
+            whole pairs of channels.
 
     Raises:
         PlanError: If ``sizes`` do not fit the inputs.
     """
     counts = count(model.graph, usual_facts(model.graph, sizes))
-    view, unmatched = view_of(model, sizes)
+    view, unmatched = view_of(model, sizes, rotary=rotary)
     attentions, refusals = _attentions(view)
     mlps, hidden = _mlps(view, {linear.node for item in attentions for linear in linears_of(item)})
     blocks = with_twins(view, _in_order(view, [*attentions, *mlps]))
@@ -66,6 +68,7 @@ def find_blocks(model: Model, sizes: Sizes | None = None) -> Catalog:
         counts.params,
         {block.id: macs for block, macs in _macs_of(blocks, counts)},
         counts.uncounted,
+        rotary,
     )
 
 
@@ -89,7 +92,9 @@ def _place(block: Block) -> str:
     return block.down.node if isinstance(block, Mlp) else block.anchor
 
 
-def view_of(model: Model, sizes: Sizes | None = None) -> tuple[View, tuple[Refusal, ...]]:
+def view_of(
+    model: Model, sizes: Sizes | None = None, *, rotary: bool = False
+) -> tuple[View, tuple[Refusal, ...]]:
     """The graph with its linear layers, and products with constants that are none."""
     graph, opset = model.graph, model.fingerprint.opset
     order = {id(node): index for index, node in enumerate(graph.nodes)}
@@ -103,7 +108,8 @@ def view_of(model: Model, sizes: Sizes | None = None) -> tuple[View, tuple[Refus
             linears[linear.output] = linear
         elif isinstance(linear, Refusal):
             refusals.append(linear)
-    return View(graph, opset, probed(graph, sizes), order, linears, holders), tuple(refusals)
+    view = View(graph, opset, probed(graph, sizes), order, linears, holders, rotary=rotary)
+    return view, tuple(refusals)
 
 
 def _attentions(view: View) -> tuple[list[Attention], list[Refusal]]:

@@ -37,6 +37,8 @@ def fan_of(
         operands: What is known of operands of attention, by name of their tensor.
         served: Nodes, by ``id``, that need no size of these tensors any more.
     """
+    turns = [item.turn for item in operands.values() if item.turn]
+    served = served | {id(node) for turn in turns for node in turn.nodes}
     descent = _Descent(view, operands, {}, {})
     ends = descent.ends(source)
     if isinstance(ends, str):
@@ -104,8 +106,11 @@ class _Descent:
         if isinstance(path, Blocked):
             return f"{tensor.name!r} joins it with something else"
         self.paths[tensor.name] = path
-        if tensor.name in self.operands:
-            return [self.operands[tensor.name]]
+        operand = self.operands.get(tensor.name) or self._turned(tensor)
+        if operand is not None:
+            between = operand.turn.between if operand.turn else ()
+            self.paths.update((path.target.name, path) for path in between)
+            return [operand]
         readers = [node for node in self.view.readers(tensor) if node.op not in SIZE_OPS]
         carried = all(
             any(tensor is value for value in carried_inputs(self.view, node)) for node in readers
@@ -117,6 +122,11 @@ class _Descent:
                 return self._merged(tensor, list(itertools.chain.from_iterable(complete)))
         made = trace_fragment(self.view, tensor)
         return made if isinstance(made, str) else [made]
+
+    def _turned(self, tensor: gs.Tensor) -> Traced | None:
+        """The operand that a tensor becomes by being turned, if it does."""
+        found = (item for item in self.operands.values() if item.turn)
+        return next((item for item in found if item.turn and item.turn.entry is tensor), None)
 
     def _merged(self, tensor: gs.Tensor, below: list[Traced]) -> list[Traced]:
         """The ends below a tensor, or itself where they hold the same channels: once is enough."""

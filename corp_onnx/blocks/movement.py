@@ -45,6 +45,9 @@ class Path:
     source: gs.Tensor
     target: gs.Tensor
     nodes: tuple[gs.Node, ...]
+    turning: frozenset[int] = frozenset()
+    """Nodes, by ``id``, that turn channels by their position: they move nothing, and scale nothing
+    that counts here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +140,22 @@ def move(
         shape = facts.shape(node.outputs[0])
         if shape is None:
             return None
-        if node.op in AFFINE_OPS and not scaled:
+        if node.op in AFFINE_OPS and (not scaled or id(node) in path.turning):
             (carried,) = {tensor.name for tensor in node.inputs} & arrays.keys()
             arrays[node.outputs[0].name] = np.broadcast_to(arrays[carried], shape)
-            continue
-        inputs = _inputs(node, arrays, facts)
-        if inputs is None:
+        elif not apply(node, arrays, facts, opset):
             return None
-        outputs = _apply(node, inputs, opset)
-        for tensor, value in zip(node.outputs, outputs, strict=False):
-            arrays[tensor.name] = value
     return arrays
+
+
+def apply(node: gs.Node, arrays: dict[str, np.ndarray], facts: Facts, opset: int) -> bool:
+    """Add what a node makes of ``arrays``; False if another operand of it is not known."""
+    inputs = _inputs(node, arrays, facts)
+    if inputs is None:
+        return False
+    for tensor, value in zip(node.outputs, _apply(node, inputs, opset), strict=False):
+        arrays[tensor.name] = value
+    return True
 
 
 def _inputs(

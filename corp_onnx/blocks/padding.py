@@ -82,3 +82,9 @@ def _followed(node: gs.Node, cross: Attention | None) -> list[str]:
     if cross is None:
         return [tensor.name for tensor in node.inputs]
     return [cross.query.linear.output if cross.query else node.inputs[0].name]
+
+
+def masks_of(block: Block) -> tuple[str, ...]:
+    """The tensors that say which tokens of a block are padding."""
+    masks = [block.padding, block.key_padding if isinstance(block, Attention) else None]
+    return tuple(dict.fromkeys(mask.tensor for mask in masks if mask))

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from corp_onnx.blocks.rotations import Rotation
 from corp_onnx.graph.sizes import Sizes
 
 Axis = Literal["mlp", "qk", "vo"]
@@ -35,10 +36,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """A linear layer that feeds a hidden axis: its channel ``channels[j]`` is hidden ``j``.
-
-    A packed gate is two sources of one layer.
-    """
+    """A linear layer that feeds a hidden axis: its channel ``channels[j]`` is hidden ``j``."""
 
     linear: Linear
     channels: Int64[np.ndarray, " d"]
@@ -135,7 +133,7 @@ class Route:
     """How channels of a linear layer reach an operand of a product.
 
     Entry ``(h, i)`` of the operand is ``gain[h, i] · y[channels[h, i]] + offset[h, i]``, where
-    ``y`` is the layer's output.
+    ``y`` is the layer's output, and then turned by its position if there is a rotation.
     """
 
     linear: Linear
@@ -149,6 +147,7 @@ class Route:
     """The operand's axis that holds a head's channels; all of them, if it splits heads itself."""
     dtype: str
     """The operand's type, which a Cast on the way may have changed."""
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,14 +232,13 @@ class Attention:
         """Channels of all query heads together."""
         return self.heads * self.head_width
 
+    @property
+    def rotation(self) -> Rotation | None:
+        """What turns queries and keys by their position, in the same pairs of channels."""
+        return self.query.rotation if self.query else None
+
 
 Block = Mlp | Attention
-
-
-def masks_of(block: Block) -> tuple[str, ...]:
-    """The tensors that say which tokens of a block are padding."""
-    masks = [block.padding, block.key_padding if isinstance(block, Attention) else None]
-    return tuple(dict.fromkeys(mask.tensor for mask in masks if mask))
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +263,8 @@ class Catalog:
     """Of a block's linear layers and, in attention, of both products."""
     uncounted: tuple[str, ...] = ()
     """Nodes that multiply and are in none of these numbers: their sizes are not known."""
+    rotary: bool = False
+    """Whether rotated queries and keys are offered."""
 
     @property
     def macs_prunable(self) -> int:

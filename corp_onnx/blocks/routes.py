@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64, Int64
 
-from corp_onnx.blocks.blockers import why_blocked
+from corp_onnx.blocks.blockers import ROTATED, why_blocked
 from corp_onnx.blocks.layouts import Target, find_layout
 from corp_onnx.blocks.movement import (
     AFFINE_OPS,
@@ -22,6 +22,7 @@ from corp_onnx.blocks.movement import (
 )
 from corp_onnx.blocks.operands import Operand
 from corp_onnx.blocks.records import Layout, Linear, Route
+from corp_onnx.blocks.turning import Turn, find_turn
 from corp_onnx.blocks.view import OPEN_SIZE, View
 from corp_onnx.graph.facts import Facts
 
@@ -48,15 +49,26 @@ class Traced:
     path: Path
     landings: tuple[Landing, ...]
     """One for every probed set of sizes."""
+    turn: Turn | None = None
+    """What turns the operand by its position."""
 
 
-def trace(view: View, operand: Operand, *, name: str) -> Traced | str:
+def trace(view: View, operand: Operand, *, name: str, turned: bool = False) -> Traced | str:
     """How a linear layer's channels reach an operand.
 
+    Args:
+        view: The graph.
+        operand: What enters the product.
+        name: Of the operand in reasons, such as "the query".
+        turned: Whether it may be turned by its position on the way.
+
     Returns:
-        The route, or the reason why there is none, with ``name`` ("the query") as its subject.
+        The route, or the reason why there is none, with ``name`` as its subject.
     """
-    return _trace(view, operand.tensor, operand, name)
+    turn = find_turn(view, operand) if turned else None
+    if isinstance(turn, str):
+        return f"{name} {ROTATED}: {turn}"
+    return _trace(view, operand.tensor, operand, name, turn)
 
 
 def trace_fragment(view: View, tensor: gs.Tensor) -> Traced | str:
@@ -64,8 +76,14 @@ def trace_fragment(view: View, tensor: gs.Tensor) -> Traced | str:
     return _trace(view, tensor, None, repr(tensor.name))
 
 
-def _trace(view: View, tensor: gs.Tensor, operand: Operand | None, name: str) -> Traced | str:
-    path = climb(view, tensor)
+def _trace(
+    view: View,
+    tensor: gs.Tensor,
+    operand: Operand | None,
+    name: str,
+    turn: Turn | None = None,
+) -> Traced | str:
+    path = turn.path if turn else climb(view, tensor)
     if isinstance(path, Blocked):
         return f"{name} {why_blocked(view, path, tensor)}"
     linear = view.linears[path.source.name]
@@ -92,8 +110,9 @@ def _trace(view: View, tensor: gs.Tensor, operand: Operand | None, name: str) ->
         first.layout,
         operand.axis if operand else 0,
         str(view.probes[0].dtype(tensor)),
+        turn.rotation if turn else None,
     )
-    return Traced(route, path, tuple(landings))
+    return Traced(route, path, tuple(landings), turn)
 
 
 def _size(facts: Facts, tensor: gs.Tensor) -> int:

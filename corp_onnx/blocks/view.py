@@ -38,6 +38,8 @@ class View:
     """For every node inside a body, by its ``id``: the node of the graph that has the body."""
     fixed: dict[str, bool] = field(default_factory=dict)
     """Which values are the same at all sizes, of those that were asked for."""
+    rotary: bool = False
+    """Whether queries and keys that are turned by their position are offered."""
     memory: dict[Hashable, Any] = field(default_factory=dict)
     """What was read off movement, by its pattern: it is the same in every layer that repeats."""
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from corp_onnx.blocks import Attention, Axis, Block, Mlp, axes_of
-from corp_onnx.blocks.records import Linear, Mask, Output, Route, masks_of
+from corp_onnx.blocks.padding import masks_of
+from corp_onnx.blocks.records import Linear, Mask, Output, Route
 from corp_onnx.calibration.masks import seen_rows
 from corp_onnx.calibration.moments import Collector, Moments
 from corp_onnx.calibration.sequences import centred, sequence_axis
@@ -72,7 +73,8 @@ class Site:
             return (self.block.hidden, *mask)
         heads = _query_and_key(self.block) if "qk" in self.axes else ()
         context = [_output(self.block).linear.input] if "vo" in self.axes else []
-        return (*(route.linear.output for route in heads), *context, *mask)
+        tables = [name for route in heads if route.rotation for name in route.rotation.tensors]
+        return (*(route.linear.output for route in heads), *tables, *context, *mask)
 
     def add(self, tensors: Batch, thinning: Thinning = ALL) -> None:
         """Add one batch of activations, or of its tokens those that count."""
@@ -110,7 +112,7 @@ class Site:
         for role, route, mask in zip(("query", "key"), _query_and_key(block), masks, strict=True):
             tokens = channels_last(route, tensors[route.linear.output])
             rows = _rows(mask, tokens, tensors, thinning)
-            heads = operand(route, tokens)[rows]
+            heads = operand(route, tokens, tensors)[rows]
             self._sum(role, heads)
             values.append(heads)
             if role == "key":
@@ -165,8 +167,19 @@ def _pooled(squares: np.ndarray, key_heads: np.ndarray, groups: int) -> np.ndarr
     return total
 
 
-def operand(route: Route, projection: np.ndarray) -> np.ndarray:
-    """A projection ``[..., d]`` as the vectors ``[n, h, e]`` that enter the product."""
+def operand(route: Route, projection: np.ndarray, tensors: Batch) -> np.ndarray:
+    """A projection ``[..., d]`` as the vectors ``[n, h, e]`` that enter the product.
+
+    The tables that turn them, if any do, are among ``tensors``.
+    """
+    heads = _scaled(route, projection)
+    if route.rotation is None:
+        return heads
+    return route.rotation.turn(heads, projection.shape[:-1], tensors)
+
+
+def _scaled(route: Route, projection: np.ndarray) -> np.ndarray:
+    """The heads of a projection, as far as no position matters."""
     rows = projection.reshape(-1, projection.shape[-1])
     start, size = route.channels.flat[0], route.channels.size
     if np.array_equal(route.channels.reshape(-1), np.arange(start, start + size)):

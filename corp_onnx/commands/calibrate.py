@@ -32,6 +32,7 @@ class Calibrate:
     shard: tuple[int, int]
     resume: bool
     sizes: Sizes
+    rotary: bool
     runtime: Runtime
     device: Device = HOST
 
@@ -39,7 +40,7 @@ class Calibrate:
         """Run the model on the shard's samples and write what was found."""
         require_writable(self.output, chain(self.source.files(), files_of(self.model)))
         model = load(self.model)
-        catalog = find_blocks(model, self.sizes)
+        catalog = find_blocks(model, self.sizes, rotary=self.rotary)
         data = self.source.open(self.model, open_session(model, self.runtime))
         index, parts = self.shard
         order = np.random.default_rng(self.source.seed).permutation(data.samples)
@@ -67,6 +68,7 @@ class Calibrate:
         request = (
             f"--data {source.data} --samples {source.samples} --seed {source.seed} "
             f"--crops {self.crops or 'auto'} --shard {self.shard[0]}/{self.shard[1]}"
+            f"{' --rotary' if self.rotary else ''}"
         )
         return Partial(self.output.with_name(f"{self.output.name}.partial"), request)
 

@@ -18,9 +18,10 @@ class Inspect:
 
     model: Path
     sizes: Sizes
+    rotary: bool = False
 
     def __call__(self, progress: Progress) -> Answer:
         """Look; nothing is run."""
         model = load(self.model)
-        catalog = find_blocks(model, self.sizes)
+        catalog = find_blocks(model, self.sizes, rotary=self.rotary)
         return Answer(catalog_json(catalog, model.notes), catalog_table(catalog, model.notes))

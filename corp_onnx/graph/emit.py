@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 
@@ -90,6 +91,19 @@ class Emitter:
         else:
             attrs["split"] = list(sizes)
         return self.nodes("Split", inputs, count=len(sizes), dtype=tensor.dtype, attrs=attrs)
+
+    def unsqueeze(self, tensor: gs.Tensor, axes: Sequence[int], opset: int) -> gs.Tensor:
+        """A tensor with axes of one at these places of the result."""
+        if not axes:
+            return tensor
+        inputs = [tensor, self.integers("axes", axes)] if opset >= 13 else [tensor]
+        attrs = {} if opset >= 13 else {"axes": list(axes)}
+        return self.node("Unsqueeze", inputs, dtype=tensor.dtype, attrs=attrs)
+
+    def cast(self, tensor: gs.Tensor, dtype: str) -> gs.Variable:
+        """A tensor in another element type."""
+        code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        return self.node("Cast", [tensor], dtype=dtype, attrs={"to": code})
 
     def redefine(self, node: gs.Node, value: gs.Tensor) -> None:
         """Let the output of a node, which may be one of the graph, be ``value`` instead."""

@@ -73,7 +73,7 @@ class Fitter:
         branch = solver.branch(block.id, block.down, self.stream.gain)
         recipe = self.line.recipe
         fold = narrow_mlp(
-            joints, branch, cut.to, ridge=recipe.ridge, kept=kept, device=recipe.device
+            joints, branch, cut.to, ridges=recipe.ridges, kept=kept, device=recipe.device
         )
         return [fold], [self._solver(statistics, self.line.recipe.bare).fold(block, cut)]
 
@@ -106,7 +106,7 @@ class Fitter:
             return [*folds, solver.fold(block, cuts["vo"])], bare
         heads, width = Heads.of(block.output), cuts["vo"].to
         fold = narrow_values(
-            joints, branch, heads, width, ridge=line.recipe.ridge, device=line.recipe.device
+            joints, branch, heads, width, ridges=line.recipe.ridges, device=line.recipe.device
         )
         return [*folds, fold], bare
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from corp_onnx.blocks import Block, Catalog
-from corp_onnx.blocks.records import linears_of, masks_of
+from corp_onnx.blocks.padding import masks_of
+from corp_onnx.blocks.records import linears_of
 from corp_onnx.data.batching import Batch
 from corp_onnx.graph.extracts import extract
 from corp_onnx.graph.model import Model

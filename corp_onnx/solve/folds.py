@@ -48,6 +48,8 @@ class QueryKeyFold:
     query: Float64[np.ndarray, "h e r"]
     key: Float64[np.ndarray, "g e r"]
     evidence: Evidence
+    positions: Int64[np.ndarray, " r"] | None = None
+    """The position within a head by whose angle each channel is turned; None where none is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

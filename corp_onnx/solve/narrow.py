@@ -60,7 +60,7 @@ def narrow_mlp(
     branch: Branch,
     width: int,
     *,
-    ridge: float,
+    ridges: Sequence[float],
     kept: Int[np.ndarray, " k"] | None = None,
     device: Device = HOST,
 ) -> MlpFold:
@@ -74,7 +74,8 @@ def narrow_mlp(
         parts: Hidden vector and target, of disjoint sets of samples.
         branch: The down projection.
         width: How many channels stay.
-        ridge: Relative, for the elimination and for ``W₀``.
+        ridges: Relative; the first for the elimination, and for ``W₀`` the one that does best on
+            samples held out.
         kept: Channels that stay, instead of the elimination's choice.
         device: Where it is computed.
     """
@@ -82,22 +83,21 @@ def narrow_mlp(
     whole, weight = merged(parts), device.asarray(branch.scaled)
     dense = weight.shape[0]
     if kept is None:
-        kept = eliminate(whole.within, weight, ridge=ridge, keep=width).kept(dense, width)
+        kept = eliminate(whole.within, weight, ridge=ridges[0], keep=width).kept(dense, width)
     removed = np.setdiff1d(np.arange(dense), kept)
-    conditions = []
+    condition = 1.0
 
-    def narrowing(joint: Joint) -> tuple[Joint, Float64[Array, "k o"]]:
-        narrow = joint.picked(kept)
+    def start(joint: Joint, ridge: float) -> Float64[Array, "k o"]:
+        nonlocal condition
         lost = block(joint.within, kept, removed) @ rows(weight, removed)
         absolute = ridge * mean_variance(joint.within)
-        change, condition = taken_over(narrow.within, lost, absolute)
-        conditions.append(condition)
-        return narrow, rows(weight, kept) + change
+        change, condition = taken_over(block(joint.within, kept, kept), lost, absolute)
+        return rows(weight, kept) + change
 
-    fitted = refit(parts, narrowing)
+    fitted = refit(parts, lambda joint: joint.picked(kept), start, ridges)
     evidence = Evidence(
         _unexplained(whole, weight, kept, removed, device.asarray(fitted.start)),
-        max(conditions),
+        condition,
         fitted.seen,
         fitted.unseen,
     )
@@ -107,7 +107,8 @@ def narrow_mlp(
 def narrow_output(parts: Sequence[Joint], branch: Branch, *, device: Device = HOST) -> OutputFold:
     """Fit the output projection of an attention whose values stay as they are."""
     weight = device.asarray(branch.scaled)
-    fitted = refit([part.on(device) for part in parts], lambda joint: (joint, weight))
+    parts = [part.on(device) for part in parts]
+    fitted = refit(parts, lambda joint: joint, lambda joint, ridge: weight)
     evidence = Evidence(0.0, 1.0, fitted.seen, fitted.unseen)
     return OutputFold(branch.block, *branch.layer(fitted), evidence)
 

@@ -13,7 +13,8 @@ from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.graph.model import Model
 from corp_onnx.plan import Plan
 from corp_onnx.solve.folds import Solution
-from corp_onnx.solve.solver import Recipe, Solver
+from corp_onnx.solve.recipe import Recipe
+from corp_onnx.solve.solver import Solver
 
 
 def solve(

@@ -24,8 +24,8 @@ STEPS: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
 ROUNDING = 1e-6
 """Share of the target's variance that cannot be told from nothing: moments are float32 products."""
 
-Narrowing = Callable[[Joint], tuple[Joint, Float64[Array, "k o"]]]
-"""From what all features say to what the kept ones say, and the folded weight to start from."""
+Start = Callable[[Joint, float], Float64[Array, "k o"]]
+"""From what all features say, and a ridge, to the folded weight."""
 
 Choice = tuple[float, float]
 """A ridge and a step; ``NO_REFIT`` takes no step."""
@@ -41,7 +41,8 @@ class Refit:
         weight: ``W``, for the features that are left.
         bias: ``b``.
         start: ``W₀``.
-        choice: The ridge and the step that did best on samples held out.
+        ridge: That of ``W₀`` which did best on samples held out.
+        choice: The ridge of the fit and the step that did best there.
         seen: Squared error on the calibration samples over the variance of the target.
         unseen: The same on samples held out of the fit; None where none were.
     """
@@ -49,6 +50,7 @@ class Refit:
     weight: Float64[np.ndarray, "k o"]
     bias: Float64[np.ndarray, " o"]
     start: Float64[np.ndarray, "k o"]
+    ridge: float
     choice: Choice
     seen: float
     unseen: float | None
@@ -59,47 +61,65 @@ class Refit:
         object.__setattr__(self, "start", read_only(self.start))
 
 
-def refit(parts: Sequence[Joint], narrowing: Narrowing) -> Refit:
+def refit(
+    parts: Sequence[Joint],
+    narrow: Callable[[Joint], Joint],
+    start: Start,
+    ridges: Sequence[float] = (0.0,),
+) -> Refit:
     r"""Fit a layer to its target, with a ridge towards its folded weight.
 
     With ``C`` the covariance of the kept features ``f`` and ``t`` the target::
 
         ΔW = (C + λI)⁻¹ (Cov(f, t) - C W₀)        W = W₀ + β ΔW        b = E[t] - E[f] W
 
-    ``λ`` (relative to the mean variance) and ``β`` are those that do best on each part of the
-    samples when fitted to the others; with all samples the ridge is smaller by as much as they are
-    more. No refit is one of the choices, and the only one if there is
-    but one part, or if the folded weight leaves nothing but rounding to correct.
+    First the ridge of ``W₀`` is chosen, then ``λ`` (relative to the mean variance) and ``β``: those
+    that do best on each part of the samples when fitted to the others. With all samples ``λ`` is
+    smaller by as much as they are more. No refit is one of the choices, and the only one if there
+    is but one part, or if the folded weight leaves nothing but rounding to correct.
 
     Source: ours; ridge regression (Hoerl & Kennard 1970) towards a weight that is not 0, its
     strength by cross-validation (Stone 1974).
 
     Args:
         parts: Moments of disjoint sets of samples, with different pictures or texts in each.
-        narrowing: Which features stay, and ``W₀``, both out of the moments of some samples.
+        narrow: From what all features say to what those say that stay.
+        start: ``W₀``, out of what all features say.
+        ridges: To choose from for ``W₀``; the first where there is nothing to choose by.
 
     >>> from corp_onnx.calibration.moments import Moments
     >>> x, e = np.arange(8.0)[:, None] % 5, np.array([[0.1], [-0.1]] * 4)
     >>> t = 3.0 * x + 1.0 + e
     >>> parts = [Joint.of(Moments.of(np.hstack([x, t])[at::2]), 1) for at in (0, 1)]
-    >>> fitted = refit(parts, lambda joint: (joint, np.array([[2.0]])))
+    >>> fitted = refit(parts, lambda joint: joint, lambda joint, ridge: np.array([[2.0]]))
     >>> fitted.weight.round(1), fitted.bias.round(1)
     (array([[3.]]), array([1.]))
     """
-    whole, start = narrowing(merged(parts))
+    whole, ridge = merged(parts), ridges[0]
     if len(parts) == 1:
-        return _fitted(whole, start, NO_REFIT, None)
+        return _fitted(narrow(whole), start(whole, ridge), ridge, NO_REFIT, None)
     others = [merged([part for part in parts if part is not held]) for held in parts]
-    trials = [
-        _trials(narrowing(held)[0], *narrowing(train))
-        for held, train in zip(parts, others, strict=True)
-    ]
-    totals = {choice: sum(trial[choice] for trial in trials) for choice in trials[0]}
+    pairs = [(narrow(held), narrow(train)) for held, train in zip(parts, others, strict=True)]
+    folded = {ridge: [start(train, ridge) for train in others] for ridge in ridges}
+    lost = {
+        ridge: sum(_error(*pair, each) for pair, each in zip(pairs, starts, strict=True))
+        for ridge, starts in folded.items()
+    }
     spread = sum(part.total for part in parts)
-    exact = totals[NO_REFIT] <= ROUNDING * spread
-    best = NO_REFIT if exact else min(totals, key=totals.__getitem__)
-    unseen = totals[best] / spread if spread else 0.0
-    return _fitted(whole, start, best, unseen, shrink=others[0].count / whole.count)
+    if lost[ridge] <= ROUNDING * spread:
+        unseen = lost[ridge] / spread if spread else 0.0
+        return _fitted(narrow(whole), start(whole, ridge), ridge, NO_REFIT, unseen)
+    ridge = min(lost, key=lost.__getitem__)
+    trials = [_trials(*pair, each) for pair, each in zip(pairs, folded[ridge], strict=True)]
+    totals = {choice: sum(trial[choice] for trial in trials) for choice in trials[0]}
+    best = min(totals, key=totals.__getitem__)
+    unseen, shrink = totals[best] / spread, others[0].count / whole.count
+    return _fitted(narrow(whole), start(whole, ridge), ridge, best, unseen, shrink=shrink)
+
+
+def _error(held: Joint, train: Joint, weight: Float64[Array, "k o"]) -> float:
+    """The error of a weight on samples that it was not made from."""
+    return held.error(weight, train.bias(weight))
 
 
 def _trials(held: Joint, train: Joint, start: Float64[Array, "k o"]) -> dict[Choice, float]:
@@ -107,7 +127,7 @@ def _trials(held: Joint, train: Joint, start: Float64[Array, "k o"]) -> dict[Cho
 
     Along a step ``β`` the error is a parabola, known from one product with ``ΔW``.
     """
-    nothing = held.error(start, train.bias(start))
+    nothing = _error(held, train, start)
     slope = held.within @ start - held.cross
     shift = held.bias(start) - train.bias(start)
     errors = {NO_REFIT: nothing}
@@ -124,6 +144,7 @@ def _trials(held: Joint, train: Joint, start: Float64[Array, "k o"]) -> dict[Cho
 def _fitted(
     whole: Joint,
     start: Float64[Array, "k o"],
+    ridge: float,
     choice: Choice,
     unseen: float | None,
     *,
@@ -134,7 +155,7 @@ def _fitted(
     weight = start + step * _correction(whole, start, shrink * strength) if step else start
     bias = whole.bias(weight)
     seen = share(whole.error(weight, bias), whole.total)
-    return Refit(to_host(weight), to_host(bias), to_host(start), choice, seen, unseen)
+    return Refit(to_host(weight), to_host(bias), to_host(start), ridge, choice, seen, unseen)
 
 
 def _correction(

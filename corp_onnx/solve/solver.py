@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
-from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from jaxtyping import Float64, Int
+from jaxtyping import Float64, Int, Int64
 
 from corp_onnx.blocks import Attention, Axis, Mlp
 from corp_onnx.blocks.linear import bias_of, weight_of
 from corp_onnx.blocks.records import Linear, Route
 from corp_onnx.calibration.moments import Moments
 from corp_onnx.calibration.statistics import Statistics
-from corp_onnx.device import HOST, Device
-from corp_onnx.errors import DataError, PlanError
+from corp_onnx.device import Device
+from corp_onnx.errors import DataError
 from corp_onnx.graph.model import Model
 from corp_onnx.plan import Cut
-from corp_onnx.solve.affine import Recovered, Repair, covariance_of, recover_mlp
+from corp_onnx.solve.affine import Recovered, covariance_of, recover_mlp
 from corp_onnx.solve.bilinear import pooled, recover_query_key
 from corp_onnx.solve.elimination import eliminate
 from corp_onnx.solve.folds import Evidence, Fold, MlpFold, QueryKeyFold, ValueOutputFold
@@ -33,87 +32,21 @@ from corp_onnx.solve.narrow import (
     truncated_query_key,
 )
 from corp_onnx.solve.ranking import (
-    RANKINGS,
     channel_energy,
     column_norms,
     highest,
     row_norms,
     score,
 )
+from corp_onnx.solve.recipe import Recipe
+from corp_onnx.solve.rotary import (
+    curve_of,
+    eliminated_pairs,
+    pair_grams,
+    recover_pairs,
+    whole_pairs,
+)
 from corp_onnx.solve.values import Heads, narrow_values, truncated_values
-
-Method = Literal["best", "corp", "mean", "none"]
-METHODS: tuple[Method, ...] = ("best", "corp", "mean", "none")
-
-DEFAULT_RIDGE = 1e-3
-
-ELIMINATION = "elimination"
-"""The ranking of ``best``: channels go one by one, the one that repair replaces best first."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Recipe:
-    """How a plan is solved.
-
-    Attributes:
-        method: ``best``; the paper's repair; removed channels replaced by their mean; or none.
-        ranking: What decides which MLP channels stay, and which coordinates where a method selects
-            these; None for what the method has by default.
-        ridge: Regularisation, relative to the mean variance of a layer.
-        refit: Whether ``best`` goes block by block and fits each to the dense stream, where there
-            are data to run.
-        truncate: Whether ``best`` truncates queries, keys and values, rather than select.
-        kept: Channels to keep instead of ranking, by block and axis: ``[k]`` for an MLP,
-            ``[g, r]`` for query-key.
-        device: Where it is computed, and where what is fitted in sequence is summed.
-    """
-
-    method: Method = "best"
-    ranking: str | None = None
-    ridge: float = DEFAULT_RIDGE
-    refit: bool = True
-    truncate: bool = True
-    kept: Mapping[tuple[str, str], Int[np.ndarray, "..."]] = field(default_factory=dict)
-    device: Device = HOST
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.ridge < np.inf:
-            raise PlanError(f"--ridge {self.ridge:g} is no regularisation; it must be 0 or more")
-        if self.ranking not in {None, ELIMINATION, *RANKINGS}:
-            raise PlanError(
-                f"no ranking is called {self.ranking!r}; choose one of {', '.join(RANKINGS)}, "
-                f"{ELIMINATION}"
-            )
-        if self.ranking == ELIMINATION and self.method != "best":
-            raise PlanError(
-                f"--ranking {ELIMINATION} belongs to --method best; {self.method} selects by "
-                "energy or energy-norm"
-            )
-
-    @property
-    def repair(self) -> Repair:
-        """How what is selected is repaired."""
-        return "corp" if self.method == "best" else self.method
-
-    @property
-    def bare(self) -> Recipe:
-        """The same cuts without repair."""
-        return Recipe("none", device=self.device)
-
-    @property
-    def selection(self) -> str:
-        """The ranking by which coordinates are selected."""
-        return "energy" if self.ranking in {None, ELIMINATION} else str(self.ranking)
-
-    @property
-    def goes_in_sequence(self) -> bool:
-        """Whether blocks are fitted one behind the other, which takes data to run."""
-        return self.method == "best" and self.refit
-
-    @property
-    def eliminates(self) -> bool:
-        """Whether MLP channels are eliminated one by one."""
-        return self.method == "best" and self.ranking in {None, ELIMINATION}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,9 +81,12 @@ class Solver:
             found = eliminate(
                 self._device.asarray(covariance),
                 self._device.asarray(weight),
-                ridge=self.recipe.ridge,
+                ridge=self._ridge,
             )
             return np.concatenate([[1.0], found.curve()[::-1]])
+        if axis == "qk" and block.rotation is not None:
+            _, errors = eliminated_pairs(self._pair_grams(block), ridge=self._ridge)
+            return curve_of(errors)
         if axis == "qk":
             query, key = self._site(block, "query"), self._site(block, "centred_key")
             return truncated_query_key(query, key, block.key_heads, 1, device=self._device).curve
@@ -184,7 +120,7 @@ class Solver:
             branch = Branch(block.id, weight, np.ones(len(bias)))
             own = Joint.own(moments, weight, bias, device=self._device)
             return narrow_mlp(
-                [own], branch, cut.to, ridge=self.recipe.ridge, kept=kept, device=self._device
+                [own], branch, cut.to, ridges=[self._ridge], kept=kept, device=self._device
             )
         assert kept is not None, "only `best` eliminates"
         found = self._recovered(moments, kept, weight, bias)
@@ -194,6 +130,8 @@ class Solver:
     def _query_key(self, block: Attention, cut: Cut) -> QueryKeyFold:
         assert block.query is not None, f"{block.id} offers its queries"
         assert block.key is not None, f"{block.id} offers its keys"
+        if block.rotation is not None:
+            return self._rotated(block, block.rotation.pairs, cut)
         query, kept = self._site(block, "query"), self.recipe.kept.get((block.id, "qk"))
         if kept is None and self.recipe.method == "best" and self.recipe.truncate:
             centred = self._site(block, "centred_key")
@@ -201,21 +139,49 @@ class Solver:
                 block.id, query, centred, block.key_heads, cut.to, device=self._device
             )
         if kept is None:
-            groups = len(block.key.channels)
-            squares = pooled(self._head_norms(block.query) ** 2, block.key_heads, groups)
-            norms = [np.sqrt(squares), self._head_norms(block.key)]
-            kept = highest(score(self.recipe.selection, self._energy(block), norms), cut.to)
+            kept = highest(self._scores(block, block.query, block.key), cut.to)
         maps = recover_query_key(
             query,
             self._site(block, "key"),
             kept,
             key_heads=block.key_heads,
             repair=self.recipe.repair,
-            ridge=self.recipe.ridge,
+            ridge=self._ridge,
             device=self._device,
         )
         evidence = Evidence(maps.unexplained, maps.condition, maps.error)
         return QueryKeyFold(block.id, maps.query, maps.key, evidence)
+
+    def _rotated(self, block: Attention, pairs: Int64[np.ndarray, "p 2"], cut: Cut) -> QueryKeyFold:
+        """Whole pairs, the same in all heads: other maps do not commute with their rotation."""
+        grams, count = self._pair_grams(block), cut.to // 2
+        chosen = self.recipe.kept.get((block.id, "qk"))
+        if chosen is not None:
+            kept = whole_pairs(chosen, pairs)
+        elif self.recipe.method == "best":
+            order, _ = eliminated_pairs(grams, ridge=self._ridge)
+            kept = np.sort(order[len(order) - count :])
+        else:
+            assert block.query is not None, f"{block.id} offers its queries"
+            assert block.key is not None, f"{block.id} offers its keys"
+            scores = self._scores(block, block.query, block.key).sum(axis=0)
+            kept = highest(scores[pairs].sum(axis=1), count)
+        repair, ridge = self.recipe.repair, self._ridge
+        maps = recover_pairs(grams, kept, pairs, block.key_heads, repair=repair, ridge=ridge)
+        evidence = Evidence(maps.unexplained, maps.condition, maps.error)
+        return QueryKeyFold(block.id, maps.query, maps.key, evidence, maps.positions)
+
+    def _pair_grams(self, block: Attention) -> Float64[np.ndarray, "h f f"]:
+        """Of the pairs of a rotated block; ``best`` leaves out what Softmax does not notice."""
+        assert block.rotation is not None, f"{block.id} is rotated"
+        key = self._site(block, "centred_key" if self.recipe.method == "best" else "key")
+        return pair_grams(self._site(block, "query"), key, block.key_heads, block.rotation.pairs)
+
+    def _scores(self, block: Attention, query: Route, key: Route) -> Float64[np.ndarray, "g e"]:
+        """What query-key coordinates are ranked by."""
+        squares = pooled(self._head_norms(query) ** 2, block.key_heads, len(key.channels))
+        norms = [np.sqrt(squares), self._head_norms(key)]
+        return score(self.recipe.selection, self._energy(block), norms)
 
     def _value_output(self, block: Attention, cut: Cut) -> ValueOutputFold:
         assert block.output is not None, f"{block.id} offers its values"
@@ -226,7 +192,7 @@ class Solver:
             branch = Branch(block.id, weight, np.ones(len(bias)))
             own = Joint.own(moments, weight, bias, device=self._device)
             return narrow_values(
-                [own], branch, heads, cut.to, ridge=self.recipe.ridge, device=self._device
+                [own], branch, heads, cut.to, ridges=[self._ridge], device=self._device
             )
         energy = pooled(channel_energy(moments)[heads.places], heads.value_heads, heads.groups)
         norms = pooled(row_norms(weight)[heads.places] ** 2, heads.value_heads, heads.groups)
@@ -245,10 +211,14 @@ class Solver:
         weight: Float64[np.ndarray, "d o"],
         bias: Float64[np.ndarray, " o"],
     ) -> Recovered:
-        repair, ridge = self.recipe.repair, self.recipe.ridge
+        repair, ridge = self.recipe.repair, self._ridge
         return recover_mlp(
             moments, kept, weight, bias, repair=repair, ridge=ridge, device=self._device
         )
+
+    @property
+    def _ridge(self) -> float:
+        return self.recipe.ridges[0]
 
     @property
     def _device(self) -> Device:

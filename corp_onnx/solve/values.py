@@ -62,7 +62,7 @@ def narrow_values(
     heads: Heads,
     width: int,
     *,
-    ridge: float,
+    ridges: Sequence[float],
     device: Device = HOST,
 ) -> ValueOutputFold:
     r"""Truncate the values of every head, then fit the output projection over all heads.
@@ -72,7 +72,8 @@ def narrow_values(
 
         W₀ = W_own + (Pᵀ Σ P + λI)⁻¹ Pᵀ Σ (W - P W_own)        λ = ridge · s(Pᵀ Σ P)
 
-    in which other heads help to say what one head lost. Where nothing is lost nothing changes.
+    in which other heads help to say what one head lost. Where nothing is lost nothing changes. Of
+    several ridges it is the one that does best on samples held out.
 
     Source: ours, as is `truncate_value_output`.
     """
@@ -81,19 +82,20 @@ def narrow_values(
     found = truncated_values(merged(parts), branch, heads, width)
     (maps,) = found.maps
     narrow = device.asarray(heads.side_along(maps, len(branch.weight)))
-    conditions = [found.condition]
+    condition = 1.0
 
-    def narrowing(joint: Joint) -> tuple[Joint, Float64[Array, "k o"]]:
-        mapped = joint.mapped(narrow)
-        absolute = ridge * mean_variance(mapped.within)
+    def start(joint: Joint, ridge: float) -> Float64[Array, "k o"]:
+        nonlocal condition
+        within = joint.mapped(narrow).within
         own = _by_itself(joint, weight, places, maps[heads.value_heads])
         lost = narrow.T @ joint.within @ (weight - narrow @ own)
-        change, condition = taken_over(mapped.within, lost, absolute)
-        conditions.append(condition)
-        return mapped, own + change
+        change, condition = taken_over(within, lost, ridge * mean_variance(within))
+        return own + change
 
-    fitted = refit(parts, narrowing)
-    evidence = Evidence(float(found.curve[width]), max(conditions), fitted.seen, fitted.unseen)
+    fitted = refit(parts, lambda joint: joint.mapped(narrow), start, ridges)
+    evidence = Evidence(
+        float(found.curve[width]), max(condition, found.condition), fitted.seen, fitted.unseen
+    )
     layer, bias = branch.layer(fitted)
     return ValueOutputFold(
         branch.block, maps, layer.reshape(len(places), width, -1), bias, evidence

@@ -161,10 +161,11 @@ def _cut_attention(theatre: Theatre, block: Attention, folds: list[Fold], cut: C
         The nodes of the projections that this replaces.
     """
     routes, gone = _routes(block), set()
+    positions = next((fold.positions for fold in folds if isinstance(fold, QueryKeyFold)), None)
     for role, mapping in _maps(folds).items():
         route = routes[role]
         gone.add(route.linear.node)
-        theatre.take_place(route.operand, project(theatre, route, role, mapping))
+        theatre.take_place(route.operand, project(theatre, route, role, mapping, positions))
     for fragment in block.fragments:
         if fragment.linear.node in gone and not _is_cut(fragment, cut):
             theatre.take_place(fragment.operand, project(theatre, fragment, "part"))

@@ -6,13 +6,13 @@ from dataclasses import replace
 from math import prod
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 from jaxtyping import Float64, Int64
 
 from corp_onnx.blocks.linear import bias_of, dtype_of, weight_of
 from corp_onnx.blocks.records import Layout, Linear, Route
 from corp_onnx.blocks.view import constant_value
+from corp_onnx.surgery.rotate import Rotator
 from corp_onnx.surgery.theatre import Theatre
 
 
@@ -28,12 +28,24 @@ def kept_rows(route: Route, kept: Int64[np.ndarray, " k"]) -> Route:
 
 
 def project(
-    theatre: Theatre, route: Route, role: str, mapping: Float64[np.ndarray, "g e r"] | None = None
+    theatre: Theatre,
+    route: Route,
+    role: str,
+    mapping: Float64[np.ndarray, "g e r"] | None = None,
+    positions: Int64[np.ndarray, " r"] | None = None,
 ) -> gs.Variable:
     """A new projection with ``mapping`` folded in, laid out as the route's operand.
 
     A head's columns become ``W_h A_h`` and its bias ``b_h A_h``; without a mapping they stay what
     they were. A scale that is the same for all channels stays outside the weights, as a constant.
+
+    Args:
+        theatre: The graph.
+        route: What the projection was.
+        role: For names.
+        mapping: From all channels of a head to those that it is to have.
+        positions: The position within a head by whose angle each of these is turned, where the
+            route turns them.
     """
     linear = theatre.now(route.linear)
     dtype = dtype_of(theatre.nodes, linear, theatre.opset)
@@ -42,6 +54,15 @@ def project(
     gain, offset = route.gain / scale, route.offset / scale
     columns = weight_of(theatre.nodes, linear, theatre.opset)[:, route.channels] * gain
     vector = bias_of(theatre.nodes, linear, theatre.opset)[route.channels] * gain + offset
+    rotator = None
+    if route.rotation is not None:
+        every = route.rotation.order
+        rotator = Rotator(
+            *(theatre, route.rotation, every if positions is None else positions, mapping is None),
+            *(route.layout.tokens, _rows(route.layout)),
+        )
+        if mapping is None:
+            columns, vector = columns[..., every], vector[..., every]
     if mapping is not None:
         columns = np.einsum("ihe,her->ihr", columns, mapping)
         vector = np.einsum("he,her->hr", vector, mapping)
@@ -53,10 +74,10 @@ def project(
         columns.reshape(len(columns), -1).astype(dtype),
         vector.reshape(-1).astype(dtype) if has_bias else None,
     )
-    operand = _lay_out(theatre, y, route.layout, len(route.channels), vector.shape[1])
-    if route.dtype != dtype.name:
-        code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(route.dtype))
-        operand = theatre.emit.node("Cast", [operand], dtype=route.dtype, attrs={"to": code})
+    shape = len(route.channels), vector.shape[1]
+    operand = _lay_out(theatre, y, route.layout, shape, rotator)
+    if route.dtype != np.dtype(operand.dtype).name:
+        operand = theatre.emit.cast(operand, route.dtype)
     if scale == 1.0:
         return operand
     constant = theatre.emit.constant(f"{role}_scale", np.asarray(scale, dtype=route.dtype))
@@ -84,18 +105,34 @@ def _multiply(
     return emit.node("Add", [y, *bias], dtype=dtype) if bias else y
 
 
+def _rows(layout: Layout) -> int:
+    """How many axes hold heads before these are copied."""
+    return 1 if layout.copies else len(layout.rows)
+
+
 def _lay_out(
-    theatre: Theatre, y: gs.Variable, layout: Layout, heads: int, width: int
+    theatre: Theatre,
+    y: gs.Variable,
+    layout: Layout,
+    shape: tuple[int, int],
+    rotator: Rotator | None = None,
 ) -> gs.Variable:
-    """Reshape and permute a projection ``[t0, …, tk, g·r]`` into an operand of a product."""
+    """Reshape and permute a projection ``[t0, …, tk, g·r]`` into an operand of a product.
+
+    Heads and their width are given by ``shape``; they are turned by their position on the way.
+    """
     emit, tokens = theatre.emit, layout.tokens
+    heads, width = shape
     last = (width,) if layout.width else ()
     in_order = layout.perm == tuple(range(len(layout.perm)))
-    if in_order and not layout.copies and not layout.split and _is_flat(layout):
+    is_flat = in_order and not layout.copies and not layout.split and _is_flat(layout)
+    if is_flat and rotator is None:
         return y
     apart = (heads,) if layout.copies else layout.rows
     if apart or layout.split is not None:
         y = emit.node("Reshape", [y, _target(theatre, layout, (*apart, *last))], dtype=y.dtype)
+    if rotator is not None:
+        y = rotator.turned(y)
     if layout.copies:
         index = emit.integers("heads", layout.copies)
         y = emit.node("Gather", [y, index], dtype=y.dtype, attrs={"axis": tokens})

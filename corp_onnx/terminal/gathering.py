@@ -27,6 +27,7 @@ def calibrate(
         bool, typer.Option("--resume", help="Go on from OUT.partial, and keep one.")
     ] = False,
     shapes: options.Shapes = None,
+    rotary: options.Rotary = False,
     device: options.Device = "cpu",
     providers: options.Providers = None,
     threads: options.Threads = 0,
@@ -44,6 +45,7 @@ def calibrate(
         options.shard_of(shard),
         resume,
         sizes,
+        rotary,
         options.runtime_of(providers, threads, custom_op_library, device),
         device_of(device),
     )

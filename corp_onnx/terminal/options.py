@@ -18,8 +18,9 @@ from corp_onnx.graph.sizes import Sizes
 from corp_onnx.plan import DEFAULT_SHARES
 from corp_onnx.providers import CPU, CUDA, EXACT
 from corp_onnx.session import Runtime
+from corp_onnx.solve import DEFAULT_RIDGE
 from corp_onnx.solve.ranking import RANKINGS
-from corp_onnx.solve.solver import ELIMINATION, Method
+from corp_onnx.solve.recipe import ELIMINATION, Method
 from corp_onnx.terminal.shapes import parse_shapes
 
 Exporter = Literal["torchscript", "dynamo"]
@@ -75,6 +76,10 @@ QueryKeyShare = Annotated[
 ValueShare = Annotated[
     float | None, typer.Option("--vo", help="Share of value-output width to remove.")
 ]
+Rotary = Annotated[
+    bool,
+    typer.Option("--rotary", help="Cut rotated queries and keys too, by whole pairs of channels."),
+]
 MacsKept = Annotated[
     float | None, typer.Option("--macs", help="Share of all MACs to keep; widths by block.")
 ]
@@ -107,7 +112,12 @@ WeightBits = Annotated[
 MethodName = Annotated[Method, typer.Option("--method")]
 Align = Annotated[int, typer.Option("--align", help="Widths become multiples of this.")]
 Ridge = Annotated[
-    float, typer.Option("--ridge", help="Regularisation, relative to the layer's variance.")
+    float | None,
+    typer.Option(
+        "--ridge",
+        help="Regularisation, relative to the layer's variance; default: by held-out samples, or "
+        f"{DEFAULT_RIDGE:g} where there is nothing to choose by.",
+    ),
 ]
 Ranking = Annotated[
     str | None,

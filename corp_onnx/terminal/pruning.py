@@ -16,7 +16,7 @@ from corp_onnx.latency.stopwatch import Stopwatch
 from corp_onnx.pipeline import Settings
 from corp_onnx.plan import DEFAULT_ALIGN
 from corp_onnx.precision import Request
-from corp_onnx.solve import DEFAULT_RIDGE, Recipe
+from corp_onnx.solve import Recipe
 from corp_onnx.terminal import engine_options, options, screen
 from corp_onnx.verify.checks import Gates
 
@@ -37,7 +37,7 @@ def prune(
     batch: engine_options.Batch = None,
     cache: engine_options.Cache = None,
     align: options.Align = DEFAULT_ALIGN,
-    ridge: options.Ridge = DEFAULT_RIDGE,
+    ridge: options.Ridge = None,
     ranking: options.Ranking = None,
     precision: options.PrecisionName = "fp32",
     weight_only: options.WeightBits = None,
@@ -49,6 +49,7 @@ def prune(
     crops: options.Crops = None,
     allow_random: options.AllowRandom = False,
     shapes: options.Shapes = None,
+    rotary: options.Rotary = False,
     device: options.Device = "cpu",
     providers: options.Providers = None,
     threads: options.Threads = 0,
@@ -70,6 +71,7 @@ def prune(
         Recipe(method, ranking, ridge, device=device_of(device)),
         Gates(max_error, min_agreement),
         sizes,
+        rotary,
         options.runtime_of(providers, threads, custom_op_library, device),
         seed,
         crops,
@@ -98,7 +100,7 @@ def sweep(
     target: engine_options.TargetName = "ort-cpu",
     method: options.MethodName = "best",
     align: options.Align = DEFAULT_ALIGN,
-    ridge: options.Ridge = DEFAULT_RIDGE,
+    ridge: options.Ridge = None,
     max_error: options.MaxError = None,
     min_agreement: options.MinAgreement = None,
     samples: options.Samples = None,
@@ -106,6 +108,7 @@ def sweep(
     crops: options.Crops = None,
     allow_random: options.AllowRandom = False,
     shapes: options.Shapes = None,
+    rotary: options.Rotary = False,
     device: options.Device = "cpu",
     providers: options.Providers = None,
     threads: options.Threads = 0,
@@ -120,6 +123,7 @@ def sweep(
         Recipe(method, None, ridge, device=device_of(device)),
         Gates(max_error, min_agreement),
         sizes,
+        rotary,
         options.runtime_of(providers, threads, custom_op_library, device),
         seed,
         crops,

@@ -42,8 +42,9 @@ def export(
 def inspect(
     model: options.ModelFile,
     shapes: options.Shapes = None,
+    rotary: options.Rotary = False,
     as_json: options.AsJson = False,
     log_level: options.LogLevel = "warning",
 ) -> None:
     """Show what can be cut, why the rest cannot, and where the MACs are."""
-    screen.run(commands.Inspect(model, options.sizes_of(shapes)), as_json, log_level)
+    screen.run(commands.Inspect(model, options.sizes_of(shapes), rotary), as_json, log_level)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int64
 
-from corp_onnx.blocks import Axis, Block, Catalog, Mlp, axes_of
+from corp_onnx.blocks import Attention, Axis, Block, Catalog, Mlp, axes_of
 from corp_onnx.blocks.linear import bias_of, weight_of
 from corp_onnx.graph.model import Model
 from corp_onnx.solve.folds import EXACT, Fold, MlpFold, QueryKeyFold, Solution, ValueOutputFold
+from corp_onnx.solve.rotary import pair_maps
 
 Bases = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 """From heads and width to ``A, B [h, e, e]`` with ``A Bᵀ = I``."""
@@ -43,6 +44,8 @@ def in_basis(model: Model, catalog: Catalog, bases: Bases, order: Order) -> Solu
             return MlpFold(block.id, kept, weight[kept], bias, EXACT)
         if axis == "qk":
             assert block.key is not None, f"{block.id} offers its keys"
+            if block.rotation is not None:
+                return _turned_pairs(block, block.rotation.pairs, factors, order)
             query, key = bases(len(block.key.channels), block.head_width)
             return QueryKeyFold(block.id, query[block.key_heads], key, EXACT)
         assert block.value is not None, f"{block.id} offers its values"
@@ -55,5 +58,31 @@ def in_basis(model: Model, catalog: Catalog, bases: Bases, order: Order) -> Solu
         bias = bias_of(nodes, block.output.linear, opset)
         return ValueOutputFold(block.id, value, back @ rows, bias, EXACT)
 
+    def factors(heads: int, pairs: int) -> np.ndarray:
+        """Of every head and pair, out of what is drawn for heads of width two."""
+        numbers = bases(heads * pairs, 2)[0][..., 0]
+        found: np.ndarray = (numbers[:, 0] + 1j * numbers[:, 1]).reshape(heads, pairs)
+        return found
+
     every = ((block, axis) for block in catalog.blocks for axis in axes_of(block))
     return Solution("full width", tuple(folds(*one) for one in every))
+
+
+def _turned_pairs(
+    block: Attention,
+    pairs: Int64[np.ndarray, "p 2"],
+    factors: Callable[[int, int], np.ndarray],
+    order: Order,
+) -> QueryKeyFold:
+    """Pairs in another order, with factors ``c`` of keys and ``1 / c̄`` of queries."""
+    assert block.key is not None, f"{block.id} offers its keys"
+    kept = order(len(pairs))
+    key = factors(len(block.key.channels), len(pairs))
+    query = 1.0 / key.conj()[block.key_heads]
+    return QueryKeyFold(
+        block.id,
+        pair_maps(pairs, kept, query),
+        pair_maps(pairs, kept, key),
+        EXACT,
+        pairs[kept].T.reshape(-1),
+    )

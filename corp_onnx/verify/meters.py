@@ -118,9 +118,9 @@ class LogitMeter:
         for role, route, narrow, mask in _operands(block, other):
             tensor = channels_last(route, before[route.linear.output])
             rows = seen_rows(mask, tensor, before)
-            x = operand(route, tensor)[rows].astype(np.float64)
+            x = operand(route, tensor, before)[rows].astype(np.float64)
             small = channels_last(narrow, after[narrow.linear.output])
-            y = operand(narrow, small)[rows].astype(np.float64)
+            y = operand(narrow, small, after)[rows].astype(np.float64)
             if self._without_row_constants and role == "k":
                 axis = sequence_axis(route)
                 x, y = (centred(heads, rows, tensor.shape[:-1], axis) for heads in (x, y))

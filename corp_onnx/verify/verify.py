@@ -45,7 +45,7 @@ def verify(
     runtime: Runtime | None = None,
 ) -> Verification:
     """Hold the smaller model against the plan, the promises, no repair, and the user's limits."""
-    found = named_as(find_blocks(surgery.model, sizes), catalog)
+    found = blocks_of(surgery.model, catalog, sizes)
     checks: list[Check] = [check_structure(plan, surgery.model, model, found)]
     candidates = [surgery.model]
     if solved.solution.method != "none":
@@ -140,4 +140,9 @@ def _measured(
     if not values:
         return measured
     alone = operate(model, catalog, replace(solution, folds=values)).model
-    return measured | measure(alone, named_as(find_blocks(alone, sizes), catalog), ("vo",))
+    return measured | measure(alone, blocks_of(alone, catalog, sizes), ("vo",))
+
+
+def blocks_of(pruned: Model, dense: Catalog, sizes: Sizes | None = None) -> Catalog:
+    """What is found in a cut model, of what was offered in the dense one and under its names."""
+    return named_as(find_blocks(pruned, sizes, rotary=dense.rotary), dense)
