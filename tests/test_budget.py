@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,6 +53,15 @@ def planned(probes, kept: float, *, rest: int = 100):
     total = int(sum(probe.width * probe.macs for probe in probes)) + rest
     catalog = Catalog(blocks, (), {}, total, total, {})
     return total, within(catalog, probes, Budget("macs", kept), align=ALIGN).cuts
+
+
+@pytest.mark.parametrize(("step", "multiple"), [(1, ALIGN), (2, ALIGN), (6, 3 * ALIGN)])
+def test_channels_that_go_together_do(step, multiple):
+    (one,) = made((48, 1.0, 2.0, 10.0))
+    for kept in (0.9, 0.7, 0.5):
+        _, (cut,) = planned((replace(one, step=step),), kept)
+        assert cut.to % multiple == 0
+    assert any(planned((one,), kept)[1][0].to % (3 * ALIGN) for kept in (0.9, 0.7, 0.5))
 
 
 class _Block:

@@ -98,6 +98,25 @@ def test_strength_and_step_are_those_that_do_best_on_what_was_not_seen():
     assert abs(found.unseen / (errors[found.choice] / spread) - 1) <= 1e-9
 
 
+def shrunk(joint, ridge):
+    """A folded weight that is the further from the truth the larger the ridge, or the smaller."""
+    return START * (0.2 - 0.1 * np.log10(ridge)) ** 2
+
+
+@pytest.mark.parametrize("truth", [1e-1, 1e-3, 1e-8])
+def test_the_ridge_of_the_folded_weight_is_that_which_does_best_on_what_was_not_seen(truth):
+    _, parts = drawn(weight=shrunk(None, truth))
+    ridges = (1e-3, 1e-1, 1e-8)
+    joints = [joint_of(*part) for part in parts]
+    found = refit(joints, lambda joint: joint, shrunk, ridges)
+    assert found.ridge == truth
+    assert np.array_equal(found.start, shrunk(None, truth))
+    others = [refit(joints, lambda joint: joint, shrunk, [ridge]) for ridge in ridges]
+    assert found.unseen == min(other.unseen for other in others)
+    alone = refit(joints[:1], lambda joint: joint, shrunk, ridges)
+    assert alone.ridge == ridges[0]  # nothing to choose by
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**16))
 def test_noise_is_not_fitted(seed):

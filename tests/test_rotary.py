@@ -1,0 +1,495 @@
+"""Rotated queries and keys: pairs are found, cut and repaired as if it were written out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import onnx
+import pytest
+
+from corp_onnx import cli
+from corp_onnx.blocks import Attention, axes_of, find_blocks
+from corp_onnx.blocks.layouts import arrange
+from corp_onnx.calibration.calibrate import gather
+from corp_onnx.calibration.moments import Moments
+from corp_onnx.calibration.sites import channels_last, operand
+from corp_onnx.errors import PlanError
+from corp_onnx.graph.extracts import exposed
+from corp_onnx.graph.model import from_proto, load
+from corp_onnx.plan import uniform
+from corp_onnx.solve import METHODS, Recipe, solve
+from corp_onnx.solve.folds import EXACT, QueryKeyFold, Solution
+from corp_onnx.solve.rotary import (
+    curve_of,
+    eliminated_pairs,
+    pair_grams,
+    pair_maps,
+    recover_pairs,
+    whole_pairs,
+)
+from corp_onnx.surgery.operate import operate
+from corp_onnx.verify.basis import turned
+from corp_onnx.verify.confirm import confirmed
+from corp_onnx.verify.promise import measured_errors
+from corp_onnx.verify.verify import blocks_of
+from tests import zoo_models
+from tests.attention_builders import (
+    HEAD,
+    MORE,
+    angles,
+    built,
+    packed_with,
+)
+from tests.builders import feeds
+from tests.full_width import run, squared_error, unchanged
+
+HALVES = [[0, 3], [1, 4], [2, 5]]
+NEIGHBOURS = [[0, 1], [2, 3], [4, 5]]
+FORMS = {
+    "packed_rotated": (HALVES, None),
+    "packed_rotated_in_pairs": (NEIGHBOURS, None),
+    "packed_rotated_but_first": (HALVES, (1, 1)),
+    "packed_wholly_rotated": (HALVES, None),
+}
+ZOO = [
+    name
+    for name in zoo_models.NAMES
+    if zoo_models.module_of(name)
+    in {
+        *("hf_llama", "hf_llama_eager", "hf_mistral", "hf_gemma", "hf_smollm3", "hf_modernbert"),
+        *("hf_dinov3", "timm_dinov3", "timm_dinov3_eager", "timm_dinov3_plus"),
+        *("timm_eva02", "timm_eva02_eager", "timm_eva02_large"),
+    }
+]
+SIZES = ((1, 5), (3, 7))
+
+BOUND = 1e-10
+"""Of ``‖ŷ - y‖² / ‖y‖²``: rounding in float32 of a few hundred terms."""
+
+VISIBLE = 1e-6
+"""Errors of wrong results are at least as large."""
+
+ALL = pytest.mark.parametrize("name", [*FORMS, *ZOO])
+
+
+@cache
+def found(name):
+    proto = MORE[name](0).proto if name in MORE else zoo_models.load(name)
+    model = from_proto(proto)
+    catalog = find_blocks(model, rotary=True)
+    given = [
+        zoo_models.feeds(name, *size) if name in ZOO else feeds(proto, *size) for size in SIZES
+    ]
+    return model, catalog, given
+
+
+def rotated_blocks(catalog):
+    return [b for b in catalog.blocks if isinstance(b, Attention) and b.rotation is not None]
+
+
+def error(actual, expected, given):
+    pairs = zip(run(actual, *given), run(expected, *given), strict=True)
+    return max(squared_error(*pair) for pair in pairs)
+
+
+def alone(solution):
+    """Queries and keys only."""
+    folds = tuple(fold for fold in solution.folds if isinstance(fold, QueryKeyFold))
+    return replace(solution, folds=folds)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_pairs_are_found_as_they_are_written(name):
+    _, catalog, _ = found(name)
+    (block,) = rotated_blocks(catalog)
+    pairs, skipped = FORMS[name]
+    assert axes_of(block) == ("qk", "vo")
+    for route in (block.query, block.key):
+        assert route.rotation.pairs.tolist() == pairs
+        assert route.rotation.skipped == skipped
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_real_exports_offer_their_rotated_queries_and_keys(name):
+    _, catalog, _ = found(name)
+    blocks = rotated_blocks(catalog)
+    assert blocks
+    assert all("qk" in axes_of(block) for block in blocks)
+
+
+def test_without_being_asked_for_they_are_refused_with_a_hint():
+    (block,) = find_blocks(from_proto(MORE["packed_rotated"](0).proto)).blocks
+    assert axes_of(block) == ("vo",)
+    assert "see --rotary" in block.refused["qk"]
+
+
+@ALL
+def test_what_is_summed_is_what_enters_the_product(name):
+    """Statistics turn what a projection gives by themselves; the graph has it turned."""
+    model, catalog, given = found(name)
+    for route in (r for b in rotated_blocks(catalog) for r in (b.query, b.key)):
+        wanted = [route.linear.output, *route.rotation.tensors, route.operand]
+        for seen in run(exposed(model, wanted), *given):
+            tokens, turned_there = (
+                channels_last(route, seen[route.linear.output]),
+                seen[route.operand],
+            )
+            as_it_was = replace(route, rotation=None)
+            ours, plain = (
+                arrange(
+                    route.layout,
+                    operand(one, tokens, seen).reshape(*tokens.shape[:-1], *route.channels.shape),
+                    turned_there.shape,
+                )
+                for one in (route, as_it_was)
+            )
+            np.testing.assert_allclose(ours, turned_there, rtol=1e-4, atol=1e-5)
+            assert np.abs(plain - turned_there).max() > 0.1
+
+
+@ALL
+@pytest.mark.parametrize("make", [unchanged, turned])
+def test_keeping_every_pair_gives_back_the_dense_function(name, make):
+    model, catalog, given = found(name)
+    made = operate(model, catalog, make(model, catalog)).model
+    onnx.checker.check_model(made.proto(), full_check=True)
+    assert error(made, model, given) <= BOUND
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_factors_that_do_not_cancel_show(name):
+    """The wrong twin: queries get ``1 / c`` of the keys' ``c`` instead of ``1 / c̄``."""
+    model, catalog, given = found(name)
+    solution = alone(turned(model, catalog))
+
+    def conjugated(fold):
+        pairs = rotated_blocks(catalog)[0].rotation.pairs
+        count = fold.query.shape[2] // 2
+        order = [
+            pairs.tolist().index([i, j]) for i, j in zip(*np.split(fold.positions, 2), strict=True)
+        ]
+        first = pairs[order, 0]
+        factors = (
+            fold.query[:, first, np.arange(count)]
+            + 1j * fold.query[:, first, count + np.arange(count)]
+        )
+        return replace(fold, query=pair_maps(pairs, np.array(order), factors.conj()))
+
+    wrong = replace(solution, folds=tuple(map(conjugated, solution.folds)))
+    assert error(operate(model, catalog, solution).model, model, given) <= BOUND
+    assert error(operate(model, catalog, wrong).model, model, given) > VISIBLE
+
+
+@pytest.mark.parametrize("name", [*FORMS, "hf_llama.ts17", "timm_eva02.dynamo18", "hf_dinov3.ts17"])
+def test_fewer_pairs_compute_what_zeros_at_full_width_do(name):
+    model, catalog, given = found(name)
+
+    def cut(kept, factors):
+        folds = []
+        for block in rotated_blocks(catalog):
+            pairs = block.rotation.pairs
+            maps = [
+                pair_maps(pairs, kept, np.tile(factors, (len(route.channels), 1)))
+                for route in (block.query, block.key)
+            ]
+            folds.append(QueryKeyFold(block.id, *maps, EXACT, pairs[kept].T.reshape(-1)))
+        return operate(model, catalog, Solution("by hand", tuple(folds))).model
+
+    count = catalog_width(catalog) // 2
+    small = cut(np.array([1]), np.ones(1))
+    large = cut(np.arange(count), (np.arange(count) == 1).astype(float))
+    assert error(small, large, given) <= BOUND
+    assert error(small, model, given) > VISIBLE
+    again = rotated_blocks(blocks_of(small, catalog))
+    assert [block.head_width for block in again] == [2] * len(rotated_blocks(catalog))
+
+
+def catalog_width(catalog):
+    (width,) = {block.head_width for block in rotated_blocks(catalog)}
+    return width
+
+
+@pytest.mark.parametrize("name", [*FORMS, "hf_llama.dynamo18", "timm_dinov3.dynamo18"])
+@pytest.mark.parametrize("method", METHODS)
+def test_promises_hold_on_what_was_calibrated(name, method):
+    model, catalog, _ = found(name)
+    make = (
+        zoo_models.feeds
+        if name in ZOO
+        else lambda _, *size, seed: feeds(model.proto(), *size, seed)
+    )
+    batches = [make(name, 4, 9, seed=seed) for seed in range(3)]
+    statistics = gather(model, catalog, batches)
+    plan = uniform(catalog, {"qk": 0.5}, align=1)
+    solution = solve(model, catalog, plan, statistics, Recipe(method, ridge=1e-9))
+    small = operate(model, catalog, solution).model
+    measured = measured_errors(
+        *(model, catalog, small, blocks_of(small, catalog), batches),
+        axes=("qk",),
+        without_row_constants=method == "best",
+    )
+    for cut in plan.cuts:
+        promised = solution.of(cut.block, "qk").evidence.error
+        if rotation_of(catalog, cut.block):
+            assert cut.to % 2 == 0
+            assert measured[cut.block, "qk"] == pytest.approx(promised, rel=1e-3, abs=1e-9)
+
+
+def rotation_of(catalog, name):
+    return next(block.rotation for block in catalog.blocks if block.id == name)
+
+
+def test_a_rotation_that_is_none_is_found_out_by_the_data():
+    """Both channels of a pair at angles of their own: no factor of the pair passes through."""
+
+    def uneven(net, y):
+        turn, half = net("Mul", angles(net, HEAD), 1.0 + np.arange(HEAD) / 7), HEAD // 2
+        first = net("Slice", y, [0], [half], [3])
+        second = net("Slice", y, [half], [2**60], [3])
+        swapped = net("Concat", net("Neg", second), first, axis=3)
+        return net("Add", net("Mul", y, net("Cos", turn)), net("Mul", swapped, net("Sin", turn)))
+
+    proto = built(packed_with(uneven))(0).proto
+    model = from_proto(proto)
+    catalog = find_blocks(model, rotary=True)
+    assert "qk" in axes_of(catalog.blocks[0])
+    (block,) = confirmed(model, catalog, [feeds(proto, 3, 7)]).blocks
+    assert axes_of(block) == ("vo",)
+    (right,) = confirmed(*found("packed_rotated")[:2], found("packed_rotated")[2]).blocks
+    assert axes_of(right) == ("qk", "vo")
+
+
+def scaled_on_the_way(net, y):
+    turn = angles(net, HEAD)
+    half = HEAD // 2
+    first = net("Slice", y, [0], [half], [3])
+    second = net("Slice", y, [half], [2**60], [3])
+    swapped = net("Mul", net("Concat", net("Neg", second), first, axis=3), 0.5)
+    return net("Add", net("Mul", y, net("Cos", turn)), net("Mul", swapped, net("Sin", turn)))
+
+
+def the_same_twice(net, y):
+    turn = net("Cos", angles(net, HEAD))
+    half = HEAD // 2
+    first = net("Slice", y, [0], [half], [3])
+    second = net("Slice", y, [half], [2**60], [3])
+    swapped = net("Concat", second, first, axis=3)
+    return net("Add", net("Mul", y, turn), net("Mul", swapped, net("Sin", angles(net, HEAD))))
+
+
+REFUSED = {
+    "scaled": (scaled_on_the_way, "it is scaled or shifted while it is turned"),
+    "reflected": (the_same_twice, "it is turned by something else than pairs of channels"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_turns_no_pairs_is_refused_with_the_reason(name):
+    make, reason = REFUSED[name]
+    (block,) = find_blocks(from_proto(built(packed_with(make))(0).proto), rotary=True).blocks
+    assert axes_of(block) == ("vo",)
+    assert reason in block.refused["qk"]
+
+
+def test_a_part_of_the_channels_is_refused():
+    proto = MORE["packed_part_rotated"](0).proto
+    (block,) = find_blocks(from_proto(proto), rotary=True).blocks
+    assert "only a part of the channels of a head is turned" in block.refused["qk"]
+
+
+# From the command line.
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A language model with rotary positions as a file, and token numbers to calibrate on."""
+    name = "hf_llama.ts17"
+    onnx.save(zoo_models.load(name), tmp_path / "dense.onnx")
+    batches = [zoo_models.feeds(name, 8, seed=seed) for seed in range(8)]
+    tokens = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    np.savez(tmp_path / "data.npz", **tokens)
+    return tmp_path
+
+
+def command(capsys, folder, verb, *options):
+    """Exit status and JSON document of a verb on the file."""
+    status = cli.main([verb, str(folder / "dense.onnx"), *map(str, options), "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_inspect_shows_them_when_asked(exported, capsys):
+    _, plain = command(capsys, exported, "inspect")
+    _, asked = command(capsys, exported, "inspect", "--rotary")
+    axes = [
+        [b["prunable"] for b in d["blocks"] if b["kind"] == "attention"] for d in (plain, asked)
+    ]
+    assert axes == [[["vo"]] * 2, [["qk", "vo"]] * 2]
+
+
+@pytest.mark.parametrize("method", ["best", "corp"])
+def test_prune_cuts_pairs_when_asked(exported, capsys, method):
+    small = exported / "small.onnx"
+    options = ["-o", small, "--data", exported / "data.npz", "--method", method, "--align", 1]
+    _, document = command(capsys, exported, "prune", *options, "--qk", 0.34, "--rotary")
+    assert [(b["cuts"]["qk"]["from"], b["cuts"]["qk"]["to"]) for b in document["blocks"]] == [
+        (12, 8),
+        (12, 8),
+    ]
+    checks = {check["name"]: check["passed"] for check in document["checks"]}
+    assert checks["structure"]
+    assert checks["promises"]  # random weights leave little to repair
+    blocks = find_blocks(load(small), rotary=True).blocks
+    assert {b.head_width for b in blocks if isinstance(b, Attention)} == {8}
+
+
+def test_prune_leaves_them_alone_unless_asked(exported, capsys):
+    small = exported / "small.onnx"
+    data = ["--data", exported / "data.npz", "--qk", 0.5]
+    status = cli.main(["prune", *map(str, [exported / "dense.onnx", "-o", small, *data])])
+    assert status == 3
+    assert "see --rotary" in capsys.readouterr().err
+    assert not small.exists()
+
+
+def test_statistics_of_them_are_gathered_when_asked(exported, capsys):
+    for flags, passes in ([], False), (["--rotary"], True):
+        statistics, small = exported / "statistics.npz", exported / "small.onnx"
+        data = ["-o", statistics, "--data", exported / "data.npz"]
+        command(capsys, exported, "calibrate", *data, *flags)
+        options = ["-o", small, "--stats", statistics, "--qk", 0.34, "--align", 1, "--rotary"]
+        status = cli.main(["prune", str(exported / "dense.onnx"), *map(str, options)])
+        assert (status in {0, 1}) == passes, capsys.readouterr().err  # 1: little to repair
+        assert small.exists() == passes
+
+
+def test_a_budget_spends_on_pairs_too(exported, capsys):
+    small = exported / "small.onnx"
+    options = ["-o", small, "--data", exported / "data.npz", "--align", 1, "--macs", 0.7]
+    _, document = command(capsys, exported, "prune", *options, "--rotary")
+    widths = [b["cuts"]["qk"]["to"] for b in document["blocks"] if "qk" in b["cuts"]]
+    assert len(widths) == 2
+    assert all(width % 2 == 0 for width in widths)
+
+
+# The closed form, against what is written out.
+
+TOKENS, PAIRS, KEY_HEADS = 40, 5, np.array([0, 0, 1])
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Queries ``[n, 3, 10]`` and keys ``[m, 2, 10]``, correlated across pairs, and the pairs."""
+    rng = np.random.default_rng(0)
+    mixing = rng.standard_normal((2 * PAIRS, 2 * PAIRS)) * np.geomspace(1, 0.1, 2 * PAIRS)
+    query = rng.standard_normal((TOKENS, 3, 2 * PAIRS)) @ mixing
+    key = rng.standard_normal((TOKENS + 7, 2, 2 * PAIRS)) @ mixing + 0.3
+    pairs = rng.permutation(2 * PAIRS).reshape(-1, 2)
+    return query, key, pairs
+
+
+def features(drawn):
+    """Real and, negated, imaginary parts of ``q k̄`` of all pairs of tokens, by head."""
+    query, key, pairs = drawn
+    made = []
+    for head, group in enumerate(KEY_HEADS):
+        q, k = (x[:, pairs[:, 0]] + 1j * x[:, pairs[:, 1]] for x in (query[:, head], key[:, group]))
+        products = (q[:, None] * k[None].conj()).reshape(-1, len(pairs))
+        made.append(np.concatenate([products.real, -products.imag], axis=1))
+    return np.stack(made)
+
+
+def grams_of(drawn):
+    query, key, pairs = drawn
+    return pair_grams(Moments.of(query), Moments.of(key), KEY_HEADS, pairs)
+
+
+def test_grams_are_those_of_all_pairs_of_tokens(drawn):
+    made = features(drawn)
+    expected = made.swapaxes(1, 2) @ made / made.shape[1]
+    np.testing.assert_allclose(grams_of(drawn), expected, rtol=1e-10, atol=1e-12)
+    wrong = grams_of((*drawn[:2], drawn[2][:, ::-1]))
+    assert not np.allclose(wrong, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kept", [[0], [1, 3], [0, 2, 4]])
+def test_factors_are_those_of_least_squares(drawn, kept):
+    query, key, pairs = drawn
+    maps = recover_pairs(
+        grams_of(drawn), np.array(kept), pairs, KEY_HEADS, repair="corp", ridge=0.0
+    )
+    lost = total = bare = 0.0
+    for head, of_head in enumerate(features(drawn)):
+        some = [*kept, *np.add(kept, PAIRS)]
+        dense = of_head[:, :PAIRS].sum(axis=1)
+        weights, *_ = np.linalg.lstsq(of_head[:, some], dense, rcond=None)
+        expected = of_head[:, some] @ weights
+        q, k = (
+            query[:, head] @ maps.query[head],
+            key[:, KEY_HEADS[head]] @ maps.key[KEY_HEADS[head]],
+        )
+        np.testing.assert_allclose((q @ k.T).reshape(-1), expected, rtol=1e-8, atol=1e-8)
+        lost += np.square(dense - expected).sum()
+        bare += np.square(dense - of_head[:, kept].sum(axis=1)).sum()
+        total += np.square(dense).sum()
+    assert maps.error == pytest.approx(lost / total, rel=1e-8)
+    assert maps.unexplained == pytest.approx(lost / bare, rel=1e-8)
+    assert sorted(maps.positions) == sorted(pairs[kept].ravel())
+
+
+def test_without_repair_pairs_stay_what_they_were(drawn):
+    query, _, pairs = drawn
+    maps = recover_pairs(
+        grams_of(drawn), np.array([1, 2]), pairs, KEY_HEADS, repair="none", ridge=0.1
+    )
+    np.testing.assert_array_equal(query[:, 0] @ maps.query[0], query[:, 0][:, maps.positions])
+    assert maps.unexplained == pytest.approx(1.0)
+
+
+def test_pairs_go_one_by_one_where_the_others_make_up_for_them_best(drawn):
+    grams = grams_of(drawn)
+    order, errors = eliminated_pairs(grams, ridge=1e-9)
+
+    def left(gone):
+        kept = np.setdiff1d(np.arange(PAIRS), gone)
+        return recover_pairs(grams, kept, drawn[2], KEY_HEADS, repair="corp", ridge=1e-9).error
+
+    for step in range(PAIRS - 1):
+        others = np.setdiff1d(np.arange(PAIRS), order[:step])
+        trials = {pair: left([*order[:step], pair]) for pair in others}
+        assert min(trials, key=trials.get) == order[step]
+        assert errors[step + 1] == pytest.approx(trials[order[step]], rel=1e-4)
+    assert errors[-1] == pytest.approx(1.0, rel=1e-6)
+    assert curve_of(errors)[[0, 1, 2, 2 * PAIRS]].tolist() == [
+        *[errors[-1]] * 2, errors[-2], 0.0
+    ]  # fmt: skip
+
+
+def test_of_two_equal_pairs_one_goes(drawn):
+    query, key, pairs = drawn
+    query, key = query.copy(), key.copy()
+    for array in (query, key):
+        array[..., pairs[4]] = array[..., pairs[0]]
+    order, errors = eliminated_pairs(grams_of((query, key, pairs)), ridge=1e-7)
+    assert order[0] in {0, 4}
+    assert errors[1] < 1e-5 < errors[2]
+    assert order[1] not in {0, 4}
+
+
+def test_chosen_channels_are_whole_pairs():
+    pairs = np.array([[0, 2], [1, 3]])
+    assert whole_pairs(np.array([[0, 2], [2, 0]]), pairs).tolist() == [0]
+    for kept in ([[0, 1]], [[0, 2], [1, 3]], [[0]]):
+        with pytest.raises(PlanError, match="whole pairs of channels, the same in every head"):
+            whole_pairs(np.array(kept), pairs)
+
+
+def test_widths_are_even_whatever_the_alignment():
+    _, catalog, _ = found("packed_rotated")
+    (cut,) = uniform(catalog, {"qk": 0.5}, align=1).cuts
+    assert (cut.width, cut.to) == (6, 4)
+    plain = find_blocks(from_proto(MORE["packed_grouped"](0).proto))
+    (cut,) = uniform(plain, {"qk": 0.5}, align=1).cuts
+    assert cut.to == 3
