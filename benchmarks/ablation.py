@@ -151,8 +151,7 @@ VARIANTS: Mapping[str, Variant] = {
     "in sequence, but not refitted": _without_refit,
     TWO_CROPS: _two_crops,
     "ridge and step fixed instead of chosen": _fixed_refit,
-    "a tenth of the ridge of a single block": _with(Recipe("best", ridge=DEFAULT_RIDGE / 10)),
-    "ten times that ridge": _with(Recipe("best", ridge=DEFAULT_RIDGE * 10)),
+    "one ridge for all layers where the refit begins": _with(Recipe("best", ridge=DEFAULT_RIDGE)),
     "half of the calibration samples": _half_of_the_data,
 }
 """The first is what the others are held against."""
