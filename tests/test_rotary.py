@@ -21,7 +21,7 @@ from corp_onnx.graph.extracts import exposed
 from corp_onnx.graph.model import from_proto, load
 from corp_onnx.plan import uniform
 from corp_onnx.solve import METHODS, Recipe, solve
-from corp_onnx.solve.folds import EXACT, QueryKeyFold, Solution
+from corp_onnx.solve.folds import EXACT, QueryKeyFold, Solution, ValueOutputFold
 from corp_onnx.solve.rotary import (
     curve_of,
     eliminated_pairs,
@@ -38,12 +38,19 @@ from corp_onnx.verify.verify import blocks_of
 from tests import zoo_models
 from tests.attention_builders import (
     HEAD,
+    HEADS,
     MORE,
     angles,
     built,
+    merged,
+    packed,
     packed_with,
+    products,
+    rotated,
+    rotated_in_pairs,
+    split,
 )
-from tests.builders import feeds
+from tests.builders import WIDTH, feeds
 from tests.full_width import run, squared_error, unchanged
 
 HALVES = [[0, 3], [1, 4], [2, 5]]
@@ -159,6 +166,38 @@ def test_keeping_every_pair_gives_back_the_dense_function(name, make):
     assert error(made, model, given) <= BOUND
 
 
+@ALL
+def test_values_can_go_alone_and_what_is_packed_with_them_comes_back_turned(name):
+    model, catalog, given = found(name)
+    full = turned(model, catalog)
+    folds = tuple(fold for fold in full.folds if isinstance(fold, ValueOutputFold))
+    made = operate(model, catalog, replace(full, folds=folds)).model
+    assert error(made, model, given) <= BOUND
+
+
+def keys_apart(net):
+    """Queries are packed with values, keys have a layer of their own."""
+    both = net.linear(net.x(), WIDTH, 2 * HEADS * HEAD)
+    query, value = (
+        split(net, y, HEADS) for y in net("Split", both, outputs=2, axis=2, num_outputs=2)
+    )
+    keys = split(net, net.linear("x", WIDTH, HEADS * HEAD), HEADS)
+    turned_ones = (rotated_in_pairs(net, y) for y in (query, keys))
+    return merged(net, products(net, *turned_ones, value), value=HEAD)
+
+
+def test_queries_that_come_back_keep_the_order_of_their_channels():
+    """The keys are not written anew: they would meet other channels."""
+    proto = built(keys_apart)(0).proto
+    model, given = from_proto(proto), [feeds(proto, *size) for size in SIZES]
+    catalog = find_blocks(model, rotary=True)
+    full = turned(model, catalog)
+    (values,) = (fold for fold in full.folds if isinstance(fold, ValueOutputFold))
+    assert error(operate(model, catalog, full).model, model, given) <= BOUND
+    made = operate(model, catalog, replace(full, folds=(values,))).model
+    assert error(made, model, given) <= BOUND
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_factors_that_do_not_cancel_show(name):
     """The wrong twin: queries get ``1 / c`` of the keys' ``c`` instead of ``1 / c̄``."""
@@ -238,6 +277,29 @@ def test_promises_hold_on_what_was_calibrated(name, method):
             assert measured[cut.block, "qk"] == pytest.approx(promised, rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", ["packed_rotated", "packed_rotated_in_pairs"])
+def test_the_paper_keeps_the_pairs_of_most_energy_and_best_those_that_are_missed_most(name):
+    model, catalog, _ = found(name)
+    statistics = gather(model, catalog, [feeds(model.proto(), 6, 9, seed) for seed in range(3)])
+    plan, (block,) = uniform(catalog, {"qk": 0.5}, align=1), rotated_blocks(catalog)
+    pairs = block.rotation.pairs
+
+    def kept(recipe):
+        fold = solve(model, catalog, plan, statistics, recipe).of(block.id, "qk")
+        return {tuple(pair) for pair in np.reshape(fold.positions, (2, -1)).T.tolist()}
+
+    energies = np.zeros_like(statistics.energies[block.id])
+    energies[:, pairs] = [[10.0, 0.0], [1.0, 1.5], [2.0, 1.0]]
+    by_energy = replace(statistics, energies={block.id: energies})
+    fold = solve(model, catalog, plan, by_energy, Recipe("corp")).of(block.id, "qk")
+    assert sorted(fold.positions) == sorted(pairs[[0, 2]].ravel())
+    sites = (statistics.sites[f"{block.id}.{role}"] for role in ("query", "centred_key"))
+    order, _ = eliminated_pairs(pair_grams(*sites, block.key_heads, pairs), ridge=1e-3)
+    assert kept(Recipe("best", refit=False)) == {tuple(pair) for pair in pairs[order[-2:]].tolist()}
+    chosen = {(block.id, "qk"): np.tile(pairs[[0, 2]].ravel(), (len(block.key.channels), 1))}
+    assert kept(Recipe("corp", kept=chosen)) == {tuple(pair) for pair in pairs[[0, 2]].tolist()}
+
+
 def rotation_of(catalog, name):
     return next(block.rotation for block in catalog.blocks if block.id == name)
 
@@ -280,7 +342,18 @@ def the_same_twice(net, y):
     return net("Add", net("Mul", y, turn), net("Mul", swapped, net("Sin", angles(net, HEAD))))
 
 
+def angles_apart(net, y):
+    """Constant tables, in which the channels of a pair have angles of their own."""
+    turn = np.arange(1, HEAD + 1, dtype=np.float32)[None]
+    half = HEAD // 2
+    first = net("Slice", y, [0], [half], [3])
+    second = net("Slice", y, [half], [2**60], [3])
+    swapped = net("Concat", net("Neg", second), first, axis=3)
+    return net("Add", net("Mul", y, np.cos(turn)), net("Mul", swapped, np.sin(turn)))
+
+
 REFUSED = {
+    "angles apart": (angles_apart, "both channels of a pair are turned by angles of their own"),
     "scaled": (scaled_on_the_way, "it is scaled or shifted while it is turned"),
     "reflected": (the_same_twice, "it is turned by something else than pairs of channels"),
 }
@@ -292,6 +365,25 @@ def test_what_turns_no_pairs_is_refused_with_the_reason(name):
     (block,) = find_blocks(from_proto(built(packed_with(make))(0).proto), rotary=True).blocks
     assert axes_of(block) == ("vo",)
     assert reason in block.refused["qk"]
+
+
+def shown(net):
+    query, keys, value = packed(net)
+    swapped = net("Neg", net("Slice", query, [HEAD // 2], [2**60], [3]))
+    first = net("Slice", query, [0], [HEAD // 2], [3])
+    turn = angles(net, HEAD)
+    terms = (
+        net("Mul", query, net("Cos", turn)),
+        net("Mul", net("Concat", swapped, first, axis=3), net("Sin", turn)),
+    )
+    mixed = products(net, net("Add", *terms), rotated(net, keys), value)
+    return merged(net, mixed, value=HEAD), net("Relu", swapped)
+
+
+def test_what_is_read_on_the_way_is_refused():
+    (block,) = find_blocks(from_proto(built(shown)(0).proto), rotary=True).blocks
+    assert axes_of(block) == ("vo",)
+    assert "is also read by Relu" in block.refused["qk"]
 
 
 def test_a_part_of_the_channels_is_refused():
