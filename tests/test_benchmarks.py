@@ -71,11 +71,13 @@ def test_a_fixed_choice_is_taken_though_another_does_better():
     y = 2.0 * x[:, :1]
     parts = [Joint.of(Moments.of(np.hstack([x, y])[at::2]), 3) for at in (0, 1)]
     start = np.zeros((3, 1))
-    free = refit(parts, lambda joint: joint, lambda joint, ridge: start)
+    free = refit(parts, lambda joint: joint, lambda joint: lambda ridge: start)
     with fixed_choice((1.0, 0.5)):
-        fixed = refit(parts, lambda joint: joint, lambda joint, ridge: start)
+        fixed = refit(parts, lambda joint: joint, lambda joint: lambda ridge: start)
     assert fixed.choice == (1.0, 0.5) != free.choice
-    assert refit(parts, lambda joint: joint, lambda joint, ridge: start).choice == free.choice
+    assert (
+        refit(parts, lambda joint: joint, lambda joint: lambda ridge: start).choice == free.choice
+    )
 
 
 def test_a_model_that_a_benchmark_does_not_measure_is_refused(capsys):

@@ -35,7 +35,7 @@ def drawn(seed=0, count=200, noise=0.1, weight=None, parts=2):
 
 def fitted(parts, start=START):
     return refit(
-        [joint_of(*part) for part in parts], lambda joint: joint, lambda joint, ridge: start
+        [joint_of(*part) for part in parts], lambda joint: joint, lambda joint: lambda ridge: start
     )
 
 
@@ -98,22 +98,29 @@ def test_strength_and_step_are_those_that_do_best_on_what_was_not_seen():
     assert abs(found.unseen / (errors[found.choice] / spread) - 1) <= 1e-9
 
 
-def shrunk(joint, ridge):
+def test_a_target_that_never_varies_is_met_by_the_bias():
+    f = np.random.default_rng(0).standard_normal((40, FEATURES))
+    found = fitted([(f[at::2], np.full((20, TARGETS), 2.0)) for at in (0, 1)])
+    assert np.isfinite(found.weight).all()
+    assert np.isinf(found.unseen)
+
+
+def shrunk(ridge):
     """A folded weight that is the further from the truth the larger the ridge, or the smaller."""
     return START * (0.2 - 0.1 * np.log10(ridge)) ** 2
 
 
 @pytest.mark.parametrize("truth", [1e-1, 1e-3, 1e-8])
 def test_the_ridge_of_the_folded_weight_is_that_which_does_best_on_what_was_not_seen(truth):
-    _, parts = drawn(weight=shrunk(None, truth))
+    _, parts = drawn(weight=shrunk(truth))
     ridges = (1e-3, 1e-1, 1e-8)
     joints = [joint_of(*part) for part in parts]
-    found = refit(joints, lambda joint: joint, shrunk, ridges)
+    found = refit(joints, lambda joint: joint, lambda joint: shrunk, ridges)
     assert found.ridge == truth
-    assert np.array_equal(found.start, shrunk(None, truth))
-    others = [refit(joints, lambda joint: joint, shrunk, [ridge]) for ridge in ridges]
+    assert np.array_equal(found.start, shrunk(truth))
+    others = [refit(joints, lambda joint: joint, lambda joint: shrunk, [ridge]) for ridge in ridges]
     assert found.unseen == min(other.unseen for other in others)
-    alone = refit(joints[:1], lambda joint: joint, shrunk, ridges)
+    alone = refit(joints[:1], lambda joint: joint, lambda joint: shrunk, ridges)
     assert alone.ridge == ridges[0]  # nothing to choose by
 
 

@@ -352,7 +352,57 @@ def angles_apart(net, y):
     return net("Add", net("Mul", y, np.cos(turn)), net("Mul", swapped, np.sin(turn)))
 
 
+def swap(net, y, negative=lambda net, y: net("Neg", y)):
+    """``-b | a`` of the halves ``a | b``."""
+    first = net("Slice", y, [0], [HEAD // 2], [3])
+    second = net("Slice", y, [HEAD // 2], [2**60], [3])
+    return net("Concat", negative(net, second), first, axis=3)
+
+
+def terms(net, y, swapped, *tables):
+    """The sum of both products, with the tables of angles or others."""
+    turn = angles(net, HEAD)
+    cosine, sine = tables or (net("Cos", turn), net("Sin", turn))
+    return net("Add", net("Mul", y, cosine), net("Mul", swapped, sine))
+
+
+def fading(net, y):
+    """Besides angles there are factors that follow from the position (xPos)."""
+    fade = net("Sigmoid", angles(net, HEAD))
+    turn = angles(net, HEAD)
+    left, right = (
+        net("Mul", net("Mul", part, net(op, turn)), fade)
+        for part, op in ((y, "Cos"), (swap(net, y), "Sin"))
+    )
+    return net("Add", left, right)
+
+
+def gained(net, y):
+    """One term is multiplied with a constant vector too."""
+    gain = np.linspace(0.5, 2, HEAD, dtype=np.float32)
+    return terms(net, net("Mul", y, gain), swap(net, y))
+
+
+def reflected(net, y):
+    """The sign of a half is changed by a factor: both halves gain, or both lose."""
+    first = net("Slice", y, [0], [HEAD // 2], [3])
+    second = net("Slice", y, [HEAD // 2], [2**60], [3])
+    both = net("Neg", second), net("Mul", first, -1.0)
+    return terms(net, y, net("Concat", *both, axis=3))
+
+
+def cut_in_windows(net, y):
+    """Turned first, then tokens are split over two axes."""
+    rows = net(
+        "Reshape", net("Transpose", rotated(net, y), perm=[0, 2, 1, 3]), [0, -1, 1, HEADS, HEAD]
+    )
+    return net("Transpose", rows, perm=[0, 1, 3, 2, 4])
+
+
 REFUSED = {
+    "fading": (fading, "several tables of angles turn it"),
+    "gained": (gained, "several tables of angles turn it"),
+    "reflected by a factor": (reflected, "turned by something else than pairs"),
     "angles apart": (angles_apart, "both channels of a pair are turned by angles of their own"),
     "scaled": (scaled_on_the_way, "it is scaled or shifted while it is turned"),
     "reflected": (the_same_twice, "it is turned by something else than pairs of channels"),
@@ -365,6 +415,126 @@ def test_what_turns_no_pairs_is_refused_with_the_reason(name):
     (block,) = find_blocks(from_proto(built(packed_with(make))(0).proto), rotary=True).blocks
     assert axes_of(block) == ("vo",)
     assert reason in block.refused["qk"]
+
+
+NEGATIONS = {
+    "by a factor": lambda net, y: net("Mul", y, -1.0),
+    "from nothing": lambda net, y: net("Sub", np.float32(0), y),
+    "by a division": lambda net, y: net("Div", y, -1.0),
+}
+
+
+@pytest.mark.parametrize("name", NEGATIONS)
+def test_a_sign_may_be_changed_in_any_way(name):
+    def make(net, y):
+        return terms(net, y, swap(net, y, NEGATIONS[name]))
+
+    require_exact(built(packed_with(make))(0).proto)
+
+
+def require_exact(proto, wrong=None):
+    """In another basis a model is what it was, at all sizes, and queries and keys can be cut."""
+    model, given = from_proto(proto), [feeds(proto, *size) for size in SIZES]
+    catalog = find_blocks(model, rotary=True)
+    assert all("qk" in axes_of(block) for block in rotated_blocks(catalog))
+    assert rotated_blocks(catalog)
+    made = operate(model, catalog, turned(model, catalog)).model
+    assert error(made, model, given) <= BOUND
+    return model, catalog, given
+
+
+def cached(net, y):
+    """Tables are constants, of which as many rows are taken as there are tokens in the operand."""
+    turn = np.arange(64)[:, None] * (0.1 + np.arange(HEAD) % (HEAD // 2))
+    end = net("Shape", y, start=2, end=3)
+    tables = (
+        net("Slice", make(turn).astype(np.float32), [0], end, [0]) for make in (np.cos, np.sin)
+    )
+    return terms(net, y, swap(net, y), *tables)
+
+
+def test_tables_may_follow_from_the_size_of_what_they_turn():
+    require_exact(built(packed_with(cached))(0).proto)
+
+
+def sized(net):
+    """The width of a rotated query is a factor of the output."""
+    query, keys, value = packed(net)
+    query = rotated(net, query)
+    mixed = merged(net, products(net, query, rotated(net, keys), value), value=HEAD)
+    width = net("Gather", net("Shape", query), np.int64(3), axis=0)
+    return net("Mul", mixed, net("Cast", width, to=onnx.TensorProto.FLOAT))
+
+
+def test_who_asks_for_the_width_of_what_is_turned_goes_on_hearing_the_same():
+    model, catalog, given = require_exact(built(sized)(0).proto)
+    (block,) = rotated_blocks(catalog)
+    pairs = block.rotation.pairs
+
+    def cut(kept, factors):
+        maps = [
+            pair_maps(pairs, kept, np.tile(factors, (len(route.channels), 1)))
+            for route in (block.query, block.key)
+        ]
+        fold = QueryKeyFold(block.id, *maps, EXACT, pairs[kept].T.reshape(-1))
+        return operate(model, catalog, Solution("by hand", (fold,))).model
+
+    small, large = cut(np.array([1]), np.ones(1)), cut(np.arange(3), np.array([0.0, 1.0, 0.0]))
+    assert error(small, large, given) <= BOUND
+
+
+def placed(net, y):
+    """Positions are an input; the first two tokens are not turned."""
+    if all(value.name != "places" for value in net.inputs):
+        net.input("places", "batch", "tokens", dtype=np.int64)
+    first, others = net("Slice", y, [0], [2], [2]), net("Slice", y, [2], [2**60], [2])
+    place = net("Cast", net("Slice", "places", [2], [2**60], [1]), to=onnx.TensorProto.FLOAT)
+    speeds = (0.1 + np.arange(HEAD) % (HEAD // 2)).astype(np.float32)
+    turn = net("Unsqueeze", net("Mul", net("Unsqueeze", place, [2]), speeds), [1])
+    made = terms(net, others, swap(net, others), net("Cos", turn), net("Sin", turn))
+    return net("Concat", first, made, axis=2)
+
+
+def test_a_cut_rotation_is_found_again_where_positions_are_given():
+    """Its tables are filled up for the tokens that are not turned, and follow an input."""
+    model, catalog, _ = require_exact(built(packed_with(placed))(0).proto)
+    batches = [feeds(model.proto(), 6, 9, seed) for seed in range(3)]
+    statistics = gather(model, catalog, batches)
+    solution = solve(model, catalog, uniform(catalog, {"qk": 0.5}, align=1), statistics, Recipe())
+    small = operate(model, catalog, solution).model
+    again = blocks_of(small, catalog)
+    assert [axes_of(block) for block in again.blocks] == [("qk", "vo")]
+    measured = measured_errors(model, catalog, small, again, batches, axes=("qk",))
+    assert set(measured) == {(block.id, "qk") for block in catalog.blocks}
+
+
+def test_tokens_that_are_split_later_are_refused():
+    proto = built(packed_with(cut_in_windows))(0).proto
+    for block in find_blocks(from_proto(proto), rotary=True).blocks:
+        assert "qk" not in axes_of(block)
+
+
+def in_turn(net):
+    """One set of weights twice, turned in other pairs the second time."""
+    y = net.x()
+    weights = [net.random(WIDTH, HEADS * HEAD) for _ in range(3)]
+    last = net.random(HEADS * HEAD, WIDTH)
+    for turn in (rotated, rotated_in_pairs):
+        query, keys, value = (split(net, net("MatMul", y, weight), HEADS) for weight in weights)
+        mixed = net(
+            "Transpose", products(net, turn(net, query), turn(net, keys), value), perm=[0, 2, 1, 3]
+        )
+        y = net("Add", y, net("MatMul", net("Reshape", mixed, [0, 0, HEADS * HEAD]), last))
+    return y
+
+
+def test_blocks_of_the_same_weights_that_are_turned_otherwise_are_no_twins():
+    catalog = find_blocks(from_proto(built(in_turn)(0).proto), rotary=True)
+    first, second = rotated_blocks(catalog)
+    assert (first.rotation.pairs != second.rotation.pairs).any()
+    assert first.twins == second.twins == ()
+    alike = find_blocks(from_proto(built(in_turn)(0).proto)).blocks
+    assert all(len(block.twins) == 2 for block in alike)
 
 
 def shown(net):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from corp_onnx.blocks import Attention, Axis, Catalog, Mlp, axes_of, find_blocks
+from corp_onnx.blocks.blockers import HINT
 from corp_onnx.graph.model import from_proto
 from tests import zoo_models
 
@@ -21,8 +22,9 @@ TITLE = """\
 # Families
 
 What `inspect` finds in small models of every family below, drawn with random weights and written by
-real exporters. *2 of 2* means that two blocks have the axis and both offer it; where one does not,
-the reason follows. `tools/families.py` writes this page, and a test holds it to what is found.
+real exporters. *2 of 2* means that two blocks have the axis and both offer it; behind a `+` stands
+how many more do with `--rotary`. Where one does not, the reason follows. `tools/families.py` writes
+this page, and a test holds it to what is found.
 
 Forms: `ts` is the TorchScript exporter and `dynamo` the newer one, each with its opset; behind a
 `+` stands what was done to the file afterwards: fused by ONNX Runtime's transformer optimiser
@@ -39,12 +41,12 @@ opset 24; `tests/converted.py` names the few exceptions, each with what the tool
 """
 
 
-def page(catalog_of: Callable[[str], Catalog]) -> str:
-    """The whole page, from the catalog of every model by name."""
+def page(catalog_of: Callable[[str, bool], Catalog]) -> str:
+    """The whole page, from the catalog of every model by name, without and with ``--rotary``."""
     rows: dict[tuple[str, str], list[str]] = {}
     for name in zoo_models.NAMES:
         module, _, form = name.partition(".")
-        found = _cells(catalog_of(name))
+        found = _cells(catalog_of(name, False), catalog_of(name, True))
         rows.setdefault((module, found), []).append(form)
     lines = [
         f"| {module.replace('_', ' ')} | {', '.join(sorted(forms))} | {cells} |"
@@ -53,16 +55,20 @@ def page(catalog_of: Callable[[str], Catalog]) -> str:
     return TITLE + "\n".join(lines) + "\n"
 
 
-def _cells(catalog: Catalog) -> str:
-    return " | ".join([*(_share(catalog, axis) for axis in AXES), "; ".join(_reasons(catalog))])
+def _cells(catalog: Catalog, rotary: Catalog) -> str:
+    shares = (_share(catalog, rotary, axis) for axis in AXES)
+    return " | ".join([*shares, "; ".join(_reasons(catalog))])
 
 
-def _share(catalog: Catalog, axis: Axis) -> str:
-    """How many of the blocks that might offer an axis do."""
+def _share(catalog: Catalog, rotary: Catalog, axis: Axis) -> str:
+    """How many of the blocks that might offer an axis do, and how many more if asked."""
     kind = Mlp if axis == "mlp" else Attention
-    blocks = [block for block in catalog.blocks if isinstance(block, kind)]
-    offered = sum(axis in axes_of(block) for block in blocks)
-    return f"{offered} of {len(blocks)}" if blocks else "-"
+    blocks, asked = (
+        [block for block in each.blocks if isinstance(block, kind)] for each in (catalog, rotary)
+    )
+    offered, more = (sum(axis in axes_of(block) for block in each) for each in (blocks, asked))
+    extra = f" + {more - offered}" if more > offered else ""
+    return f"{offered}{extra} of {len(blocks)}" if blocks else "-"
 
 
 def _reasons(catalog: Catalog) -> Iterable[str]:
@@ -83,13 +89,17 @@ def _reasons(catalog: Catalog) -> Iterable[str]:
 
 def _general(reason: str) -> str:
     """A reason without the names of nodes and tensors, up to what is said of their sizes."""
-    reason = reason.partition(", and its ")[0]
+    reason = reason.partition(", and its ")[0].removesuffix(HINT)
     return re.sub(r"'[^']*'", "a tensor of it", re.sub(r" ?\([^()]*\)", "", reason))
 
 
 def main() -> None:
     """Look at every model and write the page."""
-    text = page(lambda name: find_blocks(from_proto(zoo_models.load(name))))
+
+    def catalog(name: str, rotary: bool) -> Catalog:
+        return find_blocks(from_proto(zoo_models.load(name)), rotary=rotary)
+
+    text = page(catalog)
     PAGE.write_text(text, encoding="utf-8")
     print(f"written to {PAGE}")
 

@@ -24,6 +24,8 @@ TABLE_SPAN = 40
 """Bits of an element number within a table; those above them tell the tables apart."""
 
 MOVED = "it is moved by sizes that depend on the data"
+SEVERAL = "several tables of angles turn it"
+UNEVEN = "it is scaled or shifted while it is turned"
 NO_PAIRS = "it is turned by something else than pairs of channels"
 
 
@@ -73,15 +75,13 @@ def rotation_of(
         raise NoRotation(MOVED)
     run = _Run(region, straight, facts, view.opset)
     start = moved[region.entry.name] + 1
-    _require_even(run, start.shape)
+    signs = operand.rows(_signs(run, start.shape))
     placed, swapped = (operand.rows(run.numbers(start, crossed=side)) for side in (False, True))
     entries = [operand.rows(run.entries(start.shape, crossed=side)) for side in (False, True)]
-    if (placed <= 0).any() or (swapped == 0).any():
-        raise NoRotation(NO_PAIRS)
     turned = (entries[0] != 0).all(axis=-1)
     if any(((each != 0) != turned[..., None]).any() for each in entries):
         raise NoRotation("only a part of the channels of a head is turned")
-    pairs = _pairs(placed[turned], swapped[turned])
+    pairs = _pairs(placed[turned], swapped[turned], signs[turned])
     tokens = tuple(np.delete(shape, axis).tolist())
     coordinates = list(np.unravel_index((placed[..., 0] - 1) // shape[axis], tokens))
     skipped = _skipped(turned, coordinates)
@@ -118,11 +118,11 @@ class _Run:
     opset: int
 
     def numbers(self, start: np.ndarray, *, crossed: bool) -> np.ndarray:
-        """Where elements go, by their numbers; negative where their sign is changed."""
+        """Where elements go, by their numbers."""
         return self._through(start, crossed=crossed)
 
     def gains(self, start: np.ndarray, *, crossed: bool) -> np.ndarray:
-        """What is made of elements where all tables hold ones."""
+        """What is made of elements where all tables hold ones, their sign included."""
         return self._through(start, crossed=crossed, scaled=True)
 
     def entries(self, shape: tuple[int, ...], *, crossed: bool) -> np.ndarray:
@@ -136,7 +136,7 @@ class _Run:
             first = (names.index(tensor.name) << TABLE_SPAN) + 1
             numbers[node] = np.arange(first, first + prod(sizes)).reshape(sizes)
         nothing = np.zeros(shape, dtype=np.int64)
-        return np.abs(self._through(nothing, crossed=crossed, tables=numbers))
+        return self._through(nothing, crossed=crossed, tables=numbers)
 
     @property
     def names(self) -> list[str]:
@@ -159,6 +159,8 @@ class _Run:
                 raise NoRotation(MOVED)
             value = self._passed(node, arrays, crossed=crossed, scaled=scaled)
             if tables and id(node) in tables:
+                if np.any(value):
+                    raise NoRotation(SEVERAL)
                 value = tables[id(node)]
             if value is not None:
                 arrays[node.outputs[0].name] = np.broadcast_to(value, shape)
@@ -169,36 +171,44 @@ class _Run:
     def _passed(
         self, node: gs.Node, arrays: Mapping[str, np.ndarray], *, crossed: bool, scaled: bool
     ) -> np.ndarray | None:
-        """What a node passes on, its sign perhaps changed; None if it moves or scales it."""
-        sums = id(node) in self.straight
+        """What a node passes on, where gains are asked for with its sign; None if it moves it."""
+        sums, turns = id(node) in self.straight, id(node) in self.region.tables
         slot = self.straight[id(node)] ^ crossed if sums else 0
-        turns = id(node) in self.region.tables
         if not (sums or turns or node.op == "Neg" or (node.op in AFFINE_OPS and not scaled)):
             return None
         table = self.region.tables.get(id(node))
         carried = [t for t in node.inputs if t.name in arrays and t is not table]
         value: np.ndarray = arrays[carried[slot].name]
-        return -value if node.op == "Neg" or (node.op == "Sub" and slot) else value
+        minus = node.op == "Neg" or (node.op == "Sub" and slot == 1)
+        return -value if minus and scaled else value
 
 
-def _require_even(run: _Run, shape: tuple[int, ...]) -> None:
-    """See that one factor is multiplied for all, and nothing added."""
+def _signs(run: _Run, shape: tuple[int, ...]) -> np.ndarray:
+    """Whether the crossed term is added or subtracted, of a straight term that is added.
+
+    Raises:
+        NoRotation: If not one factor is multiplied for all, or something is added.
+    """
     ones, zeros = np.ones(shape), np.zeros(shape)
     straight, crossed = (run.gains(ones, crossed=side) for side in (False, True))
     nothing = [run.gains(zeros, crossed=side) for side in (False, True)]
     first = straight.flat[0] if straight.size else 0.0
-    even = np.allclose(straight, first) and np.allclose(np.abs(crossed), abs(first))
-    if not even or not first or any(array.any() for array in nothing):
-        raise NoRotation("it is scaled or shifted while it is turned")
+    if not first or any(array.any() for array in nothing):
+        raise NoRotation(UNEVEN)
+    signs: np.ndarray = crossed / first
+    if not np.allclose(straight / first, 1.0) or not np.allclose(np.abs(signs), 1.0):
+        raise NoRotation(UNEVEN)
+    rounded: np.ndarray = np.sign(signs).astype(np.int64)
+    return rounded
 
 
-def _pairs(placed: np.ndarray, swapped: np.ndarray) -> np.ndarray:
+def _pairs(placed: np.ndarray, swapped: np.ndarray, signs: np.ndarray) -> np.ndarray:
     """Pairs of positions ``[p, 2]`` from rows of both terms, the one that loses first."""
     if not placed.size:
         raise NoRotation(NO_PAIRS)
-    partner = np.argmax(placed[0] == np.abs(swapped[0])[:, None], axis=1)
-    sign, own = np.sign(swapped[0]), np.arange(len(partner))
-    alike = (np.abs(swapped) == placed[:, partner]).all() and (np.sign(swapped) == sign).all()
+    partner = np.argmax(placed[0] == swapped[0][:, None], axis=1)
+    sign, own = signs[0], np.arange(len(partner))
+    alike = (swapped == placed[:, partner]).all() and (signs == sign).all()
     mutual = (partner[partner] == own).all() and not (partner == own).any()
     if not alike or not mutual or (sign[partner] != -sign).any():
         raise NoRotation(NO_PAIRS)
@@ -221,7 +231,7 @@ def _table(view: View, run: _Run, entries: np.ndarray, coordinates: Sequence[np.
     """The table of which rows ``[n, e]`` hold entries, by number; of tokens at some coordinates."""
     which = np.unique((entries - 1) >> TABLE_SPAN)
     if len(which) != 1:
-        raise NoRotation("several tables of angles turn it")
+        raise NoRotation(SEVERAL)
     name = run.names[which[0]]
     tensor = next(tensor for tensor in run.region.tables.values() if tensor.name == name)
     shape = run.facts.shape(tensor) or ()

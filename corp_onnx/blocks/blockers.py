@@ -25,7 +25,7 @@ REDUCTIONS = frozenset({"ReduceMean", "ReduceSum"})
 """Part of norms, and over tokens of pooling."""
 
 CACHES = frozenset({"ScatterElements", "ScatterND", "TensorScatter"})
-TABLE_OPS = frozenset({"Add", "Sub", "Mul", "Neg", "Where"})
+TABLE_OPS = frozenset({"Add", "Sub", "Mul", "Neg", "Pad", "Where"})
 """What may be done to a table of angles after its sines and cosines are taken."""
 
 ROTATED = "is rotated by its position (rotary embedding)"
@@ -39,7 +39,7 @@ def why_blocked(view: View, path: Blocked, target: gs.Tensor) -> str:
     region = list(_region(view, target))
     turning = next((node for node in region if _is_rotation(view, node)), None)
     if turning is not None:
-        return f"{ROTATED} ({turning.name})" + ("" if view.rotary else HINT)
+        return f"{ROTATED} ({turning.name})" + _hint(view, turning)
     if path.node is None:
         return _without_layer(view, path, target)
     if path.node.op in CACHES:
@@ -58,6 +58,13 @@ def why_blocked(view: View, path: Blocked, target: gs.Tensor) -> str:
         f"does not come from one linear layer by movement and scaling alone: {path.node.op} "
         f"{path.node.name!r} stands in between"
     )
+
+
+def _hint(view: View, turning: gs.Node) -> str:
+    """What to do about it, or why nothing can be done."""
+    if turning.op == "RotaryEmbedding":
+        return ": inside an operator, which stays as it is"
+    return "" if view.rotary else HINT
 
 
 def _without_layer(view: View, path: Blocked, target: gs.Tensor) -> str:

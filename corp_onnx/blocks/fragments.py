@@ -38,7 +38,8 @@ def fan_of(
         served: Nodes, by ``id``, that need no size of these tensors any more.
     """
     turns = [item.turn for item in operands.values() if item.turn]
-    served = served | {id(node) for turn in turns for node in turn.nodes}
+    moving = {id(node) for turn in turns for node in turn.nodes}
+    served = served | moving.difference(*(turn.path.turning for turn in turns))
     descent = _Descent(view, operands, {}, {})
     ends = descent.ends(source)
     if isinstance(ends, str):
@@ -108,7 +109,7 @@ class _Descent:
         self.paths[tensor.name] = path
         operand = self.operands.get(tensor.name) or self._turned(tensor)
         if operand is not None:
-            between = operand.turn.between if operand.turn else ()
+            between = (*operand.turn.between, operand.path) if operand.turn else ()
             self.paths.update((path.target.name, path) for path in between)
             return [operand]
         readers = [node for node in self.view.readers(tensor) if node.op not in SIZE_OPS]

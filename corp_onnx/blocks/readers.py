@@ -39,6 +39,7 @@ def size_readers(
     kept = {end.route.layout.split for end in ends}
     nodes = {id(node): node.name for path in paths for node in path.nodes}
     asking = {node for node, name in nodes.items() if name in kept}
+    asking |= {node for path in paths for node in path.turning}  # their tables stay
     old = served | (nodes.keys() - asking)
     unchanged = {end.route.operand for end in ends if not end.route.layout.width}
     for path in paths:

@@ -101,6 +101,8 @@ def _trace(
         return f"{name} takes other channels when batch or sequence size changes"
     if first.layout is None or any(landing.layout != first.layout for landing in landings):
         return f"{name} is laid out in a way that one Reshape and one Transpose cannot write"
+    if turn is not None and first.layout.split is not None:
+        return f"{name} {ROTATED}: its tokens are split over other axes on the way"
     route = Route(
         linear,
         first.channels,

@@ -145,6 +145,7 @@ def _read_elsewhere(view: View, region: Region, turn: Turn) -> str | None:
     Who asks for the size of what lies on the straight way is answered later.
     """
     inside = {id(node) for node in region.nodes}
+    moving = inside - turn.path.turning  # what is multiplied with tables needs these still
     answered = {region.entry.name, *(path.target.name for path in turn.between)}
     made = [tensor for node in region.nodes for tensor in node.outputs]
     for tensor in (region.entry, *made):
@@ -154,7 +155,7 @@ def _read_elsewhere(view: View, region: Region, turn: Turn) -> str | None:
             return f"{tensor.name!r} is an output of the model"
         for node in view.readers(tensor):
             asks = node.op in SIZE_OPS
-            if asks and (tensor.name in answered or serves_only(node, inside)):
+            if asks and (tensor.name in answered or serves_only(node, moving, turn.path.turning)):
                 continue
             if id(node) not in inside:
                 return f"{tensor.name!r} is also read by {node.op} ({node.name})"

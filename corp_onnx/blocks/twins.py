@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from corp_onnx.blocks.records import Block, linears_of
+from corp_onnx.blocks.records import Attention, Block, linears_of
 from corp_onnx.blocks.view import View, constant_value
 
 SAMPLED = 64
@@ -44,6 +44,8 @@ def _weights(
     view: View, nodes: Mapping[str, gs.Node], block: Block, seen: Callable[[np.ndarray], bytes]
 ) -> Iterator[Hashable]:
     """What a block's weights are; not their names, for an exporter may write one many times."""
+    if isinstance(block, Attention) and block.rotation is not None:
+        yield block.rotation.pairs.tobytes()  # what is cut of one is cut of the other
     for linear in linears_of(block):
         for name in filter(None, (linear.node, linear.bias_node)):
             for tensor in nodes[name].inputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,12 +87,16 @@ def narrow_mlp(
     removed = np.setdiff1d(np.arange(dense), kept)
     condition = 1.0
 
-    def start(joint: Joint, ridge: float) -> Float64[Array, "k o"]:
-        nonlocal condition
+    def start(joint: Joint) -> Callable[[float], Float64[Array, "k o"]]:
         lost = block(joint.within, kept, removed) @ rows(weight, removed)
-        absolute = ridge * mean_variance(joint.within)
-        change, condition = taken_over(block(joint.within, kept, kept), lost, absolute)
-        return rows(weight, kept) + change
+        within, scale = block(joint.within, kept, kept), mean_variance(joint.within)
+
+        def at(ridge: float) -> Float64[Array, "k o"]:
+            nonlocal condition
+            change, condition = taken_over(within, lost, ridge * scale)
+            return rows(weight, kept) + change
+
+        return at
 
     fitted = refit(parts, lambda joint: joint.picked(kept), start, ridges)
     evidence = Evidence(
@@ -108,7 +112,7 @@ def narrow_output(parts: Sequence[Joint], branch: Branch, *, device: Device = HO
     """Fit the output projection of an attention whose values stay as they are."""
     weight = device.asarray(branch.scaled)
     parts = [part.on(device) for part in parts]
-    fitted = refit(parts, lambda joint: joint, lambda joint, ridge: weight)
+    fitted = refit(parts, lambda joint: joint, lambda joint: lambda ridge: weight)
     evidence = Evidence(0.0, 1.0, fitted.seen, fitted.unseen)
     return OutputFold(branch.block, *branch.layer(fitted), evidence)
 

@@ -24,8 +24,8 @@ STEPS: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
 ROUNDING = 1e-6
 """Share of the target's variance that cannot be told from nothing: moments are float32 products."""
 
-Start = Callable[[Joint, float], Float64[Array, "k o"]]
-"""From what all features say, and a ridge, to the folded weight."""
+Start = Callable[[Joint], Callable[[float], Float64[Array, "k o"]]]
+"""From what all features say to the folded weight at any ridge."""
 
 Choice = tuple[float, float]
 """A ridge and a step; ``NO_REFIT`` takes no step."""
@@ -91,30 +91,31 @@ def refit(
     >>> x, e = np.arange(8.0)[:, None] % 5, np.array([[0.1], [-0.1]] * 4)
     >>> t = 3.0 * x + 1.0 + e
     >>> parts = [Joint.of(Moments.of(np.hstack([x, t])[at::2]), 1) for at in (0, 1)]
-    >>> fitted = refit(parts, lambda joint: joint, lambda joint, ridge: np.array([[2.0]]))
+    >>> fitted = refit(parts, lambda joint: joint, lambda joint: lambda ridge: np.array([[2.0]]))
     >>> fitted.weight.round(1), fitted.bias.round(1)
     (array([[3.]]), array([1.]))
     """
     whole, ridge = merged(parts), ridges[0]
     if len(parts) == 1:
-        return _fitted(narrow(whole), start(whole, ridge), ridge, NO_REFIT, None)
+        return _fitted(narrow(whole), start(whole)(ridge), ridge, NO_REFIT, None)
     others = [merged([part for part in parts if part is not held]) for held in parts]
     pairs = [(narrow(held), narrow(train)) for held, train in zip(parts, others, strict=True)]
-    folded = {ridge: [start(train, ridge) for train in others] for ridge in ridges}
+    folds = [start(train) for train in others]
+    folded = {ridge: [fold(ridge) for fold in folds] for ridge in ridges}
     lost = {
         ridge: sum(_error(*pair, each) for pair, each in zip(pairs, starts, strict=True))
         for ridge, starts in folded.items()
     }
     spread = sum(part.total for part in parts)
     if lost[ridge] <= ROUNDING * spread:
-        unseen = lost[ridge] / spread if spread else 0.0
-        return _fitted(narrow(whole), start(whole, ridge), ridge, NO_REFIT, unseen)
+        unseen = share(lost[ridge], spread)
+        return _fitted(narrow(whole), start(whole)(ridge), ridge, NO_REFIT, unseen)
     ridge = min(lost, key=lost.__getitem__)
     trials = [_trials(*pair, each) for pair, each in zip(pairs, folded[ridge], strict=True)]
     totals = {choice: sum(trial[choice] for trial in trials) for choice in trials[0]}
     best = min(totals, key=totals.__getitem__)
-    unseen, shrink = totals[best] / spread, others[0].count / whole.count
-    return _fitted(narrow(whole), start(whole, ridge), ridge, best, unseen, shrink=shrink)
+    unseen, shrink = share(totals[best], spread), others[0].count / whole.count
+    return _fitted(narrow(whole), start(whole)(ridge), ridge, best, unseen, shrink=shrink)
 
 
 def _error(held: Joint, train: Joint, weight: Float64[Array, "k o"]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,13 +84,17 @@ def narrow_values(
     narrow = device.asarray(heads.side_along(maps, len(branch.weight)))
     condition = 1.0
 
-    def start(joint: Joint, ridge: float) -> Float64[Array, "k o"]:
-        nonlocal condition
+    def start(joint: Joint) -> Callable[[float], Float64[Array, "k o"]]:
         within = joint.mapped(narrow).within
         own = _by_itself(joint, weight, places, maps[heads.value_heads])
         lost = narrow.T @ joint.within @ (weight - narrow @ own)
-        change, condition = taken_over(within, lost, ridge * mean_variance(within))
-        return own + change
+
+        def at(ridge: float) -> Float64[Array, "k o"]:
+            nonlocal condition
+            change, condition = taken_over(within, lost, ridge * mean_variance(within))
+            return own + change
+
+        return at
 
     fitted = refit(parts, lambda joint: joint.mapped(narrow), start, ridges)
     evidence = Evidence(

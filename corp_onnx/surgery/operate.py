@@ -79,7 +79,7 @@ def carried_out(model: Model, catalog: Catalog, folds: Iterable[Fold]) -> gs.Gra
             gone |= _cut_mlp(theatre, block, of_block[block.id], cut)
         else:
             gone |= _cut_attention(theatre, block, of_block[block.id], cut)
-    if any(block.twins for block in catalog.blocks):
+    if catalog.rotary or any(block.twins for block in catalog.blocks):
         _share_equal_weights(graph, set(model.graph.tensors()))
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     _require_gone(graph, gone)
@@ -229,7 +229,10 @@ def _require_gone(graph: gs.Graph, gone: set[str]) -> None:
 
 
 def _share_equal_weights(graph: gs.Graph, dense: set[str]) -> None:
-    """Keep one of the new weights that are equal: blocks of one set of weights go on sharing it."""
+    """Keep one of the new weights that are equal: blocks of one set of weights go on sharing it.
+
+    So do those that one table of angles turns.
+    """
     first: dict[tuple[str, tuple[int, ...], bytes], gs.Constant] = {}
     for node in graph.nodes:
         for slot, tensor in enumerate(node.inputs):

@@ -171,7 +171,7 @@ class Dense:
         meters = {block.id: OutputMeter(rounding) for block in blocks}
         ends = {block.id: end_of(self.model, block) for block in blocks}
         entries, given = _borders(self.model, blocks), self.runtime
-        session = None
+        session, misshapen = None, set[str]()
         for before in self.tensors:
             if session is None:
                 small = extract(other, entries, map(computed, ends.values()), before)
@@ -179,10 +179,14 @@ class Dense:
             after = session.run(before)
             for block in blocks:
                 y, z = before[ends[block.id]], after[computed(ends[block.id])]
+                if y.shape != z.shape:
+                    misshapen.add(block.id)
+                    continue
                 y, z = (_vectors(block, tensor) for tensor in (y, z))
                 known = np.isfinite(y).all(axis=1)  # of what nobody may attend to, all may be lost
                 meters[block.id].compare(y[known], z[known])
-        return {name: meter.error() for name, meter in meters.items()}
+        errors = {name: meter.error() for name, meter in meters.items()}
+        return errors | dict.fromkeys(misshapen, np.inf)
 
 
 def _tolerance(model: Model) -> tuple[float, float]:

@@ -151,6 +151,7 @@ def _measurable(
         (block, other)
         for block, other in pairs
         if not set(axes).isdisjoint(axes_of(block))
+        and _kind(block, axes) in axes_of(other)
         and narrower.isdisjoint(_entries(block, axes))
         and not (isinstance(block, Mlp) and _narrows_output(block, other))
     ]
