@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 
 from corp_onnx.blocks import Mlp, axes_of, find_blocks
 from corp_onnx.errors import DataError
 from corp_onnx.graph.model import from_proto
+from corp_onnx.verify import confirm
 from corp_onnx.verify.confirm import Dense, _few, confirmed
 from tests.attention_builders import MORE
 from tests.builders import (
@@ -164,6 +166,25 @@ def refused_in(proto, *batches, wrong=None):
     ]
     found = confirmed(model, replace(catalog, blocks=tuple(blocks)), batches)
     return {block.id: tuple(block.refused) for block in found.blocks if block.refused}
+
+
+def test_an_output_of_another_size_is_another_output(monkeypatch):
+    model = from_proto(TINY["mlp"](0).proto)
+    catalog, batches = find_blocks(model), [feeds(model.proto(), 2, 5)]
+    carried_out = confirm.carried_out
+
+    def twice(*given):
+        graph = carried_out(*given)
+        (block,) = catalog.blocks
+        (down,) = (node for node in graph.nodes if node.name == block.down.node)
+        doubled = gs.Variable("doubled", dtype=np.float32)
+        graph.nodes.append(gs.Node("Concat", "twice", {"axis": 0}, 2 * down.inputs[:1], [doubled]))
+        down.inputs[0] = doubled
+        return graph.toposort()
+
+    assert axes_of(confirmed(model, catalog, batches).blocks[0]) == ("mlp",)
+    monkeypatch.setattr(confirm, "carried_out", twice)
+    assert axes_of(confirmed(model, catalog, batches).blocks[0]) == ()
 
 
 def test_what_only_all_axes_together_show_refuses_all(monkeypatch):
