@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.methods import BEST, CORP, ONE_SHOT, cut, solution
+from benchmarks.methods import BEST, CORP, ONE_SHOT, cut, in_sequence, solution
 from benchmarks.outcome import Outcome, Place, Row
 from benchmarks.samples import Samples, drawn
 from benchmarks.spread import summary
@@ -19,6 +19,7 @@ from benchmarks.subjects import CUTS, Subject, subjects
 from corp_onnx.calibration.statistics import Statistics
 from corp_onnx.errors import CorpError
 from corp_onnx.plan import Plan, uniform
+from corp_onnx.solve import DEFAULT_RIDGE, Recipe
 from corp_onnx.solve.folds import Solution
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ MODELS = ("fashion-whole", "dinov2", "minilm-l6")
 SEEDS = 1
 SIZES = (32, 64, 128, 256, 512, 1024)
 KIND = "both"
+ONE_RIDGE = "best, one ridge for all layers"
+"""Where the refit begins, rather than one for each by samples held out."""
 
 
 def measure(place: Place) -> Outcome:
@@ -51,7 +54,7 @@ def _rows(subject: Subject, size: int) -> list[Row]:
     rows = [
         {"samples": size, "method": method, "seed": subject.seed}
         | _figures(fewer, plan, method, statistics)
-        for method in (CORP, ONE_SHOT, BEST)
+        for method in (CORP, ONE_SHOT, BEST, ONE_RIDGE)
     ]
     log.info("%s", rows)
     return rows
@@ -60,11 +63,17 @@ def _rows(subject: Subject, size: int) -> list[Row]:
 def _figures(subject: Subject, plan: Plan, method: str, statistics: Statistics) -> Row:
     """What was measured, or why the samples are too few."""
     try:
-        found = solution(subject, plan, method, statistics)
+        found = _solution(subject, plan, method, statistics)
     except CorpError as error:
         empty = dict.fromkeys(["error", "MACs", *subject.judges, "seen", "unseen"])
         return empty | {"refused": str(error)}
     return subject.measured(cut(subject, found)) | _gap(found) | {"refused": None}
+
+
+def _solution(subject: Subject, plan: Plan, method: str, statistics: Statistics) -> Solution:
+    if method == ONE_RIDGE:
+        return in_sequence(subject, plan, Recipe("best", ridge=DEFAULT_RIDGE))
+    return solution(subject, plan, method, statistics)
 
 
 def _gap(found: Solution) -> Row:
