@@ -55,7 +55,7 @@ def test_logits_are_those_of_the_formula(solved):
             found = fold.query[head] @ fold.key[head].T
             kept = np.flatnonzero(np.abs(paper.query[head]).sum(axis=1))
             wanted = np.zeros((width, width))
-            wanted[np.ix_(kept, kept)] = slowly(query[head], key[head], kept, RECIPE.ridge)
+            wanted[np.ix_(kept, kept)] = slowly(query[head], key[head], kept, RECIPE.ridges[0])
             scale = np.sqrt(width / left)
             bound = rounding(width=left**2 * width, condition=fold.evidence.condition)
             assert distance(found, scale * wanted) < bound
