@@ -11,7 +11,6 @@ import pytest
 from corp_onnx.blocks import axes_of, find_blocks
 from corp_onnx.blocks.padding import masks_of
 from corp_onnx.blocks.records import linears_of
-from corp_onnx.blocks.records import linears_of
 from corp_onnx.blocks.view import constant_value
 from corp_onnx.graph.extracts import exposed, extract
 from corp_onnx.graph.model import from_proto
