@@ -11,15 +11,15 @@ the logits of a head are ``Σ_p Re(q_p k̄_p)``. Fewer pairs with a factor each 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64, Int, Int64
 
-from corp_onnx.calibration.moments import Moments, read_only
+from corp_onnx.calibration.moments import Moments
 from corp_onnx.errors import PlanError
 from corp_onnx.solve.affine import Repair, share
 from corp_onnx.solve.algebra import inverse_definite, mean_variance, solve_definite
+from corp_onnx.solve.bilinear import QueryKeyMaps
 
 LEAST_RIDGE = 1e-9
 """Of two pairs that are always alike one goes, whatever the ridge."""
@@ -27,32 +27,6 @@ LEAST_RIDGE = 1e-9
 FORMS = np.array([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [-1.0, 0.0]]])
 """Of both features, what multiplies a pair of ``q`` with one of ``k``: ``Re(q k̄)`` and, with the
 sign that it has in ``Re(i q k̄)``, the imaginary part."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RotaryMaps:
-    """Maps of every head's query and key to the pairs that are left.
-
-    Attributes:
-        query: Of every query head; the factors are in it.
-        key: Of every key head.
-        positions: The position within a head by whose angle each channel is turned.
-        condition: The largest condition number of a head's system.
-        unexplained: Squared error of the logits over the squared logits that the removed pairs
-            made, all heads together.
-        error: The same squared error over all squared logits.
-    """
-
-    query: Float64[np.ndarray, "h e r"]
-    key: Float64[np.ndarray, "g e r"]
-    positions: Int64[np.ndarray, " r"]
-    condition: float
-    unexplained: float
-    error: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "query", read_only(self.query))
-        object.__setattr__(self, "key", read_only(self.key))
 
 
 def pair_grams(
@@ -140,8 +114,8 @@ def recover_pairs(
     *,
     repair: Repair,
     ridge: float,
-) -> RotaryMaps:
-    r"""The maps to some pairs, with the factors that make up best for the others.
+) -> QueryKeyMaps:
+    r"""The maps to some pairs, with the factors that make up best for the others in the queries.
 
     ``c = 1 + d`` on kept pairs, and ``d`` minimises the squared error of the logits of a head::
 
@@ -180,10 +154,9 @@ def recover_pairs(
     )
     numbers = factors[:, :count] + 1j * factors[:, count:]
     groups = int(np.max(key_heads)) + 1
-    return RotaryMaps(
+    return QueryKeyMaps(
         pair_maps(pairs, kept, numbers[:, kept]),
         pair_maps(pairs, kept, np.ones((groups, len(kept)))),
-        pairs[kept].T.reshape(-1),
         condition,
         share(lost, without),
         share(lost, whole),
@@ -205,6 +178,14 @@ def pair_maps(
     maps[:, first, count + to] = factors.imag
     maps[:, second, to] = -factors.imag
     return maps
+
+
+def positions_of(
+    pairs: Int64[np.ndarray, "p 2"], kept: Int[np.ndarray, " k"]
+) -> Int64[np.ndarray, " r"]:
+    """The position within a head by whose angle each channel behind `pair_maps` is turned."""
+    positions: np.ndarray = pairs[kept].T.reshape(-1)
+    return positions
 
 
 def whole_pairs(

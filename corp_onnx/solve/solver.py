@@ -43,6 +43,7 @@ from corp_onnx.solve.rotary import (
     curve_of,
     eliminated_pairs,
     pair_grams,
+    positions_of,
     recover_pairs,
     whole_pairs,
 )
@@ -169,7 +170,7 @@ class Solver:
         repair, ridge = self.recipe.repair, self._ridge
         maps = recover_pairs(grams, kept, pairs, block.key_heads, repair=repair, ridge=ridge)
         evidence = Evidence(maps.unexplained, maps.condition, maps.error)
-        return QueryKeyFold(block.id, maps.query, maps.key, evidence, maps.positions)
+        return QueryKeyFold(block.id, maps.query, maps.key, evidence, positions_of(pairs, kept))
 
     def _pair_grams(self, block: Attention) -> Float64[np.ndarray, "h f f"]:
         """Of the pairs of a rotated block; ``best`` leaves out what Softmax does not notice."""

@@ -11,7 +11,7 @@ from corp_onnx.blocks import Attention, Axis, Block, Catalog, Mlp, axes_of
 from corp_onnx.blocks.linear import bias_of, weight_of
 from corp_onnx.graph.model import Model
 from corp_onnx.solve.folds import EXACT, Fold, MlpFold, QueryKeyFold, Solution, ValueOutputFold
-from corp_onnx.solve.rotary import pair_maps
+from corp_onnx.solve.rotary import pair_maps, positions_of
 
 Bases = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 """From heads and width to ``A, B [h, e, e]`` with ``A Bᵀ = I``."""
@@ -84,5 +84,5 @@ def _turned_pairs(
         pair_maps(pairs, kept, query),
         pair_maps(pairs, kept, key),
         EXACT,
-        pairs[kept].T.reshape(-1),
+        positions_of(pairs, kept),
     )
