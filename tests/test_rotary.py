@@ -458,6 +458,34 @@ def test_tables_may_follow_from_the_size_of_what_they_turn():
     require_exact(built(packed_with(cached))(0).proto)
 
 
+def channels_first(net, y):
+    """Turned with its channels before its tokens, and so are the tables."""
+    turned_over = net("Transpose", y, perm=[0, 1, 3, 2])
+    turn = net("Transpose", angles(net, HEAD), perm=[1, 0])
+    first = net("Slice", turned_over, [0], [HEAD // 2], [2])
+    second = net("Slice", turned_over, [HEAD // 2], [2**60], [2])
+    swapped = net("Concat", net("Neg", second), first, axis=2)
+    made = net(
+        "Add", net("Mul", turned_over, net("Cos", turn)), net("Mul", swapped, net("Sin", turn))
+    )
+    return net("Transpose", made, perm=[0, 1, 3, 2])
+
+
+def test_tables_may_have_their_axes_in_another_order():
+    _, catalog, _ = require_exact(built(packed_with(channels_first))(0).proto)
+    (block,) = rotated_blocks(catalog)
+    assert block.rotation.cosine.order == (1, 0)
+
+
+def test_constant_tables_are_kept_once():
+    """Two blocks turn queries and keys by the same angles: one table of cosines, one of sines."""
+    model, catalog, _ = found("timm_dinov3.dynamo18")
+    made = operate(model, catalog, unchanged(model, catalog)).model
+    kept = {name for name in made.graph.tensors() if "/angles" in name}
+    assert len(rotated_blocks(catalog)) == 2
+    assert len(kept) == 2
+
+
 def sized(net):
     """The width of a rotated query is a factor of the output."""
     query, keys, value = packed(net)

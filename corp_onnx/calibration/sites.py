@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -73,8 +74,7 @@ class Site:
             return (self.block.hidden, *mask)
         heads = _query_and_key(self.block) if "qk" in self.axes else ()
         context = [_output(self.block).linear.input] if "vo" in self.axes else []
-        tables = [name for route in heads if route.rotation for name in route.rotation.tensors]
-        return (*(route.linear.output for route in heads), *tables, *context, *mask)
+        return (*read_of(heads), *context, *mask)
 
     def add(self, tensors: Batch, thinning: Thinning = ALL) -> None:
         """Add one batch of activations, or of its tokens those that count."""
@@ -165,6 +165,12 @@ def _pooled(squares: np.ndarray, key_heads: np.ndarray, groups: int) -> np.ndarr
     reads = (key_heads[:, None] == np.arange(groups)).astype(squares.dtype)
     total: np.ndarray = np.einsum("nhe,hg->nge", squares, reads, optimize=True)
     return total
+
+
+def read_of(routes: Sequence[Route]) -> list[str]:
+    """The tensors that `operand` needs: outputs of projections, and the tables that turn them."""
+    tables = [route.rotation.tensors if route.rotation else () for route in routes]
+    return [*(route.linear.output for route in routes), *chain.from_iterable(tables)]
 
 
 def operand(route: Route, projection: np.ndarray, tensors: Batch) -> np.ndarray:

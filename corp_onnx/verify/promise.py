@@ -11,6 +11,7 @@ from corp_onnx.blocks import Attention, Axis, Block, Catalog, Mlp, axes_of
 from corp_onnx.blocks.padding import masks_of
 from corp_onnx.blocks.records import Linear, leader_of
 from corp_onnx.calibration.masks import seen_rows
+from corp_onnx.calibration.sites import read_of
 from corp_onnx.data.batching import Batch
 from corp_onnx.graph.extracts import exposed, extract
 from corp_onnx.graph.model import Model
@@ -204,8 +205,7 @@ def _reads(block: Block, axes: Collection[Axis]) -> list[str]:
     """The tensors to compare, and the masks that say which rows count."""
     if isinstance(block, Attention) and _kind(block, axes) == "qk":
         routes = [route for route in (block.query, block.key) if route is not None]
-        tables = [name for route in routes if route.rotation for name in route.rotation.tensors]
-        return [*(route.linear.output for route in routes), *tables, *masks_of(block)]
+        return [*read_of(routes), *masks_of(block)]
     linear = last_layer(block)
     assert linear is not None, f"{block.id} has a last layer"
     return [linear.output, *masks_of(block)]
